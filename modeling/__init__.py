@@ -1,0 +1,41 @@
+"""The model definition: exactly the files that travel to the Hub with a checkpoint, plus this index of them.
+
+Nothing is imported before it is used, so `import vamba.modeling` costs nothing.
+"""
+
+import importlib
+
+
+_HOMES = {
+    "VambaConfig": "configuration_vamba",
+    "VambaMamba2Config": "configuration_vamba",
+    "VambaTextConfig": "configuration_vamba",
+    "VambaForConditionalGeneration": "modeling_vamba",
+    "VambaModel": "modeling_vamba",
+    "VambaPreTrainedModel": "modeling_vamba",
+    "VambaTextModel": "modeling_vamba",
+    "VambaVideoEncoder": "modeling_vamba",
+    "VambaProcessor": "processing_vamba",
+    "VideoMemory": "video_memory",
+    "Mamba2Block": "mamba2",
+    "Mamba2Mixer": "mamba2",
+    "Mamba2State": "mamba2",
+    "ssd_scan": "state_space_duality",
+    "causal_conv1d": "causal_conv1d",
+    "read_video": "video_reading",
+    "load_video": "video_reading",
+    "VideoReadError": "frame_selection",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    # `causal_conv1d` names a function and the module it lives in; importing the module would shadow the function.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

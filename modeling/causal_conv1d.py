@@ -1,0 +1,90 @@
+"""Depthwise causal convolution + SiLU that carries its last inputs: plain PyTorch reference, optional kernel.
+
+What is unusual: tokens stay in (B, S, C) order, so nothing is transposed; the state is the last W - 1 inputs, goes in
+and comes out; rows may be padded on the right, in which case each row's state is taken at its own end.
+
+Shapes: B batch, S tokens, C channels, W width of the convolution, T = W - 1 remembered inputs.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def causal_conv1d(
+    x_BSC: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor | None = None,
+    state_BTC: Tensor | None = None,
+    lengths_B: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """y_t = silu(bias + sum_w weight_w x_{t - W + 1 + w}), with x_t for t < 0 taken from the state.
+
+    Args:
+        x_BSC: inputs, (B, S, C), S >= 1.
+        weight_CW, bias_C: of the depthwise convolution; the last column multiplies the current token.
+        state_BTC: the W - 1 inputs before the first token, (B, W - 1, C), oldest first; None for zeros.
+        lengths_B: valid tokens of each row, (B,) int64, the rest being padding on the right; None for all.
+        backend: "auto", or a name of `BACKENDS`.
+
+    Returns:
+        y_BSC in x's dtype, and the state after each row's last valid token.
+
+    Raises:
+        ValueError: an unknown backend. ImportError: a backend whose package is not installed.
+    """
+    if backend == "auto":
+        fused = x_BSC.is_cuda and x_BSC.dtype != torch.float64 and _causal_conv1d_is_available()
+        backend = "causal_conv1d" if fused else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown convolution backend {backend!r}; choose one of {['auto', *BACKENDS]}.")
+    T = weight_CW.shape[1] - 1
+    if state_BTC is None:
+        state_BTC = x_BSC.new_zeros(x_BSC.shape[0], T, x_BSC.shape[2])
+    y_BSC = BACKENDS[backend](x_BSC, weight_CW, bias_C, state_BTC)
+    return y_BSC, _last_inputs(x_BSC, state_BTC, lengths_B)
+
+
+def causal_conv1d_torch(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
+    """The reference: a sum of shifted slices, which needs no copy of the input per tap and no transposition."""
+    S, W = x_BSC.shape[1], weight_CW.shape[1]
+    extended = torch.cat([state_BTC.to(x_BSC.dtype), x_BSC], 1)
+    y_BSC = extended[:, :S] * weight_CW[:, 0]
+    for w in range(1, W):
+        y_BSC = torch.addcmul(y_BSC, extended[:, w : w + S], weight_CW[:, w])
+    return F.silu(y_BSC if bias_C is None else y_BSC + bias_C)
+
+
+def causal_conv1d_dao(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
+    """Tri Dao's kernel, which wants (B, C, S) with channels contiguous: our layout seen through a transposed view."""
+    if not _causal_conv1d_is_available():
+        raise ImportError(
+            "backend='causal_conv1d' needs causal-conv1d: pip install 'vamba[mamba-ssm]', or use backend='torch'."
+        )
+    from causal_conv1d import causal_conv1d_fn
+
+    state = state_BTC.to(x_BSC.dtype).contiguous().transpose(1, 2)
+    y_BCS = causal_conv1d_fn(
+        x_BSC.transpose(1, 2), weight_CW, bias_C, initial_states=state, activation="silu"
+    )
+    return y_BCS.transpose(1, 2)
+
+
+def _last_inputs(x_BSC: Tensor, state_BTC: Tensor, lengths_B: Tensor | None) -> Tensor:
+    S, T = x_BSC.shape[1], state_BTC.shape[1]
+    if lengths_B is None:
+        recent = x_BSC[:, max(S - T, 0) :]
+        return torch.cat([state_BTC[:, state_BTC.shape[1] - (T - recent.shape[1]) :].to(x_BSC.dtype), recent], 1)
+    extended = torch.cat([state_BTC.to(x_BSC.dtype), x_BSC], 1)
+    index_BT = lengths_B.unsqueeze(1) + torch.arange(T, device=x_BSC.device)
+    return extended.gather(1, index_BT.unsqueeze(-1).expand(-1, -1, x_BSC.shape[2]))
+
+
+def _causal_conv1d_is_available() -> bool:
+    return importlib.util.find_spec("causal_conv1d") is not None
+
+
+BACKENDS = {"torch": causal_conv1d_torch, "causal_conv1d": causal_conv1d_dao}

@@ -1,0 +1,150 @@
+"""Configuration of Vamba (arXiv 2503.11579).
+
+A Vamba is a Qwen2-VL whose video tokens go through Mamba-2 blocks instead of the language model. The vision tower's
+configuration is any Qwen2-VL-style tower transformers has, chosen by `vision_config.model_type`; the text
+configuration is Qwen2-VL's with the three switches of the cross-attention; `mamba_config` sizes the Mamba-2 blocks.
+"""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
+
+
+@strict
+class VambaMamba2Config(PreTrainedConfig):
+    """Sizes of one Mamba-2 block (arXiv 2405.21060), in transformers' `Mamba2Config` terms.
+
+    Args:
+        hidden_size: width of the residual stream the block reads and writes.
+        state_size: K, numbers of state per channel.
+        conv_kernel: width of the depthwise causal convolution; the state keeps `conv_kernel - 1` past inputs.
+        expand: the inner width is `expand * hidden_size`.
+        head_dim: P, channels per head; the inner width must be a multiple of it.
+        n_groups: G, how many (B, C) pairs the heads share.
+        chunk_size: tokens per chunk of the state space duality scan; a matter of speed, not of result.
+        time_step_min, time_step_max, time_step_floor, A_init_range: initialisation of dt_bias and A_log.
+        time_step_limit: dt is clamped to this range after the softplus.
+        layer_norm_epsilon: of both RMSNorms of the block.
+        ssd_backend, conv_backend: which implementation runs the scan and the convolution: "auto", "torch", or the
+            optional "mamba_ssm" and "causal_conv1d". A matter of speed, not of result.
+    """
+
+    model_type = "vamba_mamba2"
+    base_config_key = "mamba_config"
+
+    hidden_size: int = 3584
+    state_size: int = 128
+    conv_kernel: int = 4
+    expand: int = 2
+    head_dim: int = 64
+    n_groups: int = 1
+    chunk_size: int = 256
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    layer_norm_epsilon: float = 1e-5
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: list[float] | tuple[float, ...] = (0.0, float("inf"))
+    A_init_range: list[float | int] | tuple[float | int, ...] = (1, 16)
+    initializer_range: float = 0.02
+    ssd_backend: str = "auto"
+    conv_backend: str = "auto"
+
+    def validate_sizes(self):
+        if self.intermediate_size % self.head_dim:
+            raise ValueError(f"expand * hidden_size = {self.intermediate_size} is not a multiple of {self.head_dim=}.")
+        if self.num_heads % self.n_groups:
+            raise ValueError(f"The {self.num_heads} heads cannot be shared out among {self.n_groups=}.")
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.expand * self.hidden_size
+
+    @property
+    def num_heads(self) -> int:
+        return self.intermediate_size // self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels that pass the convolution: x, B and C."""
+        return self.intermediate_size + 2 * self.n_groups * self.state_size
+
+
+@strict
+class VambaTextConfig(Qwen2VLTextConfig):
+    """Qwen2-VL's language model plus a cross-attention in every layer.
+
+    Args:
+        use_alpha_balancing: T + alpha * self + (1 - alpha) * cross, one learnable alpha per layer; without it the two
+            are added.
+        cross_attn_use_layer_norm: the layer's `input_layernorm` also normalises the video states, for the
+            cross-attention and for the Mamba block with its residual.
+        cross_attn_use_position_embeddings: M-RoPE on the cross-attention's queries (text positions) and keys
+            ((t, h, w) of each media item counted from zero).
+    """
+
+    model_type = "vamba_text"
+
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int | None = 4
+    rms_norm_eps: float = 1e-6
+    use_alpha_balancing: bool = True
+    cross_attn_use_layer_norm: bool = False
+    cross_attn_use_position_embeddings: bool = False
+
+
+@strict
+class VambaConfig(PreTrainedConfig):
+    """Configuration of a Vamba model; the defaults are the published 7B's sizes.
+
+    Args:
+        text_config, vision_config, mamba_config: sub-configurations, as dicts or configuration objects.
+        image_token_id, video_token_id: kept for compatibility with Qwen2-VL's tokenizer; a media item is written as
+            `<|vision_start|><|vision_end|>` without a placeholder per video token.
+        vision_start_token_id, vision_end_token_id: the n-th `<|vision_start|>` of a batch stands for its n-th item.
+    """
+
+    model_type = "vamba"
+    sub_configs_defaults: ClassVar[dict] = {
+        "vision_config": SubConfigSpec(AutoConfig, model_type="qwen2_vl_vision"),
+        "text_config": VambaTextConfig,
+        "mamba_config": VambaMamba2Config,
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    mamba_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.mamba_config is None and self.text_config is not None:
+            text = self.text_config if isinstance(self.text_config, dict) else self.text_config.to_dict()
+            self.mamba_config = {"hidden_size": text.get("hidden_size", VambaMamba2Config.hidden_size)}
+        super().__post_init__(**kwargs)
+
+    def validate_widths(self):
+        """Vision tower, Mamba blocks and language model share one residual width."""
+        vision_width = getattr(self.vision_config, "out_hidden_size", None) or self.vision_config.hidden_size
+        widths = {
+            "text_config.hidden_size": self.text_config.hidden_size,
+            "mamba_config.hidden_size": self.mamba_config.hidden_size,
+            "the vision tower's output width": vision_width,
+        }
+        if len(set(widths.values())) != 1:
+            raise ValueError("These must be equal: " + ", ".join(f"{name} = {w}" for name, w in widths.items()) + ".")
+
+
+__all__ = ["VambaConfig", "VambaMamba2Config", "VambaTextConfig"]

@@ -1,0 +1,690 @@
+"""Vamba (arXiv 2503.11579): Qwen2-VL whose video tokens pass Mamba-2 blocks and are read by cross-attention.
+
+What is unusual: an encoder-decoder whose decoder looks at every level of the encoder. The video stream never reads the
+text (equations 3 and 4 of the paper), so a first phase fills a `VideoMemory` with keys and values per layer, chunk by
+chunk in constant activation memory, and a second phase, the text decoder, reads it. There is no placeholder token per
+video token; text positions count text only.
+
+Shapes: B batch, M video tokens, N text tokens, S video tokens of one chunk, D hidden, H heads, P head dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithCrossAttentions,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VisionTransformerPretrainedModel,
+    Qwen2VLAttention,
+    Qwen2VLDecoderLayer,
+    Qwen2VLRMSNorm,
+    Qwen2VLRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_vamba import VambaConfig, VambaTextConfig
+from .mamba2 import Mamba2Block, Mamba2Mixer, init_mamba2_mixer
+from .media import MediaItem, assign_media, list_media, media_positions, split_frames, uncached_media
+from .video_memory import VideoMemory
+
+
+class VambaCrossAttention(Qwen2VLAttention):
+    """Text queries over the video memory: no causal mask, by default no positions."""
+
+    def __init__(self, config: VambaTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = False
+        self.sliding_window = None
+
+    def key_value(
+        self, vision_BSD: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H_kv, S, P) of S video tokens."""
+        keys, values = (
+            proj(vision_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.k_proj, self.v_proj)
+        )
+        if position_embeddings is not None:
+            keys, _ = apply_rotary_pos_emb(keys, keys, *position_embeddings)
+        return keys, values
+
+    def forward(
+        self,
+        hidden_BND: Tensor,
+        video_BHMP: tuple[Tensor, Tensor],
+        video_mask_BM: Tensor | None = None,
+        video_rows: list[int] | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Reads keys and values of the video rows; text rows that share one fold into its queries, so it is not copied.
+
+        A text row whose video row holds no token reads zeros.
+        """
+        keys, values = video_BHMP
+        B, N, _ = hidden_BND.shape
+        if video_rows is not None and not _is_repeat(video_rows, keys.shape[0]):
+            index = torch.tensor(video_rows, device=keys.device)
+            keys, values = keys[index], values[index]
+            video_mask_BM = None if video_mask_BM is None else video_mask_BM[index.to(video_mask_BM.device)]
+        queries = self.q_proj(hidden_BND).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if position_embeddings is not None:
+            queries, _ = apply_rotary_pos_emb(queries, queries, *position_embeddings)
+        share = B // keys.shape[0]  # text rows per video row
+        queries = queries.unflatten(0, (-1, share)).transpose(1, 2).flatten(2, 3)  # (B / share, H, share * N, P)
+        output, weights = self._attend(queries, keys, values, video_mask_BM, **kwargs)
+        output = output.unflatten(1, (share, N)).reshape(B, N, -1)
+        if weights is not None:
+            weights = weights.unflatten(2, (share, N)).transpose(1, 2).flatten(0, 1)
+        return self.o_proj(output), weights
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask_BM: Tensor | None, **kwargs):
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        if mask_BM is None:
+            return attention(self, queries, keys, values, None, **kwargs)
+        mask_BM = mask_BM.to(queries.device)
+        if is_flash_attention_requested(self.config):
+            output = _varlen_attention(self, attention, queries, keys, values, mask_BM, **kwargs)
+            return output, None
+        bias = torch.zeros(mask_BM.shape, dtype=queries.dtype, device=queries.device)
+        bias = bias.masked_fill(~mask_BM, torch.finfo(queries.dtype).min)[:, None, None]
+        bias = bias.expand(-1, -1, queries.shape[2], -1)
+        output, weights = attention(self, queries, keys, values, bias, **kwargs)
+        return output * mask_BM.any(1)[:, None, None, None], weights
+
+
+def _is_repeat(rows: list[int], num_video_rows: int) -> bool:
+    """Whether rows is 0, 0, 1, 1, ...: each video row once, in order, repeated equally often."""
+    share = len(rows) // num_video_rows
+    return rows == [row for row in range(num_video_rows) for _ in range(share)]
+
+
+def _varlen_attention(module, attention, queries, keys, values, mask_BM, **kwargs) -> Tensor:
+    """Flash attention over rows with different numbers of video tokens: all rows packed, no padding computed."""
+    B, _, N, _ = queries.shape
+    lengths = mask_BM.sum(1, dtype=torch.int32)
+    seen = lengths.nonzero().flatten()  # rows without video read zeros
+    output = queries.new_zeros(B, N, queries.shape[1], queries.shape[3])
+    if len(seen) == 0:
+        return output
+    packed = [t.transpose(1, 2)[mask_BM].unsqueeze(0).transpose(1, 2) for t in (keys, values)]
+    packed_queries = queries[seen].transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
+    starts_k = nn.functional.pad(lengths[seen].cumsum(0, dtype=torch.int32), (1, 0))
+    starts_q = torch.arange(len(seen) + 1, device=queries.device, dtype=torch.int32) * N
+    packed_output, _ = attention(
+        module, packed_queries, *packed, None,
+        cu_seq_lens_q=starts_q, cu_seq_lens_k=starts_k, max_length_q=N, max_length_k=int(lengths.max()),
+        is_causal=False, **kwargs,
+    )  # fmt: skip
+    output[seen] = packed_output.view(len(seen), N, *packed_output.shape[2:])
+    return output
+
+
+class VambaDecoderLayer(Qwen2VLDecoderLayer):
+    """T' = T + alpha * SelfAttention(h) + (1 - alpha) * CrossAttention(h, V), then the MLP (equations 3 and 4)."""
+
+    def __init__(self, config: VambaTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.cross_attn = VambaCrossAttention(config, layer_idx)
+        self.norm_video = config.cross_attn_use_layer_norm
+        self.alpha = nn.Parameter(torch.full((1,), 0.5)) if config.use_alpha_balancing else None
+
+    def video_key_value(
+        self, vision_BSD: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The video states as the next Mamba-2 block should get them, and this layer's keys and values of them."""
+        vision_BSD = vision_BSD.to(self.cross_attn.k_proj.weight.device)
+        if self.norm_video:
+            vision_BSD = self.input_layernorm(vision_BSD)
+        return vision_BSD, *self.cross_attn.key_value(vision_BSD, position_embeddings)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        video_BHMP: tuple[Tensor, Tensor] | None = None,
+        video_mask_BM: Tensor | None = None,
+        video_rows: list[int] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        query_position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        alpha = None if self.alpha is None else _clamp_to_unit(self.alpha).to(attended.dtype)
+        attended = attended if alpha is None else alpha * attended
+        if video_BHMP is not None:
+            crossed, _ = self.cross_attn(
+                hidden_states, video_BHMP, video_mask_BM, video_rows, query_position_embeddings, **kwargs
+            )
+            attended = attended + (crossed if alpha is None else (1 - alpha) * crossed)
+        hidden_states = residual + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def _clamp_to_unit(alpha: Tensor) -> Tensor:
+    """alpha clamped to [0, 1] with the gradient passed straight through, so that a step outside can be undone.
+
+    The original clamps the parameter in place during forward; its values and gradients are the same.
+    """
+    return alpha + (alpha.clamp(0, 1) - alpha).detach()
+
+
+@auto_docstring
+class VambaPreTrainedModel(PreTrainedModel):
+    config: VambaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VambaDecoderLayer", "Mamba2Block", "Qwen2VLVisionBlock", "Qwen2_5_VLVisionBlock"]
+    _skip_keys_device_placement = ["past_key_values", "video_memory"]
+    _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Mamba2Mixer):
+            init_mamba2_mixer(module, self.config.get_text_config().num_hidden_layers)
+        elif isinstance(module, VambaDecoderLayer):
+            if module.alpha is not None:
+                init.constant_(module.alpha, 0.5)
+        else:
+            super()._init_weights(module)
+
+
+class VambaVideoEncoder(VambaPreTrainedModel):
+    """The Mamba-2 blocks between the levels V_0 … V_{L-1} of the video stream; V_L is never read, so L - 1 blocks."""
+
+    input_modalities = ("image", "video")
+    _can_record_outputs = {"hidden_states": Mamba2Block}
+
+    def __init__(self, config: VambaConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            [Mamba2Block(config.mamba_config) for _ in range(config.text_config.num_hidden_layers - 1)]
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        memory: VideoMemory,
+        vision_BSD: Tensor,
+        text_layers: nn.ModuleList,
+        lengths_B: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+    ) -> VideoMemory:
+        """Extends `memory` by the next S video tokens, after whatever it holds.
+
+        Args:
+            vision_BSD: V_0, the vision tower's tokens, (B, S, D); the rows of the memory's video.
+            text_layers: the decoder layers, whose cross-attention makes the keys and values of each level.
+            lengths_B: valid tokens of each row, (B,), the rest being padding on the right; None for all.
+            position_embeddings: cos and sin (B, S, P) of the tokens, where the keys are to carry positions.
+        """
+        B, S, _ = vision_BSD.shape
+        for index, layer in enumerate(text_layers):
+            vision_BSD, keys, values = layer.video_key_value(vision_BSD, position_embeddings)
+            memory.append(index, keys, values)
+            if index < len(self.layers):
+                vision_BSD, memory.states[index] = self.layers[index](vision_BSD, memory.states[index], lengths_B)
+        valid = None
+        if lengths_B is not None:
+            valid = torch.arange(S, device=lengths_B.device) < lengths_B.unsqueeze(1)
+        memory.append_mask(S, valid)
+        return memory
+
+
+class VambaTextModel(VambaPreTrainedModel):
+    """Qwen2-VL's language model with a cross-attention to the video memory in every layer."""
+
+    config: VambaTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {
+        "hidden_states": VambaDecoderLayer,
+        "attentions": OutputRecorder(Qwen2VLAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(VambaCrossAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: VambaTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([VambaDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen2VLRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: VideoMemory | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        memory = _as_video_memory(past_key_values, self.config)
+        memory.check(self.config, inputs_embeds.shape[0])
+        text_cache = memory if use_cache or memory.get_seq_length() else None
+        position_ids = text_position_ids(position_ids, attention_mask, inputs_embeds, memory.get_seq_length())
+        if isinstance(attention_mask, dict):  # made by `generate` for a static cache
+            causal_mask = attention_mask["full_attention"]
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=text_cache,
+            )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        query_positions = position_embeddings if self.config.cross_attn_use_position_embeddings else None
+        video_mask, hidden_states = memory.video_mask(), inputs_embeds
+        for index, layer in enumerate(self.layers):
+            video = memory.video_key_values(index, inputs_embeds.device) if memory.video_length else None
+            hidden_states = layer(
+                hidden_states,
+                video,
+                video_mask,
+                memory.video_rows,
+                attention_mask=causal_mask,
+                past_key_values=text_cache,
+                position_embeddings=position_embeddings,
+                query_position_embeddings=query_positions,
+                **kwargs,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states), past_key_values=text_cache
+        )
+
+
+def _as_video_memory(cache: Cache | None, config: VambaTextConfig) -> VideoMemory:
+    return cache if isinstance(cache, VideoMemory) else VideoMemory(config, text_cache=cache)
+
+
+def text_position_ids(
+    position_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor, past_length: int
+) -> Tensor:
+    """(3, B, N) positions for M-RoPE: text counts text only, padding on the left not counted.
+
+    `position_ids` may be given as (B, N) or, as for Qwen2-VL, (3, B, N).
+    """
+    B, N = inputs_embeds.shape[:2]
+    if position_ids is None:
+        if attention_mask is not None and not isinstance(attention_mask, dict) and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -N:]
+        else:
+            position_ids = (torch.arange(N, device=inputs_embeds.device) + past_length).unsqueeze(0)
+    if position_ids.dim() == 2:
+        position_ids = position_ids.unsqueeze(0)
+    return position_ids.expand(3, B, -1).to(inputs_embeds.device)
+
+
+def _vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """Any Qwen2-VL-style tower: forward(patches, grid_thw) with merged tokens as its `pooler_output`."""
+    if config.model_type == "qwen2_vl_vision":  # the one such tower that AutoModel does not know
+        return Qwen2VisionTransformerPretrainedModel._from_config(config)
+    return AutoModel.from_config(config)
+
+
+@auto_docstring
+class VambaModel(VambaPreTrainedModel):
+    def __init__(self, config: VambaConfig):
+        super().__init__(config)
+        self.visual = _vision_tower(config.vision_config)
+        self.video_encoder = VambaVideoEncoder._from_config(config)
+        self.language_model = VambaTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    @can_return_tuple
+    @auto_docstring
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.FloatTensor,
+        video_grid_thw: torch.LongTensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        video_grid_thw (`torch.LongTensor` of shape `(num_videos, 3)`):
+            Temporal, height and width dimensions of each video in patches. `pooler_output` holds V_0 of each video,
+            `(t * h * w / merge_size**2, hidden_size)`.
+        """
+        output = self.visual(pixel_values_videos.to(self.visual.dtype), grid_thw=video_grid_thw, **kwargs)
+        tokens = (video_grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
+        output.pooler_output = output.pooler_output.split(tokens)
+        return output
+
+    @can_return_tuple
+    @auto_docstring
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_grid_thw: torch.LongTensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`):
+            Temporal (1), height and width dimensions of each image in patches.
+        """
+        return self.get_video_features(pixel_values, image_grid_thw, return_dict=True, **kwargs)
+
+    def encode_video(
+        self,
+        pixel_values_videos: torch.FloatTensor,
+        video_grid_thw: torch.LongTensor,
+        memory: VideoMemory | None = None,
+        *,
+        rows: list[int] | None = None,
+        continue_video: bool | None = None,
+        chunk_frames: int | None = None,
+    ) -> VideoMemory:
+        """Encodes video into a new `VideoMemory`, or appends it to one; any split of the frames gives the same result.
+
+        Args:
+            pixel_values_videos: patches as the video processor makes them, (sum of t * h * w, patch size).
+            video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
+            memory: what was seen before; it is extended in place and returned. None starts anew.
+            rows: for each video the row of the memory it belongs to; None puts all into row 0.
+            continue_video: whether the first video continues the memory's last one, frame numbers included. None: it
+                does if both have the same size. Matters only with `cross_attn_use_position_embeddings`.
+            chunk_frames: frames that go through vision tower and encoder at once, which bounds the activations; None
+                means `DEFAULT_CHUNK_FRAMES`, or all at once while gradients are recorded.
+        """
+        items = list_media("video", video_grid_thw)
+        rows = [0] * len(items) if rows is None else rows
+        if len(rows) != len(items):
+            raise ValueError(f"rows names {len(rows)} rows for {len(items)} videos; give one row for each video.")
+        memory = VideoMemory(self.config) if memory is None else memory
+        by_row: list[list[MediaItem]] = [[] for _ in range(max([*rows, memory.num_video_rows - 1], default=0) + 1)]
+        for item, row in zip(items, rows):
+            previous = memory.media[row][-1] if row < len(memory.media) and memory.media[row] else None
+            if not by_row[row] and previous is not None and previous[0] == "video" and continue_video is not False:
+                if previous[2:] == [item.h, item.w]:
+                    item = item._replace(first_frame=previous[1])
+                elif continue_video:
+                    raise ValueError(f"A video of {item.h} x {item.w} patches cannot continue one of {previous[2:]}.")
+            by_row[row].append(item)
+        return self.encode_media(by_row, {"video": pixel_values_videos}, memory, chunk_frames)
+
+    def encode_media(
+        self,
+        rows: list[list[MediaItem]],
+        pixels: dict[str, Tensor],
+        memory: VideoMemory,
+        chunk_frames: int | None = None,
+    ) -> VideoMemory:
+        """The loop all media go through: frames -> vision tower -> Mamba-2 blocks and video memory, chunk by chunk.
+
+        Args:
+            rows: the media of each row in order. pixels: the patches of all images and of all videos, by kind.
+            memory: extended in place. chunk_frames: see `encode_video`.
+        """
+        if chunk_frames is None and not torch.is_grad_enabled():
+            chunk_frames = DEFAULT_CHUNK_FRAMES
+        if memory.num_video_rows not in (0, len(rows)):
+            raise ValueError(f"The memory has {memory.num_video_rows} video rows, the media are for {len(rows)}.")
+        temporal = self.config.vision_config.temporal_patch_size
+        for chunk in split_frames(rows, None if chunk_frames is None else max(1, chunk_frames // temporal)):
+            vision_BSD, lengths_B = self._vision_tokens(chunk, pixels)
+            positions = None
+            if self.config.text_config.cross_attn_use_position_embeddings:
+                positions_3BS = media_positions(chunk, self.config.vision_config.spatial_merge_size)
+                positions = self.language_model.rotary_emb(vision_BSD, positions_3BS.to(vision_BSD.device))
+            self.video_encoder(memory, vision_BSD, self.language_model.layers, lengths_B, positions)
+            memory.note_media(chunk)
+        return memory
+
+    def _vision_tokens(self, chunk: list[list[MediaItem]], pixels: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """V_0 of one chunk, rows padded on the right, (B, S, D), and the rows' lengths if they differ."""
+        items = [item for row in chunk for item in row]
+        patches = torch.cat([pixels[item.kind][item.start : item.start + item.num_patches] for item in items])
+        grid = torch.tensor([[item.t, item.h, item.w] for item in items], device=patches.device)
+        tokens = self.get_video_features(patches, grid, return_dict=True).pooler_output
+        empty, position, by_row = tokens[0][:0], 0, []
+        for row in chunk:
+            by_row.append(torch.cat([empty, *tokens[position : position + len(row)]]))
+            position += len(row)
+        lengths = [len(row) for row in by_row]
+        lengths_B = torch.tensor(lengths, device=patches.device) if len(set(lengths)) > 1 else None
+        return nn.utils.rnn.pad_sequence(by_row, batch_first=True), lengths_B
+
+    def media_rows(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        mm_token_type_ids: Tensor | None,
+        image_grid_thw: Tensor | None,
+        video_grid_thw: Tensor | None,
+    ) -> list[list[MediaItem]]:
+        """Which media belong to which row of text, in order: the n-th item to the n-th `<|vision_start|>`."""
+        if input_ids is not None:
+            starts_BN = input_ids == self.config.vision_start_token_id
+        else:
+            token = torch.tensor(self.config.vision_start_token_id, device=inputs_embeds.device)
+            starts_BN = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        return assign_media(
+            list_media("image", image_grid_thw), list_media("video", video_grid_thw), starts_BN, mm_token_type_ids
+        )
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPastAndCrossAttentions:
+        r"""
+        mm_token_type_ids (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        memory = _as_video_memory(past_key_values, self.config.text_config)
+        if pixel_values is not None or pixel_values_videos is not None:
+            rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, image_grid_thw, video_grid_thw)
+            memory = self.encode_media(rows, {"image": pixel_values, "video": pixel_values_videos}, memory)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=memory,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+@auto_docstring
+class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: VambaConfig):
+        super().__init__(config)
+        self.model = VambaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.FloatTensor, video_grid_thw: torch.LongTensor, **kwargs):
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    @torch.no_grad()
+    def encode_video(self, *args, **kwargs) -> VideoMemory:
+        """`VambaModel.encode_video` without gradients."""
+        return self.model.encode_video(*args, **kwargs)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | CausalLMOutputWithCrossAttentions:
+        r"""
+        mm_token_type_ids (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
+
+        Example:
+
+        ```python
+        >>> import vamba
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        >>> model = AutoModelForImageTextToText.from_pretrained("path/to/vamba")
+        >>> processor = AutoProcessor.from_pretrained("path/to/vamba")
+        >>> messages = [{"role": "user", "content": [
+        ...     {"type": "video", "video": "talk.mp4", "fps": 1.0}, {"type": "text", "text": "Who speaks third?"}]}]
+        >>> inputs = processor.apply_chat_template(
+        ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        >>> answer = model.generate(**inputs, max_new_tokens=64)
+        >>> processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ```
+        """
+        outputs: BaseModelOutputWithPastAndCrossAttentions = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+    # --- generate: the media are encoded once, before rows are repeated for beams or samples ------------------------
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+        media = {key: model_kwargs.pop(key, None) for key in _MEDIA_KEYS}
+        if media["pixel_values"] is None and media["pixel_values_videos"] is None:
+            return model_kwargs
+        is_ids = not inputs_tensor.is_floating_point()
+        input_ids = inputs_tensor if is_ids else None
+        rows = self.model.media_rows(
+            input_ids,
+            None if is_ids else inputs_tensor,
+            model_kwargs.get("mm_token_type_ids"),
+            media["image_grid_thw"],
+            media["video_grid_thw"],
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and input_ids is not None:
+            starts_BN = input_ids == self.config.vision_start_token_id
+            rows = uncached_media(rows, starts_BN, cache.get_seq_length())
+        if any(rows):
+            memory = _as_video_memory(cache, self.config.text_config)
+            pixels = {"image": media["pixel_values"], "video": media["pixel_values_videos"]}
+            pixels = {kind: None if p is None else p.to(self.device) for kind, p in pixels.items()}
+            model_kwargs["video_memory"] = self.model.encode_media(rows, pixels, memory)
+        return model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+        memory = model_kwargs.pop("video_memory", None)
+        past = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
+        cache = model_kwargs.get("past_key_values")
+        if memory is not None and past is None:
+            memory = memory.with_text(cache)
+        elif memory is None:
+            memory = _as_video_memory(cache, self.config.text_config) if cache is not None else None
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if memory is not None:
+            if copies > 1:
+                memory.expand_rows(batch_size, copies)
+            model_kwargs["past_key_values"] = memory
+
+
+# Frames encoded at once where no gradient is recorded: 32 frame pairs of 640x360 are 9,568 tokens.
+DEFAULT_CHUNK_FRAMES = 64
+_MEDIA_KEYS = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+
+__all__ = [
+    "VambaForConditionalGeneration",
+    "VambaModel",
+    "VambaPreTrainedModel",
+    "VambaTextModel",
+    "VambaVideoEncoder",
+]

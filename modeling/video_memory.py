@@ -1,0 +1,306 @@
+"""The video memory: what the text needs of a video, as a transformers `Cache`.
+
+What is unusual: a video is encoded once into keys and values per layer (57 KB per video token for the 7B in bf16) plus
+one Mamba-2 state per layer, so it can be asked many times, extended frame by frame, forked, saved and loaded. As a
+`Cache` its length is the *text's*: `generate` slices prompts and builds masks by it. Rows of text and rows of video
+are counted apart: any number of questions or beams share one video row without copying it (`video_rows`).
+
+Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads, P head dim.
+"""
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from .mamba2 import Mamba2State
+from .media import MediaItem
+
+
+FORMAT = "vamba.video_memory.1"
+
+
+class VideoMemory(Cache):
+    """Text cache, video keys and values, and Mamba-2 states of one batch of conversations about videos.
+
+    Args:
+        config: the model's configuration (`VambaConfig` or its text configuration).
+        max_cache_len: preallocates a static text cache of this many tokens, for compiled decoding; None grows it.
+        text_cache: a `Cache` whose layers hold the text instead; they are shared, not copied.
+
+    Attributes:
+        states: one `Mamba2State` or None per Mamba-2 block, the state after the last video token of each video row.
+        media: for each video row the items seen, `[kind, t, h, w]` in patches as in `grid_thw`, in order.
+        video_rows: for each text row the index of its video row; None if they coincide or there is only one.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, max_cache_len: int | None = None, text_cache: Cache | None = None
+    ):
+        L = config.get_text_config(decoder=True).num_hidden_layers
+        self._adopt(text_cache if text_cache is not None else _empty_text_cache(L, max_cache_len))
+        self._keys: list[list[Tensor]] = [[] for _ in range(L)]
+        self._values: list[list[Tensor]] = [[] for _ in range(L)]
+        self._valid: list[tuple[Tensor | None, int]] = []
+        self._mask: Tensor | None = None
+        self.states: list[Mamba2State | None] = [None] * (L - 1)
+        self.media: list[list[list]] = []
+        self.video_rows: list[int] | None = None
+
+    def _adopt(self, text_cache: Cache) -> None:
+        """Takes over a cache's layers and its way of handling them (offloading, lazily created layers)."""
+        self.__dict__.update(vars(text_cache))
+
+    def with_text(self, text_cache: Cache | None) -> "VideoMemory":
+        """The same video with another text cache, nothing copied."""
+        memory = object.__new__(type(self))
+        memory.__dict__.update(vars(self))
+        if text_cache is not None:
+            memory._adopt(text_cache)
+        return memory
+
+    # --- the video -------------------------------------------------------------------------------------------------
+
+    @property
+    def video_length(self) -> int:
+        """M, video tokens of the longest row, padding included."""
+        return sum(length for _, length in self._valid)
+
+    @property
+    def num_video_rows(self) -> int:
+        return self._keys[0][0].shape[0] if self._keys[0] else 0
+
+    @property
+    def num_video_tokens(self) -> list[int]:
+        """Video tokens of each video row, padding not counted."""
+        mask = self.video_mask()
+        return [self.video_length] * self.num_video_rows if mask is None else mask.sum(1).tolist()
+
+    @property
+    def video_nbytes(self) -> int:
+        """Bytes held by the video's keys, values and states."""
+        parts = [part for layer in (*self._keys, *self._values) for part in layer]
+        return sum(t.nbytes for t in [*parts, *(t for state in self.states if state for t in state)])
+
+    def append(self, layer_idx: int, keys_BHSP: Tensor, values_BHSP: Tensor) -> None:
+        """Adds the keys and values of the next S video tokens of one layer; `append_mask` once for all layers."""
+        self._keys[layer_idx].append(keys_BHSP)
+        self._values[layer_idx].append(values_BHSP)
+
+    def append_mask(self, length: int, valid_BS: Tensor | None = None) -> None:
+        """Counts S further tokens in; `valid_BS` (bool) marks padding in rows shorter than S, None means no padding."""
+        self._valid.append((valid_BS, length))
+        self._mask = None
+
+    def note_media(self, rows: list[list[MediaItem]]) -> None:
+        """Records what the video rows have seen; frames that continue an item lengthen it."""
+        self.media = self.media or [[] for _ in rows]
+        for seen, items in zip(self.media, rows):
+            for item in items:
+                if item.first_frame and seen:
+                    seen[-1][1] += item.t
+                else:
+                    seen.append([item.kind, item.t, item.h, item.w])
+
+    def video_key_values(self, layer_idx: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, M, P) of one layer, moved to `device` if the memory was offloaded elsewhere."""
+        for parts in (self._keys[layer_idx], self._values[layer_idx]):
+            if len(parts) > 1:  # joined on first use: appending n chunks copies each token once, not n times
+                parts[:] = [torch.cat(parts, dim=2)]
+        keys, values = self._keys[layer_idx][0], self._values[layer_idx][0]
+        if device is not None and keys.device != device:
+            keys, values = keys.to(device, non_blocking=True), values.to(device, non_blocking=True)
+        return keys, values
+
+    def video_mask(self) -> Tensor | None:
+        """(B, M) bool, False on padding; None if no row has any."""
+        if self._mask is None and any(valid is not None for valid, _ in self._valid):
+            template = next(valid for valid, _ in self._valid if valid is not None)
+            parts = [template.new_ones(template.shape[0], n) if v is None else v for v, n in self._valid]
+            self._mask = torch.cat(parts, dim=1)
+        return self._mask
+
+    # --- copies ----------------------------------------------------------------------------------------------------
+
+    def fork(self, max_cache_len: int | None = None) -> "VideoMemory":
+        """An independent continuation: text and video may be extended without touching this memory or other forks.
+
+        The video's tensors are shared, never copied; the text cache (usually empty or short) is copied. With
+        `max_cache_len` the fork of a memory without text gets a static text cache instead, for compiled decoding.
+        """
+        if max_cache_len is not None:
+            if self.get_seq_length() > 0:
+                raise ValueError(f"fork({max_cache_len=}) needs a memory without text, not {self.get_seq_length()} tokens.")
+            fork = self.with_text(_empty_text_cache(len(self._keys), max_cache_len))
+        else:
+            fork = self.with_text(None)
+            fork.layers = [_copy_layer(layer) for layer in self.layers]
+        for layer_idx in range(len(self._keys) if self.video_length else 0):
+            self.video_key_values(layer_idx)  # joined here, so that the forks share one copy
+        fork._keys, fork._values = [list(p) for p in self._keys], [list(p) for p in self._values]
+        fork._valid, fork.states = list(self._valid), list(self.states)
+        fork.media = [[list(item) for item in row] for row in self.media]
+        fork.video_rows = None if self.video_rows is None else list(self.video_rows)
+        return fork
+
+    def to(self, device: torch.device | str) -> "VideoMemory":
+        """Moves the video (not the text cache) in place; on "cpu" each layer is copied to the GPU while it is read."""
+        device = torch.device(device)
+        for parts in (*self._keys, *self._values):
+            parts[:] = [part.to(device) for part in parts]
+        return self
+
+    # --- rows of text ----------------------------------------------------------------------------------------------
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select_rows(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._select_rows(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._repeat_rows(repeats)
+
+    def _repeat_rows(self, repeats: int) -> None:
+        rows = self.video_rows if self.video_rows is not None else range(self.num_video_rows)
+        self._set_rows([row for row in rows for _ in range(repeats)])
+
+    def expand_rows(self, batch_size: int, copies: int) -> None:
+        """Repeats each of `batch_size` rows for beams or samples, unless the caller has done so already."""
+        rows = self.num_video_rows if self.video_rows is None else len(self.video_rows)
+        if not self.get_seq_length():
+            if rows == batch_size:
+                self._repeat_rows(copies)
+        elif self.layers[0].keys.shape[0] == batch_size:
+            self.batch_repeat_interleave(copies)
+
+    def _select_rows(self, indices: list[int]) -> None:
+        if self.video_rows is not None or self.num_video_rows > 1:
+            rows = self.video_rows if self.video_rows is not None else range(self.num_video_rows)
+            self._set_rows([rows[index] for index in indices])
+
+    def _set_rows(self, rows: list[int]) -> None:
+        same = self.num_video_rows <= 1 or rows == list(range(self.num_video_rows))
+        self.video_rows = None if same else rows
+
+    def reset(self) -> None:
+        """Forgets the text and the video; `fork()` beforehand to start a new conversation about the same video."""
+        super().reset()
+        for parts in (*self._keys, *self._values):
+            parts.clear()
+        self._valid, self._mask, self.media, self.video_rows = [], None, [], None
+        self.states = [None] * len(self.states)
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes video, states and text to one safetensors file; an interrupted write leaves an older file intact."""
+        tensors: dict[str, Tensor] = {}
+        for i in range(len(self._keys) if self.video_length else 0):
+            tensors[f"video.{i}.keys"], tensors[f"video.{i}.values"] = self.video_key_values(i)
+        for i, state in enumerate(self.states):
+            if state is not None:
+                tensors[f"state.{i}.conv"], tensors[f"state.{i}.ssm"] = state
+        if self.video_mask() is not None:
+            tensors["video.mask"] = self.video_mask()
+        for i, layer in enumerate(self.layers if self.get_seq_length() else []):
+            if not isinstance(layer, DynamicLayer):
+                raise ValueError(f"Only a growing text cache can be saved, not {layer}; save before generating.")
+            tensors[f"text.{i}.keys"], tensors[f"text.{i}.values"] = layer.keys, layer.values
+        header = {
+            "format": FORMAT,
+            "layers": len(self._keys),
+            "video_length": self.video_length,
+            "media": self.media,
+            "video_rows": self.video_rows,
+        }
+        # every tensor its own contiguous storage: slices of one buffer cannot be written
+        tensors = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
+        partial = f"{os.fspath(path)}.partial-{os.getpid()}"
+        try:
+            save_file(tensors, partial, metadata={"format": "pt", "vamba": json.dumps(header)})
+            os.replace(partial, path)
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "VideoMemory":
+        """Reads a memory written by `save`.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: the file is not a video memory, or is damaged.
+        """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"No video memory at {os.fspath(path)!r}.")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = json.loads((file.metadata() or {}).get("vamba", "{}"))
+                if header.get("format") != FORMAT:
+                    raise ValueError(f"{os.fspath(path)!r} is no video memory ({FORMAT}); write one with memory.save().")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}.") from error
+        return cls._from_tensors(tensors, header)
+
+    @classmethod
+    def _from_tensors(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "VideoMemory":
+        L = header["layers"]
+        memory = cls(PreTrainedConfig(num_hidden_layers=L))
+        if header["video_length"]:
+            for i in range(L):
+                memory.append(i, tensors[f"video.{i}.keys"], tensors[f"video.{i}.values"])
+            memory.append_mask(header["video_length"], tensors.get("video.mask"))
+        for i in range(L - 1):
+            if f"state.{i}.ssm" in tensors:
+                memory.states[i] = Mamba2State(tensors[f"state.{i}.conv"], tensors[f"state.{i}.ssm"])
+        for i in range(L if "text.0.keys" in tensors else 0):
+            memory.update(tensors[f"text.{i}.keys"], tensors[f"text.{i}.values"], i)
+        memory.media, memory.video_rows = header["media"], header["video_rows"]
+        return memory
+
+    def check(self, config: PreTrainedConfig, batch_size: int) -> None:
+        """Raises ValueError if this memory was not made by a model of this shape or for this many rows of text."""
+        if not self.video_length:
+            return
+        keys = self._keys[0][0]
+        made_by = (len(self._keys), keys.shape[1], keys.shape[3])
+        wanted = (
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.hidden_size // config.num_attention_heads,
+        )
+        if made_by != wanted:
+            raise ValueError(
+                f"This video memory has (layers, key/value heads, head dim) = {made_by}, the model {wanted}: encode the "
+                "video with the model that is asked."
+            )
+        rows = self.num_video_rows if self.video_rows is None else len(self.video_rows)
+        if rows not in (1, batch_size):
+            raise ValueError(f"The video memory has {rows} rows and the text {batch_size}; they must be equal, or 1 video.")
+
+
+def _empty_text_cache(num_layers: int, max_cache_len: int | None) -> Cache:
+    static = max_cache_len is not None
+    return Cache(layers=[StaticLayer(max_cache_len) if static else DynamicLayer() for _ in range(num_layers)])
+
+
+def _copy_layer(layer):
+    copy = object.__new__(type(layer))
+    copy.__dict__.update(vars(layer))
+    if not isinstance(layer, DynamicLayer):  # a growing layer replaces its tensors, others write into them
+        copy.__dict__.update({name: t.clone() for name, t in vars(layer).items() if isinstance(t, Tensor)})
+    return copy
+
+
+__all__ = ["VideoMemory"]

@@ -1,0 +1,43 @@
+"""Linear-time video understanding in the Hugging Face ecosystem.
+
+`import vamba` makes transformers' Auto classes know Vamba and imports neither torch nor transformers to do so: the
+classes are found when they are asked for.
+"""
+
+import importlib
+
+from ._registration import register_with_transformers
+
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "VideoChat": ".chat",
+    "VambaConfig": ".modeling",
+    "VambaForConditionalGeneration": ".modeling",
+    "VambaModel": ".modeling",
+    "VambaProcessor": ".modeling",
+    "VideoMemory": ".modeling",
+    "VideoReadError": ".modeling",
+    "load_video": ".modeling",
+    "read_video": ".modeling",
+    "conversion": None,
+    "modeling": None,
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOMES[name] is None:
+        return importlib.import_module(f".{name}", __name__)
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])
+
+
+register_with_transformers()

@@ -1,0 +1,134 @@
+"""A conversation with a video: watch once, ask as often as wanted.
+
+What is unusual: `watch` streams (decode -> vision tower -> Mamba-2 -> video memory) in chunks, so neither frames nor
+activations pile up however long the video is; each `ask` starts fresh on a fork of the memory, which copies no video.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
+
+from .modeling import VideoMemory, VideoReadError
+
+
+class VideoChat:
+    """Watches videos and answers questions about them.
+
+    Args:
+        model: a `VambaForConditionalGeneration`. processor: its `VambaProcessor`.
+        memory: a `VideoMemory` to start from, e.g. one loaded from a file.
+
+    Example:
+        >>> chat = VideoChat(model, processor)
+        >>> chat.watch("talk.mp4", fps=1.0)
+        >>> chat.ask("Who speaks third?")
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, memory: VideoMemory | None = None):
+        self.model, self.processor, self.memory = model, processor, memory
+
+    def watch(
+        self,
+        video: Any,
+        *,
+        append: bool = False,
+        chunk_frames: int = 64,
+        progress: bool = True,
+        **options: Any,
+    ) -> VideoMemory:
+        """Encodes a video into `self.memory`, chunk by chunk.
+
+        Args:
+            video: whatever `read_video` takes: a path, images, an array …
+            append: continue the memory with this video instead of starting a new one.
+            chunk_frames: frames decoded and encoded at once; an even number.
+            progress: show a progress bar.
+            options: of `read_video`: fps, num_frames, start, end, min_pixels, max_pixels, …
+
+        Raises:
+            VideoReadError: the video cannot be read. The memory then is as it was before.
+        """
+        temporal = self.processor.video_processor.temporal_patch_size
+        if chunk_frames < 1 or chunk_frames % temporal:
+            raise ValueError(f"{chunk_frames=} must be a positive multiple of the temporal patch size, {temporal}.")
+        reader = self.processor.video_reader(video, chunk_frames=chunk_frames, **options)
+        memory = self.memory.fork() if append and self.memory is not None else None
+        start_anew = True  # the first chunk opens a new video; the others continue it
+        with reader, tqdm(total=reader.num_frames_expected, unit="frame", disable=not progress, desc="watching") as bar:
+            for chunk in reader:
+                inputs = self.processor.video_processor(
+                    [chunk.frames],
+                    do_resize=False,
+                    do_sample_frames=False,
+                    cap_pixels_per_frame=False,
+                    return_tensors="pt",
+                ).to(self.model.device)
+                memory = self.model.encode_video(
+                    inputs["pixel_values_videos"],
+                    inputs["video_grid_thw"],
+                    memory=memory,
+                    continue_video=not start_anew,
+                )
+                start_anew = False
+                bar.update(len(chunk.timestamps))
+        self.memory = memory
+        return memory
+
+    def ask(self, question: str, *, stream: bool = False, **generate_kwargs: Any) -> str | Iterator[str]:
+        """Answers a question about what was watched; every question starts a new conversation.
+
+        Args:
+            question: plain text.
+            stream: return an iterator over pieces of the answer as they are generated.
+            generate_kwargs: passed to `generate`; `max_new_tokens` is 256 by default.
+        """
+        if self.memory is None:
+            raise ValueError("Nothing was watched yet: call watch(video) before ask(question).")
+        inputs = self._prompt(question)
+        generate_kwargs = {"max_new_tokens": 256, **generate_kwargs}
+        if stream:
+            return self._stream(inputs, generate_kwargs)
+        output = self.model.generate(**inputs, past_key_values=self.memory.fork(), **generate_kwargs)
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        return self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
+
+    def _prompt(self, question: str) -> dict:
+        """The question after one media item for each that was watched, as the model was trained."""
+        items = [{"type": kind} for kind, *_ in self.memory.media[0]]
+        messages = [{"role": "user", "content": [*items, {"type": "text", "text": question}]}]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        return self.processor.tokenizer(text, return_tensors="pt").to(self.model.device)
+
+    def _stream(self, inputs: dict, generate_kwargs: dict) -> Iterator[str]:
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def generate():
+            try:
+                self.model.generate(**inputs, past_key_values=self.memory.fork(), streamer=streamer, **generate_kwargs)
+            except BaseException as error:  # handed to the reader of the stream, which would wait for ever otherwise
+                failure.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failure:
+            raise failure[0]
+
+
+def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> VideoChat:
+    """A `VideoChat` from a checkpoint folder or Hub id, on `device` or wherever accelerate puts it."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    device_map = device or ("auto" if torch.cuda.is_available() else None)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device_map)
+    return VideoChat(model.eval(), AutoProcessor.from_pretrained(path))
+
+
+__all__ = ["VideoChat", "VideoReadError", "load_chat"]

@@ -6,7 +6,9 @@ and comes out; rows may be padded on the right, in which case each row's state i
 Shapes: B batch, S tokens, C channels, W width of the convolution, T = W - 1 remembered inputs.
 """
 
+import functools
 import importlib.util
+import warnings
 
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ def causal_conv1d(
         ValueError: an unknown backend. ImportError: a backend whose package is not installed.
     """
     if backend == "auto":
-        fused = x_BSC.is_cuda and x_BSC.dtype != torch.float64 and _causal_conv1d_is_available()
+        fused = x_BSC.is_cuda and x_BSC.dtype != torch.float64 and _causal_conv1d_kernel() is not None
         backend = "causal_conv1d" if fused else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"Unknown convolution backend {backend!r}; choose one of {['auto', *BACKENDS]}.")
@@ -60,16 +62,13 @@ def causal_conv1d_torch(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None,
 
 def causal_conv1d_dao(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
     """Tri Dao's kernel, which wants (B, C, S) with channels contiguous: our layout seen through a transposed view."""
-    if not _causal_conv1d_is_available():
+    causal_conv1d_fn = _causal_conv1d_kernel()
+    if causal_conv1d_fn is None:
         raise ImportError(
             "backend='causal_conv1d' needs causal-conv1d: pip install 'vamba[mamba-ssm]', or use backend='torch'."
         )
-    from causal_conv1d import causal_conv1d_fn
-
     state = state_BTC.to(x_BSC.dtype).contiguous().transpose(1, 2)
-    y_BCS = causal_conv1d_fn(
-        x_BSC.transpose(1, 2), weight_CW, bias_C, initial_states=state, activation="silu"
-    )
+    y_BCS = causal_conv1d_fn(x_BSC.transpose(1, 2), weight_CW, bias_C, initial_states=state, activation="silu")
     return y_BCS.transpose(1, 2)
 
 
@@ -83,8 +82,17 @@ def _last_inputs(x_BSC: Tensor, state_BTC: Tensor, lengths_B: Tensor | None) -> 
     return extended.gather(1, index_BT.unsqueeze(-1).expand(-1, -1, x_BSC.shape[2]))
 
 
-def _causal_conv1d_is_available() -> bool:
-    return importlib.util.find_spec("causal_conv1d") is not None
+@functools.cache
+def _causal_conv1d_kernel():
+    """The package's convolution, or None; a package that is there but does not import is told of once."""
+    if importlib.util.find_spec("causal_conv1d") is None:
+        return None
+    try:
+        from causal_conv1d import causal_conv1d_fn
+    except Exception as error:
+        warnings.warn(f"causal-conv1d is installed but does not import ({error}); it is not used.", stacklevel=3)
+        return None
+    return causal_conv1d_fn
 
 
 BACKENDS = {"torch": causal_conv1d_torch, "causal_conv1d": causal_conv1d_dao}

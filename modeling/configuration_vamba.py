@@ -13,6 +13,16 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
 
 
+# What a checkpoint's config.json tells `trust_remote_code=True` loaders on machines without this package.
+AUTO_MAP = {
+    "AutoConfig": "configuration_vamba.VambaConfig",
+    "AutoModel": "modeling_vamba.VambaModel",
+    "AutoModelForImageTextToText": "modeling_vamba.VambaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_vamba.VambaForConditionalGeneration",
+    "AutoProcessor": "processing_vamba.VambaProcessor",
+}
+
+
 @strict
 class VambaMamba2Config(PreTrainedConfig):
     """Sizes of one Mamba-2 block (arXiv 2405.21060), in transformers' `Mamba2Config` terms.
@@ -25,7 +35,7 @@ class VambaMamba2Config(PreTrainedConfig):
         head_dim: P, channels per head; the inner width must be a multiple of it.
         n_groups: G, how many (B, C) pairs the heads share.
         chunk_size: tokens per chunk of the state space duality scan; a matter of speed, not of result.
-        time_step_min, time_step_max, time_step_floor, A_init_range: initialisation of dt_bias and A_log.
+        time_step_min, time_step_max, time_step_floor, A_init_bounds: initialisation of dt_bias and A_log.
         time_step_limit: dt is clamped to this range after the softplus.
         layer_norm_epsilon: of both RMSNorms of the block.
         ssd_backend, conv_backend: which implementation runs the scan and the convolution: "auto", "torch", or the
@@ -49,7 +59,7 @@ class VambaMamba2Config(PreTrainedConfig):
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     time_step_limit: list[float] | tuple[float, ...] = (0.0, float("inf"))
-    A_init_range: list[float | int] | tuple[float | int, ...] = (1, 16)
+    A_init_bounds: list[float | int] | tuple[float | int, ...] = (1, 16)
     initializer_range: float = 0.02
     ssd_backend: str = "auto"
     conv_backend: str = "auto"
@@ -145,6 +155,14 @@ class VambaConfig(PreTrainedConfig):
         }
         if len(set(widths.values())) != 1:
             raise ValueError("These must be equal: " + ", ".join(f"{name} = {w}" for name, w in widths.items()) + ".")
+
+    def save_pretrained(self, save_directory, **kwargs):
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+# Saving brings the file of a registered class, and what it imports, along with the checkpoint.
+VambaConfig.register_for_auto_class("AutoConfig")
 
 
 __all__ = ["VambaConfig", "VambaMamba2Config", "VambaTextConfig"]

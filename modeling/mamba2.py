@@ -142,6 +142,6 @@ def init_mamba2_mixer(mixer: Mamba2Mixer, num_layers: int) -> None:
     log_min, log_max = math.log(config.time_step_min), math.log(config.time_step_max)
     dt = (torch.rand_like(mixer.dt_bias) * (log_max - log_min) + log_min).exp().clamp(min=config.time_step_floor)
     init.copy_(mixer.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of the softplus
-    init.copy_(mixer.A_log, torch.empty_like(mixer.A_log).uniform_(*config.A_init_range).log())
+    init.copy_(mixer.A_log, torch.empty_like(mixer.A_log).uniform_(*config.A_init_bounds).log())
     init.ones_(mixer.D)
     init.ones_(mixer.norm.weight)

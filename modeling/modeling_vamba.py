@@ -64,7 +64,8 @@ class VambaCrossAttention(Qwen2VLAttention):
     def forward(
         self,
         hidden_BND: Tensor,
-        video_BHMP: tuple[Tensor, Tensor],
+        keys_BHMP: Tensor,
+        values_BHMP: Tensor,
         video_mask_BM: Tensor | None = None,
         video_rows: list[int] | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -74,7 +75,7 @@ class VambaCrossAttention(Qwen2VLAttention):
 
         A text row whose video row holds no token reads zeros.
         """
-        keys, values = video_BHMP
+        keys, values = keys_BHMP, values_BHMP
         B, N, _ = hidden_BND.shape
         if video_rows is not None and not _is_repeat(video_rows, keys.shape[0]):
             index = torch.tensor(video_rows, device=keys.device)
@@ -157,7 +158,8 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        video_BHMP: tuple[Tensor, Tensor] | None = None,
+        video_keys_BHMP: Tensor | None = None,
+        video_values_BHMP: Tensor | None = None,
         video_mask_BM: Tensor | None = None,
         video_rows: list[int] | None = None,
         attention_mask: Tensor | None = None,
@@ -177,9 +179,15 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         )
         alpha = None if self.alpha is None else _clamp_to_unit(self.alpha).to(attended.dtype)
         attended = attended if alpha is None else alpha * attended
-        if video_BHMP is not None:
+        if video_keys_BHMP is not None:
             crossed, _ = self.cross_attn(
-                hidden_states, video_BHMP, video_mask_BM, video_rows, query_position_embeddings, **kwargs
+                hidden_states,
+                video_keys_BHMP,
+                video_values_BHMP,
+                video_mask_BM,
+                video_rows,
+                query_position_embeddings,
+                **kwargs,
             )
             attended = attended + (crossed if alpha is None else (1 - alpha) * crossed)
         hidden_states = residual + attended
@@ -316,10 +324,10 @@ class VambaTextModel(VambaPreTrainedModel):
         query_positions = position_embeddings if self.config.cross_attn_use_position_embeddings else None
         video_mask, hidden_states = memory.video_mask(), inputs_embeds
         for index, layer in enumerate(self.layers):
-            video = memory.video_key_values(index, inputs_embeds.device) if memory.video_length else None
+            video = memory.video_key_values(index, inputs_embeds.device) if memory.video_length else (None, None)
             hidden_states = layer(
                 hidden_states,
-                video,
+                *video,
                 video_mask,
                 memory.video_rows,
                 attention_mask=causal_mask,
@@ -334,7 +342,8 @@ class VambaTextModel(VambaPreTrainedModel):
 
 
 def _as_video_memory(cache: Cache | None, config: VambaTextConfig) -> VideoMemory:
-    return cache if isinstance(cache, VideoMemory) else VideoMemory(config, text_cache=cache)
+    # by its methods, as a checkpoint loaded with remote code has a class of its own of the same name
+    return cache if hasattr(cache, "video_key_values") else VideoMemory(config, text_cache=cache)
 
 
 def text_position_ids(
@@ -489,6 +498,23 @@ class VambaModel(VambaPreTrainedModel):
         lengths_B = torch.tensor(lengths, device=patches.device) if len(set(lengths)) > 1 else None
         return nn.utils.rnn.pad_sequence(by_row, batch_first=True), lengths_B
 
+    def _rotate_video_keys(self, memory: VideoMemory, rotated: bool) -> None:
+        """Puts M-RoPE on a memory's keys or takes it off, once."""
+        if not self.config.text_config.cross_attn_use_position_embeddings or memory.keys_are_rotated == rotated:
+            return
+        positions_3BM = media_positions(memory.video_items(), self.config.vision_config.spatial_merge_size)
+        if (mask_BM := memory.video_mask()) is not None:  # padding may stand between the chunks of a row
+            valid = torch.arange(positions_3BM.shape[2]) < torch.tensor(memory.num_video_tokens).unsqueeze(1)
+            spread = positions_3BM.new_zeros(3, *mask_BM.shape)
+            spread[:, mask_BM.cpu()] = positions_3BM[:, valid]
+            positions_3BM = spread
+        for index in range(len(self.language_model.layers) if memory.video_length else 0):
+            keys, values = memory.video_key_values(index)
+            cos, sin = self.language_model.rotary_emb(keys, positions_3BM.to(keys.device))
+            keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin if rotated else -sin)
+            memory.replace(index, keys, values)
+        memory.keys_are_rotated = rotated
+
     def media_rows(
         self,
         input_ids: Tensor | None,
@@ -522,11 +548,15 @@ class VambaModel(VambaPreTrainedModel):
         image_grid_thw: torch.LongTensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
+        unrotate_video_keys: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPastAndCrossAttentions:
         r"""
         mm_token_type_ids (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
             1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
+        unrotate_video_keys (`bool`, *optional*, defaults to `False`):
+            Read the video without positions although `cross_attn_use_position_embeddings` is set; see
+            `VambaForConditionalGeneration.prepare_inputs_for_generation`.
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -536,6 +566,7 @@ class VambaModel(VambaPreTrainedModel):
         if pixel_values is not None or pixel_values_videos is not None:
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, image_grid_thw, video_grid_thw)
             memory = self.encode_media(rows, {"image": pixel_values, "video": pixel_values_videos}, memory)
+        self._rotate_video_keys(memory, not unrotate_video_keys)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -637,7 +668,20 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
 
     # --- generate: the media are encoded once, before rows are repeated for beams or samples ------------------------
 
-    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool | None = False, **kwargs):
+        """The original rotates the keys of the video only in the pass that encodes it and decodes with bare ones.
+
+        Checkpoints converted from it keep to that where it matters (`cross_attn_use_position_embeddings`), by
+        `unrotate_video_keys` in their generation config; without it, decoding equals the full forward pass.
+        """
+        kwargs["unrotate_video_keys"] = kwargs.pop("unrotate_video_keys", False) and not is_first_iteration
+        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        if getattr(generation_config, "unrotate_video_keys", False):
+            model_kwargs["unrotate_video_keys"] = True
         media = {key: model_kwargs.pop(key, None) for key in _MEDIA_KEYS}
         if media["pixel_values"] is None and media["pixel_values_videos"] is None:
             return model_kwargs
@@ -680,6 +724,9 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
 # Frames encoded at once where no gradient is recorded: 32 frame pairs of 640x360 are 9,568 tokens.
 DEFAULT_CHUNK_FRAMES = 64
 _MEDIA_KEYS = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+
+VambaModel.register_for_auto_class("AutoModel")
+VambaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = [
     "VambaForConditionalGeneration",

@@ -1,164 +1,333 @@
 """The processor of Vamba: Qwen2-VL's, without placeholder tokens and with its own way of reading video.
 
-What is unusual: a media item stays `<|vision_start|><|vision_end|>` in the text (placeholders found between them are
-removed); `mm_token_type_ids` marks the `<|vision_start|>` of an image with 1 and that of a video with 2. Files are
-decoded by `video_reading`, frame by frame at their final size, whatever backends transformers finds.
+What is unusual: a media item is `<|vision_start|><|vision_end|>` in the text, however long it is. Qwen2-VL's
+placeholders are understood and replaced by that; `mm_token_type_ids` marks the `<|vision_start|>` of an image with 1
+and that of a video with 2. Files are decoded by `video_reading`, frame by frame at their final size, whatever backends
+transformers finds; images and videos are processed one by one, as each may carry options of its own.
 """
 
+import io
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
+from transformers import BatchFeature, processing_utils
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import ImageInput
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
-from transformers.video_utils import VideoMetadata, make_batched_videos
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, VideosKwargs
+from transformers.tokenization_utils_base import TextInput
+from transformers.video_utils import VideoInput, VideoMetadata
 
+from .frame_selection import IMAGE_SUFFIXES, target_size
 from .video_reading import read_video
 
 
+IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
 # What a chat message may say about its image or video: transformers' words, then qwen-vl-utils' where they differ.
 _SOURCE_KEYS = {"video": ("video", "url", "path"), "image": ("image", "url", "path", "base64", "image_url")}
-_SIZE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-_VIDEO_OPTIONS = (*_SIZE_OPTIONS, "fps", "num_frames", "total_pixels", "start", "end", "backend", "allow_urls")
-_ALIASES = {"nframes": "num_frames", "video_start": "start", "video_end": "end"}
-IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
+_ALIASES = {"nframes": "num_frames", "video_start": "start", "video_end": "end", "sample_fps": "source_fps"}
+_IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+# Options that only `read_video` knows; the video processor would refuse them.
+_READER_OPTIONS = (
+    "start", "end", "total_pixels", "resized_height", "resized_width", "source_fps", "backend", "allow_urls",
+)  # fmt: skip
+_VIDEO_OPTIONS = ("min_pixels", "max_pixels", "fps", "num_frames", *_READER_OPTIONS)
+_EVERY_FRAME = 1e6  # frames per second
+# User text whose control tokens transformers has marked (`sanitize_control_tokens`) names no media.
+_UNMARKED = getattr(processing_utils, "_UNMARKED", "")
+
+
+class VambaImagesKwargs(ImagesKwargs, total=False):
+    """
+    min_pixels (`int`, *optional*): least area of an image, in place of `size["shortest_edge"]`.
+    max_pixels (`int`, *optional*): greatest area of an image, in place of `size["longest_edge"]`.
+    """
+
+    min_pixels: int | None
+    max_pixels: int | None
+
+
+class VambaVideosKwargs(VideosKwargs, total=False):
+    """
+    min_pixels (`int`, *optional*): least area of a frame, in place of `size["shortest_edge"]`.
+    max_pixels (`int`, *optional*): greatest area of a frame, in place of `size["longest_edge"]`.
+    total_pixels (`int`, *optional*): bounds the area of all frames of a video together, as in qwen-vl-utils.
+    start (`float`, *optional*): seconds into the file where the clip begins.
+    end (`float`, *optional*): seconds into the file where the clip ends.
+    backend (`str`, *optional*): "pyav" or "torchcodec".
+    allow_urls (`bool`, *optional*): whether a video may be a URL; it may not by default.
+    """
+
+    min_pixels: int | None
+    max_pixels: int | None
+    total_pixels: int | None
+    start: float | int | None
+    end: float | int | None
+    backend: str | None
+    allow_urls: bool | None
+
+
+class VambaProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: VambaImagesKwargs
+    videos_kwargs: VambaVideosKwargs
 
 
 class VambaProcessor(Qwen2VLProcessor):
     """Turns chat messages, text, images and videos into model inputs.
 
-    A video may be a path, `file://` URL, bytes, a folder or list of images, an array (T, H, W, 3), a tensor
-    (T, 3, H, W), or a dict `{"video": any of these, "fps": 1.0, ...}` with the options of `read_video`; so may the
-    `video` items of chat messages. Files are sampled at `fps` (1 by default) or to `num_frames`; arrays are taken
-    whole unless `do_sample_frames=True`.
+    A video may be a path, `file://` or `data:` URL, bytes, an open binary file, a folder or list of images, an array
+    (T, H, W, 3), a tensor (T, 3, H, W), a list of frames, a pair (frames, metadata) as qwen-vl-utils returns it, or a
+    dict `{"video": any of these, "fps": 1.0, ...}` with the options of `read_video`; so may the `video` items of chat
+    messages. Files are sampled at `fps` (by default the video processor's, or 1) or to `num_frames`, which wins if both
+    are given; `do_sample_frames=False` takes every frame. Arrays are taken whole unless `do_sample_frames=True`.
+    A list of paths is one video if all are images (by their suffix), else one video each.
 
     Source: the interface of transformers' `Qwen2VLProcessor`; message keys of qwen-vl-utils.
     """
 
+    valid_processor_kwargs = VambaProcessorKwargs
+
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
-        self.vision_start_token = "<|vision_start|>"
+        self.vision_start_token, self.vision_end_token = "<|vision_start|>", "<|vision_end|>"
         self.vision_start_token_id = tokenizer.convert_tokens_to_ids(self.vision_start_token)
-        kinds = f"({re.escape(self.image_token)}|{re.escape(self.video_token)})?"
-        self._media_pattern = re.compile(re.escape(self.vision_start_token) + kinds)
+        start, image, video = map(re.escape, (self.vision_start_token, self.image_token, self.video_token))
+        # `<|vision_start|>` with Qwen2-VL's placeholders, or one of these by itself
+        self._mark = re.compile(f"{_UNMARKED}(?:(?P<start>{start})(?:(?:{image})+|(?:{video})+)?|{image}|{video})")
 
-    def __call__(self, images=None, text=None, videos=None, media_kinds: list[str] | None = None, **kwargs):
-        """See `Qwen2VLProcessor.__call__`; `media_kinds` gives the order of "image" and "video" items in the text where
-        a batch mixes both and the text does not tell (`apply_chat_template` fills it in).
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: VideoInput | None = None,
+        media_kinds: list[str] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """See `Qwen2VLProcessor.__call__`.
+
+        Args:
+            media_kinds: "image" or "video" for each item of the texts in order, where a batch mixes both and the text
+                does not tell. More of them than `images` and `videos` stand for items that a video memory holds
+                already. `apply_chat_template` fills it in.
 
         Raises:
-            ValueError: the text's `<|vision_start|>`s and the media differ in number (a single text may hold none).
+            ValueError: the texts and the media differ in number (a single text may announce none).
             VideoReadError: a video that cannot be read.
         """
-        texts = [text] if isinstance(text, str) else list(text or [])
-        kinds = self._kinds(texts, images, videos, media_kinds) if texts else []
+        images = None if images is None else _flat_images(images) or None
+        videos = None if videos is None else _flat_videos(videos) or None
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None and not all(isinstance(sample, str) for sample in texts):
+            raise ValueError("`text` must be a string or list of strings.")
+        kinds = self._kinds(texts, len(images or []), len(videos or []), media_kinds) if texts else []
+        if isinstance(kwargs.get("fps"), (list, tuple)):
+            kwargs.pop("fps")  # qwen-vl-utils reports the rates of frames that it has sampled
         inputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
-        if "mm_token_type_ids" in inputs:
-            self._mark_media(inputs, kinds)
+        self._mark_media(inputs, kinds)
         return inputs
 
-    def _kinds(self, texts: list[str], images, videos, media_kinds: list[str] | None) -> list[int]:
-        """IMAGE or VIDEO for each `<|vision_start|>` of the batch; checks that their numbers agree."""
-        marks = [mark for sample in texts for mark in self._media_pattern.findall(sample)]
-        n_images = 0 if images is None else len(make_flat_list_of_images(_without_dicts(images)))
-        n_videos = 0 if videos is None else len(_flat_videos(videos))
+    # --- text -------------------------------------------------------------------------------------------------------
+
+    def _kinds(self, texts: list[str], n_images: int, n_videos: int, media_kinds: list[str] | None) -> list[int]:
+        """IMAGE or VIDEO for each media item that the texts announce; checks that their numbers agree."""
+        marks = [match.group() for sample in texts for match in self._mark.finditer(sample)]
         if len(texts) == 1 and not marks:
             return []
-        if len(marks) != n_images + n_videos:
+        expected = n_images + n_videos if media_kinds is None else len(media_kinds)
+        if len(marks) != expected:
             raise ValueError(
-                f"The text holds {len(marks)} {self.vision_start_token} tokens, but {n_images} images and {n_videos} "
-                "videos were passed; write one <|vision_start|><|vision_end|> for each item."
+                f"The number of {self.vision_start_token} tokens in the prompts should be the same as the number of "
+                f"images and videos: found {len(marks)} tokens, {n_images} images and {n_videos} videos. Write one "
+                f"{self.vision_start_token}{self.vision_end_token} for each item."
             )
-        if all(marks):
-            kinds = [IMAGE if mark == self.image_token else VIDEO for mark in marks]
-        elif media_kinds is not None:
+        told = [None if mark == self.vision_start_token else self._kind(mark) for mark in marks]
+        if media_kinds is not None:
             kinds = [IMAGE if kind == "image" else VIDEO for kind in media_kinds]
-        elif n_images and n_videos:
+        elif not (n_images and n_videos):
+            kinds = [IMAGE] * n_images + [VIDEO] * n_videos
+        elif None in told:
             raise ValueError(
                 f"Which of the {len(marks)} {self.vision_start_token} tokens are images and which videos? Put "
                 f"{self.image_token} or {self.video_token} after each, or use apply_chat_template."
             )
         else:
-            kinds = [IMAGE] * n_images + [VIDEO] * n_videos
-        if kinds.count(IMAGE) != n_images:
+            kinds = told
+        mixed_up = any(kind not in (None, given) for kind, given in zip(told, kinds))
+        if mixed_up or kinds.count(IMAGE) < n_images or kinds.count(VIDEO) < n_videos:
             raise ValueError(
-                f"The text announces {kinds.count(IMAGE)} images and {kinds.count(VIDEO)} videos, but {n_images} images "
-                f"and {n_videos} videos were passed."
+                f"The number of {self.image_token} and {self.video_token} tokens in the prompts should be the same as "
+                f"the number of images and videos: found {told.count(IMAGE)} and {told.count(VIDEO)} tokens, "
+                f"{n_images} images and {n_videos} videos."
             )
         return kinds
 
+    def _kind(self, mark: str) -> int:
+        return IMAGE if self.image_token in mark else VIDEO
+
     def _mark_media(self, inputs: BatchFeature, kinds: list[int]) -> None:
         """Writes the kinds at the `<|vision_start|>`s, in place, whatever container the rows have."""
-        remaining = iter(kinds)
-        for ids, types in zip(inputs["input_ids"], inputs["mm_token_type_ids"]):
-            for position in np.flatnonzero(np.asarray(ids) == self.vision_start_token_id):
-                if (kind := next(remaining, None)) is not None:
-                    types[int(position)] = kind
+        if "mm_token_type_ids" in inputs:
+            remaining = iter(kinds)
+            for ids, types in zip(inputs["input_ids"], inputs["mm_token_type_ids"]):
+                for position in np.flatnonzero(np.asarray(ids) == self.vision_start_token_id):
+                    if (kind := next(remaining, None)) is not None:
+                        types[int(position)] = kind
+        offsets = [offset for sample in inputs.get("text_replacement_offsets", []) for offset in sample]
+        for offset, kind in zip(offsets, kinds):
+            offset["type"] = "image" if kind == IMAGE else "video"
 
-    # Placeholders that older templates write between <|vision_start|> and <|vision_end|> are dropped.
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        return ""
+        return self.vision_start_token + self.vision_end_token
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
-        return ""
+        return self.vision_start_token + self.vision_end_token
+
+    def get_text_with_replacements(
+        self, text: list[str], images_replacements=(), videos_replacements=(), audio_replacements=()
+    ) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        """The texts with placeholders dropped after `<|vision_start|>`, and completed where they stand alone."""
+        texts, offsets = [], []
+        for sample in text:
+            parts, found, last, length = [], [], 0, 0
+            for match in self._mark.finditer(sample):
+                alone = match["start"] is None
+                new = self.vision_start_token + (self.vision_end_token if alone else "")
+                before = sample[last : match.start()]
+                length += len(before)
+                kind = "image" if self._kind(match.group()) == IMAGE else "video"
+                entry = {"type": kind, "span": match.span()}
+                entry |= {"new_span": (length, length + len(new)), "text": match.group(), "replacement": new}
+                found.append(entry)
+                parts += [before, new]
+                length, last = length + len(new), match.end()
+            texts.append("".join([*parts, sample[last:]]))
+            offsets.append(found)
+        return texts, offsets
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
+        """Raises ValueError if truncation has cut off media items."""
+        pattern = re.compile(_UNMARKED + re.escape(self.vision_start_token))
+        written = sum(len(pattern.findall(sample)) for sample in text)
+        kept = sum(int((np.asarray(ids) == self.vision_start_token_id).sum()) for ids in text_inputs["input_ids"])
+        if kept < written:
+            raise ValueError(
+                f"Mismatch in media items: the texts hold {written} {self.vision_start_token} tokens, `input_ids` "
+                f"{kept}, likely due to truncation. Disable it or increase `max_length`."
+            )
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
+        """As `Qwen2VLProcessor` has it, but one marked token of text stands for each item, whatever its size."""
+        data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, video_sizes=video_sizes, **kwargs)
+        if image_sizes is not None:
+            data.num_image_tokens = [1] * len(image_sizes)
+        if video_sizes is not None:
+            data.num_video_tokens = [1] * len(video_sizes)
+        return data
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if images is None and text is None and videos is None:
             raise ValueError(f"You need to provide at least one input to call {self.__class__.__name__}")
-        if text is not None and not all(isinstance(sample, str) for sample in text):
-            raise ValueError("`text` must be a string or list of strings.")
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        options = [{}]
+        _, text, videos, audio = super().prepare_inputs_layout(None, text, videos, audio, **kwargs)
         if images is not None:
-            images, options = _split_options(images)
-        images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
-        if any(options):
-            images = [{"image": image, **extra} for image, extra in zip(make_flat_list_of_images(images), options)]
+            images = [item | {"image": self._fetch_image(item["image"])} for item in images]
         return images, text, videos, audio
 
-    # --- images and videos, one at a time, as each may carry options of its own -----------------------------------
+    def _fetch_image(self, source):
+        if isinstance(source, (bytes, bytearray)) or hasattr(source, "read"):
+            from PIL import Image, ImageOps
 
-    def _process_images(self, images, **kwargs):
-        if not isinstance(images, list) or not any(isinstance(image, Mapping) for image in images):
-            return super()._process_images(images, **kwargs)
-        outputs = []
-        for item in images:
-            item = dict(item)
-            outputs.append(self.image_processor([item.pop("image")], **(kwargs | _image_size(item, kwargs, self))))
-        return _merge(outputs), [""] * len(images)
+            file = io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
+            return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        return self.image_processor.fetch_images(os.fspath(source) if hasattr(source, "__fspath__") else source)
 
-    def _process_videos(self, videos, **kwargs):
-        outputs, videos = [], _flat_videos(videos)
-        metadata = kwargs.pop("video_metadata", None)
-        metadata = [None] * len(videos) if metadata is None else make_batched_metadata(metadata, len(videos))
-        for video, known in zip(videos, metadata):
-            outputs.append(self._process_video(video, known, **kwargs))
-        return _merge(outputs), [""] * len(videos)
+    # --- images and videos ------------------------------------------------------------------------------------------
 
-    def _process_video(self, video, metadata, **kwargs) -> BatchFeature:
+    def _process_images(self, images: list[dict], **kwargs):
+        outputs = _merge([self._process_image(item, **kwargs) for item in images])
+        return outputs, [self.replace_image_token(outputs, index) for index in range(len(images))]
+
+    def _process_image(self, item: dict, **kwargs) -> BatchFeature:
+        image, options = item["image"], {key: item[key] for key in _IMAGE_OPTIONS if item.get(key) is not None}
+        kwargs["size"] = _size(self.image_processor, kwargs, options)
+        if options.keys() & {"resized_height", "resized_width"}:
+            factor = _factor(self.image_processor, kwargs)
+            sides = {key: options.get(key) for key in ("resized_height", "resized_width")}
+            height, width = target_size(1, 1, factor=factor, min_pixels=0, max_pixels=np.inf, **sides)
+            image = image if hasattr(image, "mode") else to_pil_image(image)
+            image, kwargs["do_resize"] = image.convert("RGB").resize((width, height)), False
+        return self.image_processor([image], **kwargs)
+
+    def _process_videos(self, videos: list[dict], **kwargs):
+        metadata = _flat_metadata(kwargs.pop("video_metadata", None), len(videos))
+        items = [item if known is None else item | {"metadata": known} for item, known in zip(videos, metadata)]
+        outputs = _merge([self._process_video(item, **kwargs) for item in items])
+        return outputs, [self.replace_video_token(outputs, index) for index in range(len(videos))]
+
+    def _process_video(self, item: dict, **kwargs) -> BatchFeature:
+        source, metadata = item["video"], item.get("metadata")
+        options = {_ALIASES.get(key, key): value for key, value in item.items() if value is not None}
+        options = {key: value for key, value in options.items() if key in _VIDEO_OPTIONS}
+        call = {key: kwargs.pop(key) for key in _READER_OPTIONS if key in kwargs}
+        options = {key: value for key, value in call.items() if value is not None} | options
+        if kwargs.get("num_frames") is not None:
+            kwargs.pop("fps", None)
         if kwargs.get("cap_pixels_per_frame") is None and self.video_processor.cap_pixels_per_frame is None:
             kwargs["cap_pixels_per_frame"] = False  # Vamba is made for long videos; `total_pixels` caps on request
-        options = dict(video) if isinstance(video, Mapping) else {}
-        source = options.pop("video", video)
-        if not options and not _is_file(source):
+        kwargs["size"] = _size(self.video_processor, kwargs, options)
+        asks = options.keys() - {"min_pixels", "max_pixels", "backend", "allow_urls"}
+        if _is_frames(source) and (metadata is not None or not asks):
             return self.video_processor([source], video_metadata=[metadata] if metadata else None, **kwargs)
-        sampling = {key: kwargs.pop(key) for key in ("fps", "num_frames") if kwargs.get(key) is not None}
-        kwargs.pop("do_sample_frames", None)
-        frames, metadata = self.read_frames(source, **(_limits(self.video_processor, kwargs) | _chosen(sampling, options)))
+        frames, metadata = self.read_frames(source, **self._reader_options(source, options, kwargs))
         kwargs |= {"do_resize": False, "do_sample_frames": False, "video_metadata": [metadata]}
         return self.video_processor([frames], **kwargs)
 
+    def _reader_options(self, source, options: dict, kwargs: dict) -> dict:
+        """How `read_video` is to sample and size a video; takes fps and num_frames out of the call's kwargs."""
+        call = {key: kwargs.pop(key) for key in ("fps", "num_frames") if kwargs.get(key) is not None}
+        do_sample_frames = kwargs.pop("do_sample_frames", None)
+        if options.keys() & {"fps", "num_frames"}:
+            call = {}
+        elif do_sample_frames is False:
+            call = {"source_fps": call.get("fps"), "fps": _EVERY_FRAME}
+        elif not call:
+            if do_sample_frames and isinstance(source, (list, tuple)):
+                raise ValueError(
+                    "Sampling frames from a list of images is not supported! Set `do_sample_frames=False`, or say how "
+                    "with `num_frames`."
+                )
+            default = {name: getattr(self.video_processor, name, None) for name in ("num_frames", "fps")}
+            call = dict([(name, value) for name, value in default.items() if value is not None][:1])
+        chosen = call | options
+        if "num_frames" in chosen:
+            chosen.pop("fps", None)
+        resize = kwargs.get("do_resize")
+        chosen["resize"] = self.video_processor.do_resize if resize is None else resize
+        return self._frame_size(kwargs) | chosen
+
+    def _frame_size(self, kwargs: dict) -> dict:
+        """The reader's options that give frames the video processor would not resize."""
+        processor = self.video_processor
+        size, factor = _size(processor, dict(kwargs), {}), _factor(processor, kwargs)
+        options = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"], "factor": factor}
+        capped = kwargs.get("cap_pixels_per_frame")
+        if processor.cap_pixels_per_frame if capped is None else capped:
+            tokens = kwargs.get("max_video_tokens") or processor.max_video_tokens
+            options["total_pixels"] = int(tokens * factor * factor * 0.9)
+        return options
+
     def read_frames(self, source, **options) -> tuple[torch.Tensor, VideoMetadata]:
-        """All chosen frames (T, 3, H, W) uint8 of one video, at their final size, and what they are."""
+        """All frames (T, 3, H, W) uint8 that `read_video(source, **options)` chooses, and what they are."""
         with read_video(source, **options) as reader:
             chunks = list(reader)
             about = reader.metadata
         frames = torch.cat([chunk.frames for chunk in chunks])
-        times = torch.cat([torch.as_tensor(chunk.timestamps) for chunk in chunks])
+        times = torch.cat([chunk.timestamps for chunk in chunks])
         rate = about.fps or 1.0
         metadata = VideoMetadata(
             total_num_frames=about.total_frames or len(frames),
@@ -173,7 +342,7 @@ class VambaProcessor(Qwen2VLProcessor):
 
     def video_reader(self, source, **options):
         """`read_video` with this processor's frame sizes, for reading a video chunk by chunk."""
-        return read_video(source, **(_limits(self.video_processor, {}) | options))
+        return read_video(source, **(self._frame_size({}) | options))
 
     # --- chat -------------------------------------------------------------------------------------------------------
 
@@ -182,122 +351,119 @@ class VambaProcessor(Qwen2VLProcessor):
         for conversation in conversations:
             images.append([])
             videos.append([])
-            for block in _media_blocks(conversation):
-                kind = "video" if block["type"] == "video" else "image"
-                item = _media_item(block, kind)
-                (videos if kind == "video" else images)[-1].append(item)
+            for kind, block in _media_blocks(conversation):
                 kinds.append(kind)
+                if (item := _media_item(block, kind)) is not None:
+                    (videos if kind == "video" else images)[-1].append(item)
         return images, videos, [], {"media_kinds": kinds} if kinds else {}
 
 
-def _media_blocks(conversation: list[dict]) -> list[dict]:
-    return [
-        block
-        for message in conversation
-        if isinstance(message.get("content"), (list, tuple))
-        for block in message["content"]
-        if isinstance(block, Mapping) and block.get("type") in ("video", "image", "image_url")
-    ]
+def _media_blocks(conversation: list[dict]) -> list[tuple[str, Mapping]]:
+    """The (kind, block) pairs of a conversation, recognised as Qwen2-VL's chat template does."""
+    found = []
+    for message in conversation:
+        content = message.get("content")
+        for block in content if isinstance(content, (list, tuple)) else ():
+            if not isinstance(block, Mapping):
+                continue
+            if block.get("type") in ("image", "image_url") or "image" in block or "image_url" in block:
+                found.append(("image", block))
+            elif block.get("type") == "video" or "video" in block:
+                found.append(("video", block))
+    return found
 
 
-def _media_item(block: Mapping, kind: str) -> Any:
-    """The source a chat message names, with its options if it has any."""
-    sources = [block[key] for key in _SOURCE_KEYS[kind] if block.get(key) is not None]
+def _media_item(block: Mapping, kind: str) -> dict | None:
+    """The source a chat message names and its options; None for an item that the video memory holds already."""
+    block = {key: value for key, value in block.items() if value is not None}
+    sources = [block[key] for key in _SOURCE_KEYS[kind] if key in block]
     if not sources:
-        raise ValueError(f"A message's {kind} item names no source under {_SOURCE_KEYS[kind]}: {dict(block)}.")
-    source = sources[0]["url"] if isinstance(sources[0], Mapping) else sources[0]
-    known = _VIDEO_OPTIONS if kind == "video" else _SIZE_OPTIONS
-    options = {_ALIASES.get(key, key): value for key, value in block.items() if value is not None}
-    options = {key: value for key, value in options.items() if key in known}
-    return {kind: source, **options} if options else source
+        if block.keys() <= {"type"}:
+            return None
+        raise ValueError(f"A message's {kind} item names no source under {', '.join(_SOURCE_KEYS[kind])}: {block}.")
+    source = sources[0]["url"] if isinstance(sources[0], Mapping) and "url" in sources[0] else sources[0]
+    known = _VIDEO_OPTIONS if kind == "video" else _IMAGE_OPTIONS
+    options = {_ALIASES.get(key, key): value for key, value in block.items()}
+    return {kind: source} | {key: value for key, value in options.items() if key in known}
 
 
-def _chosen(default: dict, options: dict) -> dict:
-    """Sampling given for the call, overridden by what the item says; its num_frames displaces the call's fps."""
-    if {"fps", "num_frames"} & options.keys():
-        default = {}
-    elif "num_frames" in default:
-        default.pop("fps", None)
-    return default | {_ALIASES.get(key, key): value for key, value in options.items()}
+def _factor(processor, kwargs: dict) -> int:
+    """Both sides of a processed image or frame are multiples of this."""
+    return (kwargs.get("patch_size") or processor.patch_size) * (kwargs.get("merge_size") or processor.merge_size)
 
 
-def _limits(video_processor, kwargs: dict) -> dict:
-    """The reader's options that give frames the video processor would not resize."""
-    size = kwargs.get("size") or video_processor.size
-    get = size.get if isinstance(size, Mapping) else lambda key: getattr(size, key, None)
-    patch_size = kwargs.get("patch_size") or video_processor.patch_size
-    return {
-        "min_pixels": kwargs.get("min_pixels") or get("shortest_edge"),
-        "max_pixels": kwargs.get("max_pixels") or get("longest_edge"),
-        "factor": patch_size * (kwargs.get("merge_size") or video_processor.merge_size),
-    }
+def _size(processor, kwargs: dict, options: dict) -> dict[str, int]:
+    """Least and greatest area: the item's own before the call's before the processor's; cleans up `kwargs`."""
+    size = kwargs.pop("size", None)
+    size = dict(processor.size if size is None else size)
+    for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        for area in (kwargs.pop(name, None), options.get(name)):
+            size[edge] = size.get(edge) if area is None else area
+    if not size["shortest_edge"] or not size["longest_edge"]:
+        raise ValueError(f"`size` must contain 'shortest_edge' and 'longest_edge' (least and greatest area): {size}.")
+    return size
 
 
-def _image_size(options: dict, kwargs: dict, processor) -> dict:
-    """An image's own size limits in the image processor's terms."""
-    if "resized_height" in options and "resized_width" in options:
-        area = options["resized_height"] * options["resized_width"]
-        options = {"min_pixels": area, "max_pixels": area}
-    size = dict(kwargs.get("size") or processor.image_processor.size)
-    if "min_pixels" in options:
-        size["shortest_edge"] = options["min_pixels"]
-    if "max_pixels" in options:
-        size["longest_edge"] = options["max_pixels"]
-    return {"size": size}
-
-
-def _is_file(source) -> bool:
-    """Whether the source must be decoded, rather than being frames already."""
+def _is_frames(source) -> bool:
+    """Whether a video is decoded already: an array, or a list of images in memory."""
     if isinstance(source, (list, tuple)):
-        return bool(source) and isinstance(source[0], (str, bytes)) or hasattr(source[0], "__fspath__")
-    return isinstance(source, (str, bytes)) or hasattr(source, "__fspath__") or hasattr(source, "read")
+        return len(source) > 0 and all(_is_picture(frame) for frame in source)
+    return hasattr(source, "shape")
 
 
-def _flat_videos(videos) -> list:
-    """One entry per video out of a video, a list, or a list of lists per sample."""
-    if isinstance(videos, Mapping) or not isinstance(videos, (list, tuple)) and _is_file(videos):
-        return [videos]
-    if isinstance(videos, (list, tuple)) and any(_is_video_item(video) for video in videos):
-        return list(videos)
-    if isinstance(videos, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in videos):
-        if any(_is_video_item(video) for sample in videos for video in sample) or not any(videos):
-            return [video for sample in videos for video in sample]
-    return make_batched_videos(videos)
+def _is_picture(frame) -> bool:
+    return getattr(frame, "ndim", None) == 3 or (hasattr(frame, "mode") and hasattr(frame, "convert"))
 
 
-def _is_video_item(video) -> bool:
-    return isinstance(video, Mapping) or not isinstance(video, (list, tuple)) and _is_file(video)
+def _is_path(source) -> bool:
+    return isinstance(source, str) or hasattr(source, "__fspath__")
 
 
-def _split_options(images) -> tuple[Any, list[dict]]:
-    """Takes options apart from images: images in the caller's layout, and one dict per image in order."""
+def _flat_images(images) -> list[dict]:
+    """One dict per image, `{"image": ..., options}`, out of an image or any nesting of lists."""
+    if isinstance(images, (list, tuple)):
+        return [item for image in images for item in _flat_images(image)]
     if isinstance(images, Mapping):
-        images = [images]
-    if not isinstance(images, (list, tuple)):
-        return images, [{}]
-    options, stripped = [], []
-    for image in images:
-        if isinstance(image, (list, tuple)):
-            inner, extra = _split_options(image)
-            stripped.append(inner)
-            options.extend(extra if inner else [])
-        elif isinstance(image, Mapping):
-            stripped.append(image["image"])
-            options.append({key: value for key, value in image.items() if key != "image"})
-        else:
-            stripped.append(image)
-            options.append({})
-    return stripped, options
+        return [dict(images)]
+    if getattr(images, "ndim", None) == 4:
+        return [{"image": image} for image in images]
+    return [] if images is None else [{"image": images}]
 
 
-def _without_dicts(images):
-    return _split_options(images)[0]
+def _flat_videos(videos) -> list[dict]:
+    """One dict per video, `{"video": ..., options}`, out of a video or any nesting of lists."""
+    if isinstance(videos, Mapping):
+        item = dict(videos)
+        if _is_pair(item["video"]):
+            item["video"], item["metadata"] = item["video"]
+        return [item]
+    if _is_pair(videos):
+        return [{"video": videos[0], "metadata": videos[1]}]
+    if isinstance(videos, (list, tuple)):
+        paths = [video for video in videos if _is_path(video)]
+        images = all(os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES - {".gif"} for path in paths)
+        if videos and (_is_frames(videos) or (len(paths) == len(videos) and images)):
+            return [{"video": list(videos)}]
+        return [item for video in videos for item in _flat_videos(video)]
+    if getattr(videos, "ndim", None) == 5:
+        return [{"video": video} for video in videos]
+    if _is_picture(videos):
+        return [{"video": videos[None] if hasattr(videos, "ndim") else [videos]}]
+    return [] if videos is None else [{"video": videos}]
 
 
-def make_batched_metadata(metadata, count: int) -> list:
-    """One metadata entry per video."""
-    flat = metadata if isinstance(metadata, (list, tuple)) else [metadata]
-    flat = [entry for group in flat for entry in (group if isinstance(group, (list, tuple)) else [group])]
+def _is_pair(video) -> bool:
+    """Whether this is (frames, metadata), as qwen-vl-utils returns videos."""
+    pair = isinstance(video, (list, tuple)) and len(video) == 2
+    return pair and isinstance(video[1], Mapping) and _is_frames(video[0])
+
+
+def _flat_metadata(metadata, count: int) -> list:
+    """One metadata entry or None per video."""
+    if metadata is None:
+        return [None] * count
+    entries = metadata if isinstance(metadata, (list, tuple)) else [metadata]
+    flat = [entry for group in entries for entry in (group if isinstance(group, (list, tuple)) else [group])]
     if len(flat) != count:
         raise ValueError(f"video_metadata has {len(flat)} entries for {count} videos.")
     return flat
@@ -316,5 +482,7 @@ def _merge(outputs: list[BatchFeature]) -> BatchFeature:
             merged[key] = [entry for value in values for entry in value]
     return BatchFeature(merged)
 
+
+VambaProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = ["VambaProcessor"]

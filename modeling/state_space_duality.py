@@ -7,7 +7,9 @@ float64 where the input is), whatever the input's type. `ssd_scan` is the one pl
 Shapes: B batch, S tokens, H heads, P head dim, G groups (H is a multiple), K state size, C chunks of Q tokens.
 """
 
+import functools
 import importlib.util
+import warnings
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def ssd_scan(
         ValueError: an unknown backend. ImportError: a backend whose package is not installed.
     """
     if backend == "auto":
-        fused = x_BSHP.is_cuda and x_BSHP.dtype != torch.float64 and _mamba_ssm_is_available()
+        fused = x_BSHP.is_cuda and x_BSHP.dtype != torch.float64 and _mamba_ssm_kernel() is not None
         backend = "mamba_ssm" if fused else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"Unknown SSD backend {backend!r}; choose one of {['auto', *BACKENDS]}.")
@@ -101,10 +103,11 @@ _MAX_KERNEL_ELEMENTS = 2**31 - 1
 
 def ssd_scan_mamba_ssm(x_BSHP, dt_BSH, A_H, B_BSGK, C_BSGK, D_H=None, state_BHPK=None, chunk_size=256):
     """mamba-ssm's Triton kernels, called on pieces short enough for their 32-bit offsets (state-spaces/mamba 1015)."""
-    if not _mamba_ssm_is_available():
-        raise ImportError("backend='mamba_ssm' needs mamba-ssm: pip install 'vamba[mamba-ssm]', or use backend='torch'.")
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
+    mamba_chunk_scan_combined = _mamba_ssm_kernel()
+    if mamba_chunk_scan_combined is None:
+        raise ImportError(
+            "backend='mamba_ssm' needs mamba-ssm: pip install 'vamba[mamba-ssm]', or use backend='torch'."
+        )
     row = max(t.stride(1) for t in (x_BSHP, dt_BSH, B_BSGK, C_BSGK)) * x_BSHP.shape[0]
     state_row = x_BSHP.shape[0] * x_BSHP.shape[2] * x_BSHP.shape[3] * B_BSGK.shape[3]  # per chunk
     piece = min(_MAX_KERNEL_ELEMENTS // row, _MAX_KERNEL_ELEMENTS // state_row * chunk_size)
@@ -119,8 +122,17 @@ def ssd_scan_mamba_ssm(x_BSHP, dt_BSH, A_H, B_BSGK, C_BSGK, D_H=None, state_BHPK
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state_BHPK
 
 
-def _mamba_ssm_is_available() -> bool:
-    return importlib.util.find_spec("mamba_ssm") is not None
+@functools.cache
+def _mamba_ssm_kernel():
+    """The package's scan, or None; a package that is there but does not import is told of once."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return None
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except Exception as error:
+        warnings.warn(f"mamba-ssm is installed but does not import ({error}); its scan is not used.", stacklevel=3)
+        return None
+    return mamba_chunk_scan_combined
 
 
 BACKENDS = {"torch": ssd_scan_torch, "mamba_ssm": ssd_scan_mamba_ssm}

@@ -38,11 +38,10 @@ class VideoMemory(Cache):
         states: one `Mamba2State` or None per Mamba-2 block, the state after the last video token of each video row.
         media: for each video row the items seen, `[kind, t, h, w]` in patches as in `grid_thw`, in order.
         video_rows: for each text row the index of its video row; None if they coincide or there is only one.
+        keys_are_rotated: whether the keys carry M-RoPE, where `cross_attn_use_position_embeddings` asks for it.
     """
 
-    def __init__(
-        self, config: PreTrainedConfig, max_cache_len: int | None = None, text_cache: Cache | None = None
-    ):
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, text_cache: Cache | None = None):
         L = config.get_text_config(decoder=True).num_hidden_layers
         self._adopt(text_cache if text_cache is not None else _empty_text_cache(L, max_cache_len))
         self._keys: list[list[Tensor]] = [[] for _ in range(L)]
@@ -52,6 +51,7 @@ class VideoMemory(Cache):
         self.states: list[Mamba2State | None] = [None] * (L - 1)
         self.media: list[list[list]] = []
         self.video_rows: list[int] | None = None
+        self.keys_are_rotated = True
 
     def _adopt(self, text_cache: Cache) -> None:
         """Takes over a cache's layers and its way of handling them (offloading, lazily created layers)."""
@@ -93,6 +93,10 @@ class VideoMemory(Cache):
         self._keys[layer_idx].append(keys_BHSP)
         self._values[layer_idx].append(values_BHSP)
 
+    def replace(self, layer_idx: int, keys_BHMP: Tensor, values_BHMP: Tensor) -> None:
+        """Puts other keys and values in the place of all video tokens of one layer."""
+        self._keys[layer_idx], self._values[layer_idx] = [keys_BHMP], [values_BHMP]
+
     def append_mask(self, length: int, valid_BS: Tensor | None = None) -> None:
         """Counts S further tokens in; `valid_BS` (bool) marks padding in rows shorter than S, None means no padding."""
         self._valid.append((valid_BS, length))
@@ -126,6 +130,10 @@ class VideoMemory(Cache):
             self._mask = torch.cat(parts, dim=1)
         return self._mask
 
+    def video_items(self) -> list[list[MediaItem]]:
+        """The items of each video row as one run of frames each."""
+        return [[MediaItem(kind, t, h, w, start=0) for kind, t, h, w in row] for row in self.media]
+
     # --- copies ----------------------------------------------------------------------------------------------------
 
     def fork(self, max_cache_len: int | None = None) -> "VideoMemory":
@@ -136,7 +144,9 @@ class VideoMemory(Cache):
         """
         if max_cache_len is not None:
             if self.get_seq_length() > 0:
-                raise ValueError(f"fork({max_cache_len=}) needs a memory without text, not {self.get_seq_length()} tokens.")
+                raise ValueError(
+                    f"fork({max_cache_len=}) needs a memory without text, not {self.get_seq_length()} tokens."
+                )
             fork = self.with_text(_empty_text_cache(len(self._keys), max_cache_len))
         else:
             fork = self.with_text(None)
@@ -223,6 +233,7 @@ class VideoMemory(Cache):
             "video_length": self.video_length,
             "media": self.media,
             "video_rows": self.video_rows,
+            "keys_are_rotated": self.keys_are_rotated,
         }
         # every tensor its own contiguous storage: slices of one buffer cannot be written
         tensors = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
@@ -247,7 +258,9 @@ class VideoMemory(Cache):
             with safe_open(path, framework="pt", device=str(device)) as file:
                 header = json.loads((file.metadata() or {}).get("vamba", "{}"))
                 if header.get("format") != FORMAT:
-                    raise ValueError(f"{os.fspath(path)!r} is no video memory ({FORMAT}); write one with memory.save().")
+                    raise ValueError(
+                        f"{os.fspath(path)!r} is no video memory ({FORMAT}); write one with memory.save()."
+                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}.") from error
@@ -266,7 +279,8 @@ class VideoMemory(Cache):
                 memory.states[i] = Mamba2State(tensors[f"state.{i}.conv"], tensors[f"state.{i}.ssm"])
         for i in range(L if "text.0.keys" in tensors else 0):
             memory.update(tensors[f"text.{i}.keys"], tensors[f"text.{i}.values"], i)
-        memory.media, memory.video_rows = header["media"], header["video_rows"]
+        for name in ("media", "video_rows", "keys_are_rotated"):
+            setattr(memory, name, header[name])
         return memory
 
     def check(self, config: PreTrainedConfig, batch_size: int) -> None:
@@ -287,7 +301,9 @@ class VideoMemory(Cache):
             )
         rows = self.num_video_rows if self.video_rows is None else len(self.video_rows)
         if rows not in (1, batch_size):
-            raise ValueError(f"The video memory has {rows} rows and the text {batch_size}; they must be equal, or 1 video.")
+            raise ValueError(
+                f"The video memory has {rows} rows and the text {batch_size}; they must be equal, or 1 video."
+            )
 
 
 def _empty_text_cache(num_layers: int, max_cache_len: int | None) -> Cache:

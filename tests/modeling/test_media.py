@@ -1,0 +1,88 @@
+"""Which media belong to which row, and cutting them into chunks."""
+
+import pytest
+import torch
+
+from vamba.modeling.media import assign_media, list_media, media_positions, split_frames, uncached_media
+
+
+IMAGES = list_media("image", torch.tensor([[1, 4, 6], [1, 2, 2]]))
+VIDEOS = list_media("video", torch.tensor([[5, 4, 4], [2, 2, 6]]))
+
+
+def starts(*counts):
+    rows = torch.zeros(len(counts), 8, dtype=torch.bool)
+    for row, count in zip(rows, counts):
+        row[1 : 1 + 2 * count : 2] = True
+    return rows
+
+
+def kinds_at(mask, *kinds):
+    types = torch.zeros(mask.shape, dtype=torch.long)
+    types[mask] = torch.tensor(kinds)
+    return types
+
+
+def test_items_know_where_their_patches_lie():
+    assert [(item.start, item.num_patches) for item in VIDEOS] == [(0, 80), (80, 24)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_batch_of_one_owns_all_media_whatever_its_text_says(count):
+    assert assign_media([], VIDEOS, starts(count), None) == [VIDEOS]
+    assert assign_media(IMAGES, VIDEOS, starts(count), None) == [IMAGES + VIDEOS]
+
+
+def test_the_types_order_images_and_videos():
+    mask = starts(4)
+    rows = assign_media(IMAGES, VIDEOS, mask, kinds_at(mask, 2, 1, 1, 2))
+    assert rows == [[VIDEOS[0], IMAGES[0], IMAGES[1], VIDEOS[1]]]
+
+
+def test_the_nth_item_belongs_to_the_row_of_the_nth_start():
+    assert assign_media([], VIDEOS, starts(0, 2, 0), None) == [[], VIDEOS, []]
+    mask = starts(1, 3)
+    rows = assign_media(IMAGES, VIDEOS, mask, kinds_at(mask, 1, 2, 1, 2))
+    assert rows == [[IMAGES[0]], [VIDEOS[0], IMAGES[1], VIDEOS[1]]]
+
+
+def test_a_mismatch_in_a_batch_says_both_counts():
+    with pytest.raises(ValueError, match=r"hold 3 .* 0 images and 2 videos"):
+        assign_media([], VIDEOS, starts(1, 2), None)
+
+
+def test_mixing_without_types_in_a_batch_is_an_error():
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        assign_media(IMAGES, VIDEOS, starts(2, 2), None)
+
+
+def test_media_of_the_cached_text_are_dropped():
+    mask = starts(2)  # at 1 and 3
+    assert uncached_media([VIDEOS], mask, 0) == [VIDEOS]
+    assert uncached_media([VIDEOS], mask, 2) == [VIDEOS[1:]]
+    assert uncached_media([VIDEOS], mask, 8) == [[]]
+    assert uncached_media([VIDEOS], starts(0), 8) == [VIDEOS]  # not written in the text: all are new
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 7, 100])
+def test_chunks_cover_each_row_once_and_in_order(frames):
+    rows = [[VIDEOS[0], IMAGES[0], VIDEOS[1]], [IMAGES[1]]]
+    chunks = list(split_frames(rows, frames))
+    for row, items in enumerate(rows):
+        runs = [run for chunk in chunks for run in chunk[row]]
+        covered = [(r.kind, r.start + f * r.h * r.w) for r in runs for f in range(r.t)]
+        assert covered == [(i.kind, i.start + f * i.h * i.w) for i in items for f in range(i.t)]
+    assert all(sum(run.t for run in row) <= frames for chunk in chunks for row in chunk)
+    assert chunks[0][0][0].first_frame == 0 and sum(run.t for chunk in chunks for run in chunk[0]) == 8
+
+
+def test_no_media_gives_no_chunk():
+    assert list(split_frames([[], []], 4)) == []
+
+
+def test_positions_count_each_item_from_zero_across_chunks():
+    whole = media_positions([VIDEOS], 2)
+    pieces = [media_positions(chunk, 2) for chunk in split_frames([VIDEOS], 2)]
+    assert torch.equal(torch.cat(pieces, 2), whole)
+    assert whole[:, 0, :5].tolist() == [[0, 0, 0, 0, 1], [0, 0, 1, 1, 0], [0, 1, 0, 1, 0]]
+    assert whole[:, 0, 20].tolist() == [0, 0, 0]  # the second video starts again

@@ -1,0 +1,212 @@
+"""The video memory: split encoding, forks, rows, files, and what it refuses."""
+
+import pytest
+import torch
+from conftest import media, prompt, tiny_config, tiny_model
+from transformers.cache_utils import Cache, DynamicCache
+
+from vamba.modeling import VideoMemory
+
+
+VIDEO = (9, 4, 6)  # 9 temporal patches of 6 tokens
+
+
+@pytest.fixture
+def memory(model):
+    return model.encode_video(*media(VIDEO))
+
+
+def logits(model, ids, memory, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=ids, past_key_values=memory, use_cache=True, **kwargs).logits
+
+
+def assert_same(a: VideoMemory, b: VideoMemory, tolerance=1e-5):
+    assert a.media == b.media and a.video_length == b.video_length
+    for layer in range(3):
+        for x, y in zip(a.video_key_values(layer), b.video_key_values(layer)):
+            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+    for x, y in zip(a.states, b.states):
+        for p, q in zip(x, y):
+            torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+
+
+def test_it_is_a_cache_whose_length_is_the_text(model, memory):
+    assert isinstance(memory, Cache) and memory.get_seq_length() == 0 and memory.video_length == 54
+    logits(model, prompt(5), memory)
+    assert memory.get_seq_length() == 5 and memory.video_length == 54
+
+
+@pytest.mark.parametrize("cuts", [(1,) * 9, (4, 5), (8, 1), (2, 3, 4)])
+@pytest.mark.parametrize("positions", [False, True])
+def test_any_split_of_the_frames_gives_the_same(cuts, positions):
+    model = tiny_model(cross_attn_use_position_embeddings=positions, cross_attn_use_layer_norm=positions)
+    pixels, grid = media(VIDEO)
+    whole, pieces = model.encode_video(pixels, grid), None
+    for part, t in zip(pixels.split([t * 24 for t in cuts]), cuts):
+        pieces = model.encode_video(part, torch.tensor([[t, 4, 6]]), memory=pieces)
+    assert_same(pieces, whole)
+    torch.testing.assert_close(logits(model, prompt(7), pieces), logits(model, prompt(7), whole), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 2, 6, 1000])
+def test_chunks_give_the_same(model, memory, chunk_frames):
+    assert_same(model.encode_video(*media(VIDEO), chunk_frames=chunk_frames), memory)
+
+
+def test_a_second_video_is_appended_as_in_one_go():
+    model = tiny_model(cross_attn_use_position_embeddings=True)
+    pixels, grid = media(VIDEO, (2, 8, 4))
+    memory = model.encode_video(pixels[:216], grid[:1])
+    memory = model.encode_video(pixels[216:], grid[1:], memory=memory)
+    assert_same(memory, model.encode_video(pixels, grid))
+    same_size, _ = media(VIDEO, VIDEO)
+    memory = model.encode_video(same_size[:216], grid[:1])
+    memory = model.encode_video(same_size[216:], grid[:1], memory=memory, continue_video=False)
+    assert_same(memory, model.encode_video(same_size, torch.tensor([VIDEO, VIDEO])))
+    with pytest.raises(ValueError, match="cannot continue"):
+        model.encode_video(pixels[216:], grid[1:], memory=memory, continue_video=True)
+
+
+def test_rows_are_encoded_apart(model):
+    pixels, grid = media(VIDEO, (2, 4, 6), (3, 4, 4))
+    memory = model.encode_video(pixels, grid, rows=[1, 0, 1], chunk_frames=4)
+    assert memory.num_video_tokens == [12, 54 + 12]
+    first = model.encode_video(pixels[216:264], grid[1:2])
+    second = model.encode_video(torch.cat([pixels[:216], pixels[264:]]), grid[[0, 2]])
+    together = logits(model, torch.cat([prompt(6), prompt(6, seed=1)]), memory)
+    torch.testing.assert_close(together[:1], logits(model, prompt(6), first), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together[1:], logits(model, prompt(6, seed=1), second), rtol=1e-5, atol=1e-5)
+
+
+def test_forks_share_the_video_and_nothing_else(model, memory):
+    before = logits(model, prompt(4), memory.fork())
+    fork = memory.fork()
+    assert fork.video_key_values(0)[0].data_ptr() == memory.video_key_values(0)[0].data_ptr()
+    logits(model, prompt(4), fork)
+    model.encode_video(*media((2, 4, 6), seed=3), memory=fork)
+    assert (memory.get_seq_length(), memory.video_length, memory.media) == (0, 54, [[["video", *VIDEO]]])
+    assert (fork.get_seq_length(), fork.video_length, fork.media) == (4, 66, [[["video", 11, 4, 6]]])
+    torch.testing.assert_close(logits(model, prompt(4), memory.fork()), before, rtol=0, atol=0)
+
+
+def test_a_fork_of_a_conversation_continues_it(model, memory):
+    logits(model, prompt(4), memory)
+    fork = memory.fork()
+    a, b = logits(model, prompt(3, seed=1), fork), logits(model, prompt(3, seed=1), memory)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert memory.get_seq_length() == fork.get_seq_length() == 7
+
+
+def test_a_static_fork_gives_the_same(model, memory):
+    mask = torch.ones(1, 5, dtype=torch.long)
+    static = model.generate(
+        prompt(5), attention_mask=mask, past_key_values=memory.fork(max_cache_len=32), max_new_tokens=6
+    )
+    assert torch.equal(
+        static, model.generate(prompt(5), attention_mask=mask, past_key_values=memory.fork(), max_new_tokens=6)
+    )
+    logits(model, prompt(2), memory)
+    with pytest.raises(ValueError, match="without text, not 2"):
+        memory.fork(max_cache_len=32)
+
+
+def test_rows_of_text_share_one_video(model, memory):
+    ids = torch.cat([prompt(6, seed=seed) for seed in range(3)])
+    together = logits(model, ids, memory.fork())
+    for row in range(3):
+        torch.testing.assert_close(
+            together[row : row + 1], logits(model, ids[row : row + 1], memory.fork()), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("operation", ["reorder", "select", "mask", "repeat"])
+def test_row_operations_equal_indexing(model, operation):
+    pixels, grid = media(VIDEO, (2, 4, 6), (3, 4, 4))
+    ids, next_ids = (torch.cat([prompt(n, seed=seed) for seed in range(3)]) for n in (5, 1))
+    memory = model.encode_video(pixels, grid, rows=[0, 1, 2])
+    full = logits(model, ids, memory)
+    full = logits(model, next_ids, memory.fork())
+    rows = {"reorder": [2, 0, 0], "select": [1], "mask": [0, 2], "repeat": [0, 0, 1, 1, 2, 2]}[operation]
+    if operation == "reorder":
+        memory.reorder_cache(torch.tensor(rows))
+    elif operation == "select":
+        memory.batch_select_indices(torch.tensor(rows))
+    elif operation == "mask":
+        memory.batch_select_indices(torch.tensor([True, False, True]))
+    else:
+        memory.batch_repeat_interleave(2)
+    torch.testing.assert_close(logits(model, next_ids[rows], memory), full[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_saved_and_loaded_it_answers_the_same(model, tmp_path):
+    pixels, grid = media(VIDEO, (2, 4, 6))
+    memory = model.encode_video(pixels, grid, rows=[0, 1])
+    logits(model, torch.cat([prompt(3), prompt(3, seed=1)]), memory)
+    memory.save(tmp_path / "talk.safetensors")
+    loaded = VideoMemory.load(tmp_path / "talk.safetensors")
+    assert_same(loaded, memory, tolerance=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["talk.safetensors"]
+    ids = torch.cat([prompt(2, seed=2), prompt(2, seed=3)])
+    torch.testing.assert_close(logits(model, ids, loaded), logits(model, ids, memory), rtol=0, atol=0)
+    more = media((2, 4, 6), seed=9)
+    a, b = (model.encode_video(*more, memory=m, rows=[1]) for m in (loaded, memory))
+    assert_same(a, b, tolerance=0)
+
+
+def test_loading_refuses_other_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        VideoMemory.load(tmp_path / "absent.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors here")
+    with pytest.raises(ValueError, match="damaged or no safetensors"):
+        VideoMemory.load(tmp_path / "text.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no video memory"):
+        VideoMemory.load(tmp_path / "other.safetensors")
+
+
+def test_an_interrupted_save_leaves_the_old_file(memory, tmp_path, monkeypatch):
+    memory.save(tmp_path / "talk.safetensors")
+    before = (tmp_path / "talk.safetensors").read_bytes()
+
+    def broken(tensors, path, metadata):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("vamba.modeling.video_memory.save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        memory.save(tmp_path / "talk.safetensors")
+    assert (tmp_path / "talk.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_models_memory_is_refused(memory):
+    other = tiny_model(num_key_value_heads=4)
+    with pytest.raises(ValueError, match=r"\(3, 2, 16\), the model \(3, 4, 16\)"):
+        logits(other, prompt(3), memory)
+
+
+def test_a_wrong_number_of_rows_is_refused(model):
+    memory = model.encode_video(*media(VIDEO, VIDEO), rows=[0, 1])
+    with pytest.raises(ValueError, match="2 rows and the text 3"):
+        logits(model, torch.cat([prompt(3)] * 3), memory)
+    with pytest.raises(ValueError, match="1 rows for 2 videos"):
+        model.encode_video(*media(VIDEO, VIDEO), rows=[0])
+
+
+def test_reset_forgets_all(model, memory):
+    logits(model, prompt(4), memory)
+    memory.reset()
+    assert (memory.get_seq_length(), memory.video_length, memory.states) == (0, 0, [None, None])
+    torch.testing.assert_close(logits(model, prompt(4), memory), logits(model, prompt(4), None), rtol=0, atol=0)
+
+
+def test_a_plain_cache_is_taken_over(model):
+    cache = DynamicCache(config=tiny_config())
+    pixels, grid = media(VIDEO)
+    with torch.no_grad():
+        out = model(prompt(4), pixel_values_videos=pixels, video_grid_thw=grid, past_key_values=cache, use_cache=True)
+    assert isinstance(out.past_key_values, VideoMemory) and cache.get_seq_length() == 4
+    assert out.past_key_values.video_nbytes == model.encode_video(pixels, grid).video_nbytes > 54 * 3 * 2 * 32 * 4

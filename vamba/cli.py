@@ -1,0 +1,116 @@
+"""`vamba`: the command line. A user's mistake is one line on stderr and exit code 2; `--debug` shows the traceback."""
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: `vamba … | head`
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        if args.debug:
+            raise
+        print(f"vamba: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vamba", description="Linear-time video understanding.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    ask = commands.add_parser("ask", help="watch a video once and answer questions about it")
+    ask.add_argument(
+        "video", metavar="VIDEO", help="a video file, a folder of images, or a saved memory (.safetensors)"
+    )
+    ask.add_argument("questions", metavar="QUESTION", nargs="+")
+    ask.add_argument("--model", required=True, metavar="PATH", help="a Vamba checkpoint: a folder or Hub id")
+    ask.add_argument("--fps", type=float, help="frames per second; default: 1")
+    ask.add_argument("--num-frames", type=int, help="frames spread over the video, instead of --fps")
+    ask.add_argument("--start", type=float, metavar="SECONDS", help="begin here")
+    ask.add_argument("--end", type=float, metavar="SECONDS", help="end here")
+    ask.add_argument("--max-pixels", type=int, help="pixels per frame at most")
+    ask.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer; default: 256")
+    ask.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    ask.add_argument("--device", help='e.g. "cuda:0" or "cpu"; default: the GPUs if there are any')
+    ask.add_argument("--save-memory", metavar="FILE", help="write the video memory, to be asked again later")
+    ask.add_argument("--allow-urls", action="store_true", help="let VIDEO be a URL")
+    ask.add_argument("--quiet", action="store_true", help="no progress bar, only the answers")
+    ask.set_defaults(run=_ask)
+
+    convert = commands.add_parser("convert", help="convert a Qwen2-VL or original Vamba checkpoint, or back")
+    _lazily(convert, "vamba.conversion.command_line")
+
+    demo = commands.add_parser("demo", help="learn a small task live and answer questions about new videos")
+    _lazily(demo, "vamba.demo.command_line")
+
+    info = commands.add_parser("info", help="say what a checkpoint is")
+    info.add_argument("path", metavar="PATH", help="a Vamba checkpoint folder")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _lazily(parser: argparse.ArgumentParser, module: str) -> None:
+    """Arguments and action of a command that lives elsewhere; those modules import nothing heavy themselves."""
+    import importlib
+
+    commands = importlib.import_module(module)
+    commands.add_arguments(parser)
+    parser.set_defaults(run=commands.run)
+
+
+def _ask(args: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from .chat import load_chat
+    from .modeling import VideoMemory
+
+    reading = {
+        name: getattr(args, name)
+        for name in ("fps", "num_frames", "start", "end", "max_pixels")
+        if getattr(args, name) is not None
+    }
+    if not args.video.endswith(".safetensors"):  # tell of a bad video before loading a large model
+        from .modeling import read_video
+
+        read_video(args.video, allow_urls=args.allow_urls, **reading).close()
+    chat = load_chat(args.model, dtype=args.dtype, device=args.device)
+    if args.video.endswith(".safetensors"):
+        chat.memory = VideoMemory.load(args.video, device=chat.model.device)
+    else:
+        chat.watch(args.video, progress=not args.quiet, allow_urls=args.allow_urls, **reading)
+    if args.save_memory:
+        chat.memory.save(args.save_memory)
+    for question in args.questions:
+        if len(args.questions) > 1:
+            print(f"> {question}")
+        for piece in chat.ask(question, stream=True, max_new_tokens=args.max_new_tokens):
+            print(piece, end="", flush=True)
+        print(flush=True)
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from .hub import describe
+
+    for name, value in describe(args.path).items():
+        print(f"{name:36} {value}")
+    return 0
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""What a checkpoint needs besides weights to be at home on the Hub: the model's code, and a model card.
+
+`save_pretrained` of model and processor already bring the code along; a converter, which never builds the model,
+calls `write_remote_code`.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from .modeling.configuration_vamba import VambaConfig
+
+
+_LIMITS = {
+    "converted": "The Mamba-2 blocks are freshly initialised: this checkpoint has to be trained before it is of use.",
+    "trained": "What the model was trained on bounds what it knows; check its answers where they matter.",
+}
+
+
+def write_remote_code(folder: str | os.PathLike) -> list[Path]:
+    """Copies the files that `trust_remote_code=True` needs: processor, model, configuration and all they import."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    from .modeling import modeling_vamba, processing_vamba
+
+    files = {Path(module.__file__) for module in (modeling_vamba, processing_vamba)}
+    files |= {Path(file) for entry in list(files) for file in get_relative_import_files(str(entry))}
+    return [Path(shutil.copyfile(file, Path(folder) / file.name)) for file in sorted(files)]
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    config: VambaConfig | None = None,
+    *,
+    repo_id: str | None = None,
+    base_model: str = "Qwen/Qwen2-VL-7B-Instruct",
+    license: str = "apache-2.0",
+    origin: str = "",
+    state: str = "trained",
+) -> Path:
+    """Writes README.md from model_cards/vamba.md for the checkpoint in `folder`.
+
+    Args:
+        config: of the model; read from the folder if None.
+        repo_id: named in the snippet; the folder's name if None.
+        base_model, license: metadata of the card. origin: a sentence on where the weights come from.
+        state: "trained", or "converted" for a checkpoint with fresh Mamba-2 blocks; says what to expect.
+    """
+    folder = Path(folder)
+    config = VambaConfig.from_pretrained(folder) if config is None else config
+    text = config.text_config
+    head_dim = text.hidden_size // text.num_attention_heads
+    card = Template(resources.files("vamba.model_cards").joinpath("vamba.md").read_text(encoding="utf-8"))
+    values = {
+        "name": (repo_id or folder.resolve().name).split("/")[-1],
+        "repo_id": repo_id or folder.resolve().name,
+        "license": license,
+        "base_model": base_model,
+        "origin": origin,
+        "layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "parameters": _count_parameters(config),
+        "bytes_per_token": f"{2 * text.num_key_value_heads * head_dim * text.num_hidden_layers * 2 / 1e3:.1f}",
+        "limits": _LIMITS[state],
+    }
+    path = folder / "README.md"
+    path.write_text(card.substitute(values), encoding="utf-8")
+    return path
+
+
+def _count_parameters(config: VambaConfig) -> str:
+    import torch
+
+    from .modeling import VambaForConditionalGeneration
+
+    with torch.device("meta"):
+        count = VambaForConditionalGeneration(config).num_parameters()
+    return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.2f} million"
+
+
+def push_to_hub(
+    model, processor, repo_id: str, *, private: bool | None = None, token: str | None = None, **card
+) -> str:
+    """Uploads model, processor, code and model card as one commit; returns the commit's address.
+
+    `card` are keyword arguments of `write_model_card`. Weights are written to a temporary folder first, so an
+    interrupted upload leaves the repository as it was.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_remote_code(folder)
+        write_model_card(folder, model.config, repo_id=repo_id, **card)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload Vamba checkpoint"))
+
+
+def describe(path: str | os.PathLike) -> dict:
+    """What `vamba info` prints of a checkpoint folder: sizes, switches, and bytes per video token."""
+    config = VambaConfig.from_pretrained(path)
+    text, head_dim = config.text_config, config.text_config.hidden_size // config.text_config.num_attention_heads
+    index = Path(path) / "model.safetensors.index.json"
+    size = None
+    if index.exists():
+        size = json.loads(index.read_text())["metadata"].get("total_size")
+    elif (Path(path) / "model.safetensors").exists():
+        size = (Path(path) / "model.safetensors").stat().st_size
+    return {
+        "model_type": config.model_type,
+        "parameters": _count_parameters(config),
+        "layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "mamba_heads": config.mamba_config.num_heads,
+        "mamba_state_size": config.mamba_config.state_size,
+        "vision_tower": config.vision_config.model_type,
+        "use_alpha_balancing": text.use_alpha_balancing,
+        "cross_attn_use_layer_norm": text.cross_attn_use_layer_norm,
+        "cross_attn_use_position_embeddings": text.cross_attn_use_position_embeddings,
+        "video_memory_bytes_per_token_bf16": 2 * text.num_key_value_heads * head_dim * text.num_hidden_layers * 2,
+        "weights_bytes": size,
+    }

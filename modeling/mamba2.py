@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
@@ -124,24 +123,41 @@ class Mamba2Block(GradientCheckpointingLayer):
 
 
 @torch.no_grad()
+def init_mamba2_parameter(
+    name: str, tensor: Tensor, config: VambaMamba2Config, num_layers: int, generator: torch.Generator | None = None
+) -> None:
+    """Fills one parameter of a mixer, by its name in it, as the original Vamba does (mamba-ssm's scheme).
+
+    dt log-uniform, A uniform, D one, and the output projection scaled down by the square root of the number of
+    layers, as in GPT-2. kaiming_uniform(a=sqrt(5)) is U(+-1/sqrt(fan_in)).
+    """
+
+    def uniform(low, high):
+        return tensor.uniform_(low, high, generator=generator)
+
+    if name in ("norm.weight", "D"):
+        tensor.fill_(1.0)
+    elif name in ("in_proj.bias", "out_proj.bias"):
+        tensor.zero_()
+    elif name == "in_proj.weight":
+        tensor.normal_(0.0, config.initializer_range, generator=generator)
+    elif name in ("conv1d.weight", "conv1d.bias"):  # the fan-in of a depthwise convolution is its kernel
+        uniform(-(config.conv_kernel**-0.5), config.conv_kernel**-0.5)
+    elif name == "out_proj.weight":
+        bound = (config.intermediate_size * num_layers) ** -0.5
+        uniform(-bound, bound)
+    elif name == "A_log":
+        uniform(*config.A_init_bounds).log_()
+    elif name == "dt_bias":
+        uniform(math.log(config.time_step_min), math.log(config.time_step_max)).exp_()
+        tensor.clamp_(min=config.time_step_floor)
+        tensor.add_(torch.log(-torch.expm1(-tensor)))  # the inverse of the softplus
+    else:
+        raise KeyError(f"no rule initialises {name!r} of a Mamba-2 mixer")
+
+
 def init_mamba2_mixer(mixer: Mamba2Mixer, num_layers: int) -> None:
-    """Initialises a mixer as the original Vamba does (mamba-ssm's scheme): dt log-uniform, A uniform, D one, and the
-    output projection scaled down by the square root of the number of layers, as in GPT-2."""
-    config = mixer.config
-    init.normal_(mixer.in_proj.weight, std=config.initializer_range)
-    init.kaiming_uniform_(mixer.conv1d.weight, a=math.sqrt(5))
-    if mixer.conv1d.bias is not None:
-        bound = 1 / math.sqrt(config.conv_kernel)
-        init.uniform_(mixer.conv1d.bias, -bound, bound)
-    for linear in (mixer.in_proj, mixer.out_proj):
-        if linear.bias is not None:
-            init.zeros_(linear.bias)
-    out = torch.empty_like(mixer.out_proj.weight)
-    init.kaiming_uniform_(out, a=math.sqrt(5))
-    init.copy_(mixer.out_proj.weight, out / math.sqrt(num_layers))
-    log_min, log_max = math.log(config.time_step_min), math.log(config.time_step_max)
-    dt = (torch.rand_like(mixer.dt_bias) * (log_max - log_min) + log_min).exp().clamp(min=config.time_step_floor)
-    init.copy_(mixer.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of the softplus
-    init.copy_(mixer.A_log, torch.empty_like(mixer.A_log).uniform_(*config.A_init_bounds).log())
-    init.ones_(mixer.D)
-    init.ones_(mixer.norm.weight)
+    """Initialises a mixer, but for parameters that were loaded from a checkpoint."""
+    for name, parameter in mixer.named_parameters():
+        if not getattr(parameter, "_is_hf_initialized", False):
+            init_mamba2_parameter(name, parameter, mixer.config, num_layers)

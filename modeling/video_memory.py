@@ -296,8 +296,8 @@ class VideoMemory(Cache):
         )
         if made_by != wanted:
             raise ValueError(
-                f"This video memory has (layers, key/value heads, head dim) = {made_by}, the model {wanted}: encode the "
-                "video with the model that is asked."
+                f"This video memory has (layers, key/value heads, head dim) = {made_by}, the model {wanted}: "
+                "encode the video with the model that is asked."
             )
         rows = self.num_video_rows if self.video_rows is None else len(self.video_rows)
         if rows not in (1, batch_size):

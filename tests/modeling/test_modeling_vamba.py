@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import END, START, media, prompt, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vamba.modeling import VambaForConditionalGeneration
+
+from conftest import END, START, media, prompt, tiny_config, tiny_model
 
 
 VARIANTS = [
@@ -257,8 +258,8 @@ def test_the_last_layer_has_no_mamba_block(model):
 def test_a_qwen2_5_tower_fits_in():
     config = tiny_config()
     vision = {
-        "model_type": "qwen2_5_vl_vision", "depth": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
-        "num_heads": 2, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
+        "model_type": "qwen2_5_vl_vision", "depth": 2, "hidden_size": 32, "out_hidden_size": 64,
+        "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
     }  # fmt: skip
     model = VambaForConditionalGeneration(type(config)(**{**config.to_dict(), "vision_config": vision})).eval()
     pixels, grid = media((4, 4, 8))

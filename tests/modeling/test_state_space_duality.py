@@ -119,7 +119,7 @@ def test_unknown_and_missing_backends_say_what_to_do():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", [name for name in BACKENDS])
+@pytest.mark.parametrize("backend", list(BACKENDS))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("S", [1, 100, 513])
 def test_on_the_gpu(backend, dtype, tolerance, S):

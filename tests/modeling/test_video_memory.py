@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import media, prompt, tiny_config, tiny_model
 from transformers.cache_utils import Cache, DynamicCache
 
 from vamba.modeling import VideoMemory
+
+from conftest import media, prompt, tiny_config, tiny_model
 
 
 VIDEO = (9, 4, 6)  # 9 temporal patches of 6 tokens

@@ -1,0 +1,6 @@
+"""`python -m vamba.conversion SRC DST`: the same as `vamba convert SRC DST`."""
+
+from .command_line import main
+
+
+raise SystemExit(main())

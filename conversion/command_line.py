@@ -1,0 +1,53 @@
+"""The thin command line of the converter, shared by `vamba convert` and `python -m vamba.conversion`."""
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the converter's arguments to `parser`."""
+    parser.add_argument("source", metavar="SRC", help="folder of a Qwen2-VL, original Vamba or Vamba checkpoint")
+    parser.add_argument("destination", metavar="DST", help="folder to write; must not exist or be empty")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the source's")
+    parser.add_argument("--to", choices=("vamba", "original"), help="format to write; default: vamba")
+    parser.add_argument("--seed", type=int, default=0, help="of the freshly initialised tensors; default: 0")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one output file; default: 5GB")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint in DST once the new is complete"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts as `args` say and prints the folder written.
+
+    Raises ValueError or OSError, with one line to show, for a user's mistake.
+    """
+    from .checkpoint import convert
+
+    destination = convert(
+        args.source,
+        args.destination,
+        dtype=args.dtype,
+        to=args.to,
+        seed=args.seed,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+        progress=not args.no_progress,
+    )
+    print(destination)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 2 with one line on stderr for a user's mistake; 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m vamba.conversion", description="Convert a checkpoint.")
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130

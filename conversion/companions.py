@@ -1,0 +1,163 @@
+"""The files beside the weights: tokenizer, chat template, image and video processor, generation config.
+
+The unusual: a media item is written `<|vision_start|><|vision_end|>` without a placeholder between, so the pads go
+from Qwen2-VL's chat template, wherever it is kept (four places, over the years). Everything else comes along byte for
+byte, but for the class of the processor and where its code is.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from vamba.modeling.configuration_vamba import AUTO_MAP, VambaConfig
+
+from .configs import QWEN2_VL
+from .table import ConversionError
+
+
+VERBATIM = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+WITH_PROCESSOR_CLASS = (
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+PADS = re.compile(r"<\|(?:image|video)_pad\|>")
+
+
+def copy_companions(source: Path, folder: Path, config: VambaConfig, processor_class: str) -> None:
+    """Brings what stands beside the weights of `source` to `folder`.
+
+    Args:
+        source: the folder converted from.
+        folder: the folder being written.
+        config: of the model, for a generation config where the source has none.
+        processor_class: named in every file that names one.
+
+    Raises:
+        ConversionError: where a file that has to be changed is not JSON.
+    """
+    for path in _matching(source, VERBATIM):
+        shutil.copyfile(path, folder / path.name)
+    for path in _matching(source, TEMPLATES):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(strip_pads(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in _matching(source, ("chat_template.json", *WITH_PROCESSOR_CLASS)):
+        _write_json(folder / path.name, _adapt(_read_json(path), path.name, processor_class))
+    if any((folder / name).exists() for name in WITH_PROCESSOR_CLASS):
+        _complete_processor_config(folder / "processor_config.json", processor_class)
+    if not (folder / "generation_config.json").exists():
+        _write_json(folder / "generation_config.json", generation_config(config))
+
+
+def set_generation_flag(folder: Path, name: str, value) -> None:
+    """Writes a setting into generation_config.json, or takes it out for None."""
+    path = folder / "generation_config.json"
+    content = {key: v for key, v in _read_json(path).items() if key not in (name, "_from_model_config")}
+    _write_json(path, content if value is None else content | {name: value})
+
+
+def write_hub_files(source: Path, folder: Path, config: VambaConfig, kind: str, name: str) -> None:
+    """What a checkpoint on the Hub carries besides: the model's code, for machines without this package, and a card.
+
+    Args:
+        source: the folder converted from; its card says under which license.
+        folder: the folder being written, under its temporary name. name: the name it will have.
+        kind: what the source is; a Qwen2-VL has to be trained before it is of use as a Vamba.
+    """
+    from vamba.hub import write_model_card, write_remote_code
+
+    write_remote_code(folder)
+    write_model_card(
+        folder,
+        config,
+        repo_id=name,
+        base_model=_base_model(source),
+        license=_license(source),
+        origin=f"Converted from {source.name} ({kind}).",
+        state="converted" if kind == QWEN2_VL else "trained",
+    )
+
+
+def _base_model(source: Path) -> str:
+    """The Hub id the source's config remembers, or its folder's name."""
+    remembered = _read_json(source / "config.json").get("_name_or_path") or ""
+    return remembered if re.fullmatch(r"[\w.-]+/[\w.-]+", remembered) else source.name
+
+
+def _license(source: Path) -> str:
+    """From the front matter of the source's card; "other" if it says nothing."""
+    card = source / "README.md"
+    found = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8"), re.M) if card.is_file() else None
+    return found[1] if found else "other"
+
+
+def strip_pads(template: str) -> str:
+    """A chat template without placeholders for images and videos."""
+    return PADS.sub("", template)
+
+
+def generation_config(config: VambaConfig) -> dict:
+    """The tokens that generation needs, as far as the model's configuration knows them."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: getattr(config.text_config, name) for name in names}
+    return {"_from_model_config": True} | {name: value for name, value in tokens.items() if value is not None}
+
+
+def _adapt(content: dict, name: str, processor_class: str) -> dict:
+    content = dict(content)
+    template = content.get("chat_template")
+    if isinstance(template, str):
+        content["chat_template"] = strip_pads(template)
+    elif isinstance(template, list):  # several, each with its name
+        content["chat_template"] = [item | {"template": strip_pads(item["template"])} for item in template]
+    elif isinstance(template, dict):
+        content["chat_template"] = {key: strip_pads(value) for key, value in template.items()}
+    if name in WITH_PROCESSOR_CLASS:
+        content["processor_class"] = processor_class
+        content.pop("auto_map", None)  # names code beside the source, which is not copied
+        for part in ("image_processor", "video_processor"):
+            if isinstance(content.get(part), dict):
+                content[part] = {key: value for key, value in content[part].items() if key != "auto_map"}
+                if "processor_class" in content[part]:
+                    content[part]["processor_class"] = processor_class
+    return content
+
+
+def _complete_processor_config(path: Path, processor_class: str) -> None:
+    """The file that names the processor first, made if need be; ours also says where `trust_remote_code` finds it."""
+    content = _read_json(path) if path.exists() else {"processor_class": processor_class}
+    entry = AUTO_MAP["AutoProcessor"]
+    if entry.endswith("." + processor_class):
+        content["auto_map"] = {"AutoProcessor": entry}
+    _write_json(path, content)
+
+
+def _matching(source: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(source.glob(pattern)) if path.is_file()]
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} is not a JSON object.")
+    return content
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,213 @@
+"""config.json of each format: which one it is, and its translation to `VambaConfig` and back.
+
+The unusual: the original calls itself `qwen2_vl` and keeps the language model's fields flat at the top; options of its
+Mamba blocks that our model does not have are refused by name rather than ignored.
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, Qwen2VLConfig
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+
+from vamba.modeling.configuration_vamba import VambaConfig, VambaMamba2Config
+
+from .table import ConversionError
+
+
+QWEN2_VL, ORIGINAL, VAMBA = "a Qwen2-VL checkpoint", "an original Vamba checkpoint", "a Vamba checkpoint"
+SUPPORTED = (
+    "Supported: a Qwen2-VL checkpoint (model_type qwen2_vl) to vamba, an original Vamba checkpoint (model_type "
+    "qwen2_vl with vision_mamba_mixer_config) to vamba, and a Vamba checkpoint (model_type vamba) to original "
+    "or, for another dtype or sharding, to vamba."
+)
+
+# Ours → the original's, in vision_mamba_mixer_config.
+MAMBA_FIELDS = {
+    "hidden_size": "hidden_dim",
+    "state_size": "d_state",
+    "conv_kernel": "d_conv",
+    "expand": "expand",
+    "head_dim": "headdim",
+    "n_groups": "ngroups",
+    "chunk_size": "chunk_size",
+    "use_bias": "bias",
+    "use_conv_bias": "conv_bias",
+    "time_step_min": "dt_min",
+    "time_step_max": "dt_max",
+    "time_step_floor": "dt_init_floor",
+    "time_step_limit": "dt_limit",
+    "A_init_bounds": "A_init_range",
+}
+# The only values of the original's other options that compute what our model computes.
+MAMBA_FIXED = {"norm_before_gate": False, "rmsnorm": True, "norm_type": "rmsnorm", "D_has_hdim": False, "d_ssm": None}
+SWITCHES = ("use_alpha_balancing", "cross_attn_use_layer_norm", "cross_attn_use_position_embeddings")
+TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def read_config(folder: Path) -> dict:
+    """The source's config.json. Raises ConversionError if there is none or it is no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{folder} holds no config.json; the source is the folder of a checkpoint.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConversionError(f"{path} is not a JSON object.")
+    return config
+
+
+def format_of(config: dict) -> str:
+    """QWEN2_VL, ORIGINAL or VAMBA. Raises ConversionError naming the values that fit none of them."""
+    if config.get("quantization_config"):
+        raise ConversionError("The source has a quantization_config; convert the unquantized checkpoint.")
+    model_type, mixer = config.get("model_type"), config.get("vision_mamba_mixer_config")
+    if model_type == "vamba":
+        return VAMBA
+    if model_type == "qwen2_vl" and mixer is None:
+        return QWEN2_VL
+    if model_type == "qwen2_vl" and isinstance(mixer, dict) and mixer.get("enable", True):
+        return ORIGINAL
+    if model_type == "qwen2_vl":
+        raise ConversionError(
+            "The source's vision_mamba_mixer_config.enable is false: a Vamba without Mamba blocks is not supported. "
+            + SUPPORTED
+        )
+    raise ConversionError(f"The source's model_type is {model_type!r}. " + SUPPORTED)
+
+
+def config_from_qwen2_vl(source: dict, mamba_config: dict | None = None) -> VambaConfig:
+    """`VambaConfig` for a Qwen2-VL config.json, flat (on the Hub) or nested (saved by transformers 5).
+
+    Args:
+        source: the config.json.
+        mamba_config: sizes of the Mamba blocks that differ from `VambaMamba2Config`'s; the hidden size is the text's.
+
+    Raises:
+        ConversionError: on an unknown name in `mamba_config`, or sizes that do not divide.
+    """
+    sizes = {field.name for field in _own_fields(VambaMamba2Config)}
+    unknown = sorted(set(mamba_config or ()) - sizes)
+    if unknown:
+        raise ConversionError(f"mamba_config has no {', '.join(unknown)}; it has {', '.join(sorted(sizes))}.")
+    qwen = _qwen2_vl(source)
+    mamba = {
+        "hidden_size": qwen.text_config.hidden_size,
+        "initializer_range": qwen.text_config.initializer_range,
+        **(mamba_config or {}),
+    }
+    return _vamba_config(qwen, mamba, {})
+
+
+def config_from_original(source: dict) -> VambaConfig:
+    """`VambaConfig` for an original Vamba's config.json; what its mixer config leaves out is `VambaMamba2Config`'s.
+
+    Raises:
+        ConversionError: on an option of the original that our model does not have, or a missing switch.
+    """
+    mixer = source["vision_mamba_mixer_config"]
+    refused = [f"{key} = {mixer[key]!r}" for key, value in MAMBA_FIXED.items() if mixer.get(key, value) != value]
+    if refused:
+        raise ConversionError(
+            f"vision_mamba_mixer_config: {', '.join(refused)} is not supported; this model has "
+            + ", ".join(f"{key} = {value!r}" for key, value in MAMBA_FIXED.items())
+            + "."
+        )
+    absent = [key for key in SWITCHES if key not in source]
+    if absent:
+        raise ConversionError(
+            f"The original's config.json lacks {', '.join(absent)}: say whether each is true or false."
+        )
+    qwen = _qwen2_vl(source)
+    mamba = {"hidden_size": qwen.text_config.hidden_size, "initializer_range": qwen.text_config.initializer_range}
+    mamba |= {ours: mixer[theirs] for ours, theirs in MAMBA_FIELDS.items() if mixer.get(theirs) is not None}
+    return _vamba_config(qwen, mamba, {key: source[key] for key in SWITCHES})
+
+
+def config_from_vamba(folder: Path) -> VambaConfig:
+    """`VambaConfig` of one of our checkpoints."""
+    try:
+        return VambaConfig.from_pretrained(folder, local_files_only=True)
+    except StrictDataclassError as error:
+        raise ConversionError(f"The source's config.json: {_one_line(error)}") from error
+
+
+def config_to_original(config: VambaConfig) -> dict:
+    """config.json of the original: flat, and `qwen2_vl` by name.
+
+    Raises:
+        ConversionError: on a value that the original fixes otherwise.
+    """
+    text, vision, mamba = config.text_config, config.vision_config, config.mamba_config
+    fixed = {
+        "vision_config.model_type": (vision.model_type, "qwen2_vl_vision"),
+        "vision_config.rope_parameters['rope_theta']": ((vision.rope_parameters or {}).get("rope_theta"), 10000.0),
+        "mamba_config.layer_norm_epsilon": (mamba.layer_norm_epsilon, 1e-5),
+    }
+    refused = [f"{name} = {have!r}, must be {must!r}" for name, (have, must) in fixed.items() if have != must]
+    if refused:
+        raise ConversionError("The original's format cannot hold this model: " + "; ".join(refused) + ".")
+    flat = {key: value for key, value in _own_values(text).items() if key not in ("layer_types", "rope_parameters")}
+    rope = dict(text.rope_parameters)
+    mixer = {theirs: getattr(mamba, ours) for ours, theirs in MAMBA_FIELDS.items()}
+    mixer |= {key: list(mixer[key]) for key in ("dt_limit", "A_init_range")}
+    dtype = config.dtype
+    return flat | {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": {**rope, "type": rope["rope_type"]},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": str(dtype).removeprefix("torch.") if dtype is not None else None,
+        "vision_config": {
+            key: value
+            for key, value in _own_values(vision).items()
+            if key not in ("rope_parameters", "initializer_range")
+        }
+        | {"model_type": "qwen2_vl"},
+        "vision_mamba_mixer_config": {"enable": True, "model_type": "qwen2_vl"} | mixer | MAMBA_FIXED,
+        **{key: getattr(config, key) for key in TOKENS},
+    }
+
+
+def _qwen2_vl(source: dict) -> Qwen2VLConfig:
+    try:
+        return Qwen2VLConfig.from_dict(json.loads(json.dumps(source)))  # its constructor writes into nested dicts
+    except StrictDataclassError as error:
+        raise ConversionError(f"The source's config.json: {_one_line(error)}") from error
+
+
+def _vamba_config(qwen: Qwen2VLConfig, mamba: dict, switches: dict) -> VambaConfig:
+    text = _own_values(qwen.text_config)
+    text["rope_parameters"] = {key: value for key, value in text["rope_parameters"].items() if key != "type"}
+    vision = {key: getattr(qwen.vision_config, key) for key in (f.name for f in _own_fields(Qwen2VLVisionConfig))}
+    try:
+        return VambaConfig(
+            architectures=["VambaForConditionalGeneration"],
+            text_config=text | switches,
+            vision_config=vision | {"model_type": qwen.vision_config.model_type},
+            mamba_config=mamba,
+            tie_word_embeddings=qwen.tie_word_embeddings,
+            initializer_range=qwen.text_config.initializer_range,
+            **{key: getattr(qwen, key) for key in TOKENS},
+        )
+    except StrictDataclassError as error:
+        raise ConversionError(_one_line(error)) from error
+
+
+def _own_fields(kind: type[PreTrainedConfig]):
+    """The fields that a configuration class and its parents add to `PreTrainedConfig`'s."""
+    common = {field.name for field in fields(PreTrainedConfig)}
+    return [field for field in fields(kind) if field.name not in common]
+
+
+def _own_values(config: PreTrainedConfig) -> dict:
+    return {field.name: getattr(config, field.name) for field in _own_fields(type(config))}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,149 @@
+"""conversion/safetensors_io.py, judged by safetensors' own reader and writer."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from vamba.conversion.safetensors_io import (
+    CheckpointReader,
+    split_into_files,
+    write_file,
+    write_index,
+)
+from vamba.conversion.table import ConversionError, Step
+
+
+def steps_for(tensors):
+    return [Step(key, tuple(tensor.shape), tensor.dtype, key) for key, tensor in tensors.items()]
+
+
+def mixed_tensors():
+    torch.manual_seed(0)
+    return {
+        "odd.bf16": torch.randn(3, 5).bfloat16(),  # 30 bytes: what follows would lie misaligned
+        "wide": torch.randn(7, 2),
+        "half": torch.randn(3).half(),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "transposed": torch.randn(4, 6).T,
+        "strided": torch.randn(8)[::2],
+        "näme": torch.randn(1, 2, 3),
+    }
+
+
+def write(path, tensors):
+    seen = []
+    write_file(path, steps_for(tensors), lambda step: tensors[step.key], seen.append)
+    return seen
+
+
+def test_safetensors_reads_back_every_bit(tmp_path):
+    tensors = mixed_tensors()
+    seen = write(tmp_path / "a.safetensors", tensors)
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert loaded[key].dtype == tensor.dtype and torch.equal(loaded[key], tensor), key
+    assert sum(seen) == sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_tensors_are_aligned_to_their_dtype(tmp_path):
+    write(tmp_path / "a.safetensors", mixed_tensors())
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0
+    for key, tensor in mixed_tensors().items():
+        assert header[key]["data_offsets"][0] % tensor.dtype.itemsize == 0, key
+
+
+def test_a_tensor_other_than_planned_is_a_bug_and_stops(tmp_path):
+    with pytest.raises(RuntimeError, match="wide"):
+        write_file(
+            tmp_path / "a", [Step("wide", (3,), torch.float32, None)], lambda step: torch.zeros(4), lambda size: None
+        )
+
+
+def test_shards_hold_what_fits_and_the_index_finds_it(tmp_path):
+    tensors = {f"t{i}": torch.full((250,), float(i)) for i in range(7)}  # 1000 bytes each
+    files = split_into_files(steps_for(tensors), 3000)
+    for name, steps in files.items():
+        write_file(tmp_path / name, steps, lambda step: tensors[step.key], lambda size: None)
+    write_index(tmp_path, files)
+    assert list(files) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert [len(steps) for steps in files.values()] == [3, 3, 1]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_parameters": 1750, "total_size": 7000}
+    reader = CheckpointReader(tmp_path)
+    assert reader.specs.keys() == tensors.keys()
+    assert all(torch.equal(reader.read(key), tensor) for key, tensor in tensors.items())
+
+
+def test_one_file_needs_no_index(tmp_path):
+    files = split_into_files(steps_for({"a": torch.zeros(3)}), "5GB")
+    write_index(tmp_path, files)
+    assert list(files) == ["model.safetensors"] and not list(tmp_path.iterdir())
+
+
+def test_bad_shard_size():
+    with pytest.raises(ValueError, match="5 bananas"):
+        split_into_files(steps_for({"a": torch.zeros(3)}), "5 bananas")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    save_file({"a": torch.zeros(3)}, tmp_path / "x.safetensors")
+    save_file({"b": torch.zeros(3)}, tmp_path / "y.safetensors")
+
+    def index(**weight_map):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        return CheckpointReader(tmp_path)
+
+    return index
+
+
+def test_index_is_followed(sharded):
+    assert sharded(a="x.safetensors", b="y.safetensors").specs.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "weight_map, says",
+    [
+        ({"a": "x.safetensors", "b": "z.safetensors"}, "z.safetensors, which is not there"),
+        ({"a": "x.safetensors", "b": "../y.safetensors"}, "not in the folder"),
+        ({"a": "x.safetensors", "b": "x.safetensors"}, "lists b and 0 more"),
+        ({"b": "x.safetensors"}, "x.safetensors holds a, but .* does not list it"),
+        ({"a": "y.safetensors", "b": "x.safetensors"}, "holds b, but .* puts it in x.safetensors"),
+    ],
+)
+def test_index_that_contradicts_the_files(sharded, weight_map, says):
+    with pytest.raises(ConversionError, match=says):
+        sharded(**weight_map)
+
+
+def test_damaged_file(tmp_path):
+    save_file({"a": torch.zeros(300)}, tmp_path / "model.safetensors")
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(raw[:-100])
+    with pytest.raises(ConversionError, match="model.safetensors is damaged or incomplete"):
+        CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("pytorch_model.bin", r"save_file\(state"),
+        ("pytorch_model-00001-of-00002.bin", "weights_only=True"),
+        ("adapter_model.safetensors", "merge_and_unload"),
+        ("readme.txt", "holds neither model.safetensors nor"),
+    ],
+)
+def test_folders_without_safetensors(tmp_path, name, says):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ConversionError, match=says):
+        CheckpointReader(tmp_path)

@@ -1,0 +1,29 @@
+"""What the tests of the converter share: the smallest Qwen2-VL, and a chat template with its placeholders."""
+
+from transformers import Qwen2VLConfig
+
+
+TEMPLATE = (
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}<|vision_start|><|image_pad|>"
+    "<|vision_end|>{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% endif %}"
+    "{% endfor %}"
+)
+STRIPPED = TEMPLATE.replace("<|image_pad|>", "").replace("<|video_pad|>", "")
+
+
+def tiny_qwen2_vl(**changes) -> Qwen2VLConfig:
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [2, 3, 3]},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    vision = {"embed_dim": 32, "depth": 2, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 4}
+    tokens = {"vision_start_token_id": 4, "vision_end_token_id": 5, "image_token_id": 6, "video_token_id": 7}
+    return Qwen2VLConfig(text_config=text, vision_config=vision, **tokens, **changes)

@@ -524,14 +524,17 @@ class VambaModel(VambaPreTrainedModel):
         video_grid_thw: Tensor | None,
     ) -> list[list[MediaItem]]:
         """Which media belong to which row of text, in order: the n-th item to the n-th `<|vision_start|>`."""
-        if input_ids is not None:
-            starts_BN = input_ids == self.config.vision_start_token_id
-        else:
-            token = torch.tensor(self.config.vision_start_token_id, device=inputs_embeds.device)
-            starts_BN = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        starts_BN = self.media_starts(input_ids, inputs_embeds)
         return assign_media(
             list_media("image", image_grid_thw), list_media("video", video_grid_thw), starts_BN, mm_token_type_ids
         )
+
+    def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, N), True at each `<|vision_start|>`; recognised by its embedding where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.vision_start_token_id
+        token = torch.tensor(self.config.vision_start_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     @can_return_tuple
     @auto_docstring
@@ -668,14 +671,22 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
 
     # --- generate: the media are encoded once, before rows are repeated for beams or samples ------------------------
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool | None = False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool | None = False, **kwargs
+    ):
         """The original rotates the keys of the video only in the pass that encodes it and decodes with bare ones.
 
         Checkpoints converted from it keep to that where it matters (`cross_attn_use_position_embeddings`), by
         `unrotate_video_keys` in their generation config; without it, decoding equals the full forward pass.
         """
         kwargs["unrotate_video_keys"] = kwargs.pop("unrotate_video_keys", False) and not is_first_iteration
-        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        memory = kwargs.pop("video_memory", None)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if memory is not None:  # without a text cache the video is encoded once all the same
+            model_inputs["past_key_values"] = memory
+        return model_inputs
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
@@ -685,18 +696,19 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         media = {key: model_kwargs.pop(key, None) for key in _MEDIA_KEYS}
         if media["pixel_values"] is None and media["pixel_values_videos"] is None:
             return model_kwargs
-        is_ids = not inputs_tensor.is_floating_point()
-        input_ids = inputs_tensor if is_ids else None
+        input_ids = model_kwargs.get("input_ids") if inputs_tensor.is_floating_point() else inputs_tensor
+        if input_ids is not None and input_ids.shape[1] != inputs_tensor.shape[1]:
+            input_ids = None  # `inputs_embeds` came by themselves
         rows = self.model.media_rows(
             input_ids,
-            None if is_ids else inputs_tensor,
+            inputs_tensor,
             model_kwargs.get("mm_token_type_ids"),
             media["image_grid_thw"],
             media["video_grid_thw"],
         )
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and input_ids is not None:
-            starts_BN = input_ids == self.config.vision_start_token_id
+        if cache is not None:
+            starts_BN = self.model.media_starts(input_ids, inputs_tensor)
             rows = uncached_media(rows, starts_BN, cache.get_seq_length())
         if any(rows):
             memory = _as_video_memory(cache, self.config.text_config)
@@ -718,7 +730,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
         if memory is not None:
             if copies > 1:
                 memory.expand_rows(batch_size, copies)
-            model_kwargs["past_key_values"] = memory
+            model_kwargs["past_key_values" if cache is not None else "video_memory"] = memory
 
 
 # Frames encoded at once where no gradient is recorded: 32 frame pairs of 640x360 are 9,568 tokens.

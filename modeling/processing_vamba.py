@@ -58,7 +58,6 @@ class VambaVideosKwargs(VideosKwargs, total=False):
     total_pixels (`int`, *optional*): bounds the area of all frames of a video together, as in qwen-vl-utils.
     start (`float`, *optional*): seconds into the file where the clip begins.
     end (`float`, *optional*): seconds into the file where the clip ends.
-    backend (`str`, *optional*): "pyav" or "torchcodec".
     allow_urls (`bool`, *optional*): whether a video may be a URL; it may not by default.
     """
 
@@ -67,7 +66,6 @@ class VambaVideosKwargs(VideosKwargs, total=False):
     total_pixels: int | None
     start: float | int | None
     end: float | int | None
-    backend: str | None
     allow_urls: bool | None
 
 
@@ -129,6 +127,22 @@ class VambaProcessor(Qwen2VLProcessor):
         inputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
         self._mark_media(inputs, kinds)
         return inputs
+
+    # Saving with code notes the `AutoProcessor` on the image and video processor as well, where it is of no use and
+    # makes what was saved differ from what is loaded; here it stands in the processor's own configuration only.
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        for name in ("image_processor", "video_processor"):
+            if output.get(name, {}).get("auto_map", {}).keys() == {"AutoProcessor"}:
+                del output[name]["auto_map"]
+        return output
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        for part in (self, self.image_processor, self.video_processor):
+            if (getattr(part, "auto_map", None) or {}).keys() == {"AutoProcessor"}:
+                del part.auto_map
+        return saved
 
     # --- text -------------------------------------------------------------------------------------------------------
 
@@ -306,6 +320,8 @@ class VambaProcessor(Qwen2VLProcessor):
         chosen = call | options
         if "num_frames" in chosen:
             chosen.pop("fps", None)
+        elif "source_fps" in options and "fps" not in chosen:
+            chosen["fps"] = options["source_fps"]  # frames at their own rate are taken whole
         resize = kwargs.get("do_resize")
         chosen["resize"] = self.video_processor.do_resize if resize is None else resize
         return self._frame_size(kwargs) | chosen

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vamba.conversion import convert
+from vamba.demo.tiny_checkpoint import make_tiny_qwen2_vl
 from vamba.modeling import VambaConfig, VambaForConditionalGeneration
 
 
@@ -28,6 +30,34 @@ def shared() -> Path:
 def footage(shared) -> Path:
     """Six seconds of real 1080p60 H.264."""
     return shared / "videos" / "magic_1080p_6s.mp4"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny checkpoint in our format, converted by the real converter."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_tiny_qwen2_vl(folder / "qwen", ["What happens in the video?"], num_layers=3)
+    mixer = {"head_dim": 16, "state_size": 16, "chunk_size": 16}
+    return convert(folder / "qwen", folder / "vamba", mamba_config=mixer, progress=False)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> Path:
+    """Two seconds of a moving square at 8 frames per second."""
+    import av
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for index in range(16):
+            picture = np.full((64, 64, 3), 40, np.uint8)
+            picture[20:40, 3 * index : 3 * index + 16] = (250, 60, 30)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
 
 
 def tiny_config(**text) -> VambaConfig:

@@ -56,6 +56,7 @@ def _stand_in(name: str, **contents) -> None:
 _stand_in("exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
 _stand_in("generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
 common = _transformers_tests("test_modeling_common")
+generation = _transformers_tests("generation.test_utils")
 
 
 @functools.cache
@@ -151,7 +152,7 @@ class VambaModelTester:
         }
 
 
-class VambaModelTest(common.ModelTesterMixin, unittest.TestCase):
+class VambaModelTest(common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (VambaModel, VambaForConditionalGeneration)
     all_generative_model_classes = (VambaForConditionalGeneration,)
     _is_composite = True

@@ -1,0 +1,89 @@
+"""The command line: answers and exit code 0, or one clear line and exit code 2."""
+
+import pytest
+
+from vamba.cli import main
+
+
+def test_ask_prints_an_answer_for_each_question(checkpoint, clip, capsys):
+    assert main(["ask", str(clip), "What happens?", "Where?", "--model", str(checkpoint), "--max-new-tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("> ") >= 2 and "> What happens?" in out and "> Where?" in out
+
+
+def test_ask_answers_about_real_footage(checkpoint, footage, capsys):
+    arguments = ["--model", str(checkpoint), "--max-new-tokens", "4", "--fps", "2", "--quiet"]
+    assert main(["ask", str(footage), "What happens?", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.endswith("\n") and "watching" not in captured.err
+
+
+def test_a_saved_memory_is_asked_again(checkpoint, clip, tmp_path, capsys):
+    memory = tmp_path / "talk.safetensors"
+    common = ["--model", str(checkpoint), "--max-new-tokens", "6", "--quiet"]
+    assert main(["ask", str(clip), "What happens?", *common, "--save-memory", str(memory)]) == 0
+    first = capsys.readouterr().out
+    assert main(["ask", str(memory), "What happens?", *common]) == 0
+    assert capsys.readouterr().out == first
+
+
+def bad_videos(folder, clip):
+    text, empty, cut = folder / "text.mp4", folder / "empty.mp4", folder / "cut.mp4"
+    text.write_text("this is no video\n" * 99)
+    empty.write_bytes(b"")
+    cut.write_bytes(clip.read_bytes()[:300])
+    return {
+        "missing": (str(folder / "missing.mp4"), []),
+        "text": (str(text), []),
+        "empty": (str(empty), []),
+        "truncated": (str(cut), []),
+        "a folder without images": (str(folder / "nothing"), []),
+        "past the end": (str(clip), ["--start", "99"]),
+        "end before start": (str(clip), ["--start", "1", "--end", "0.5"]),
+        "negative": (str(clip), ["--start", "-1"]),
+        "both": (str(clip), ["--fps", "1", "--num-frames", "3"]),
+        "zero fps": (str(clip), ["--fps", "0"]),
+        "url": ("https://example.com/clip.mp4", []),
+    }
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    ["missing", "text", "empty", "truncated", "a folder without images", "past the end", "end before start", "negative",
+     "both", "zero fps", "url"],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line_and_exit_code_2(mistake, checkpoint, clip, tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    video, options = bad_videos(tmp_path, clip)[mistake]
+    assert main(["ask", video, "What?", "--model", str(checkpoint), *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("vamba: ") and captured.err.count("\n") == 1
+
+
+def test_a_missing_model_is_a_users_mistake(clip, tmp_path, capsys):
+    assert main(["ask", str(clip), "What?", "--model", str(tmp_path / "none")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_convert_refuses_what_is_no_checkpoint(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["convert", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
+    assert "config.json" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError):
+        main(["--debug", "convert", str(tmp_path), str(tmp_path / "out")])
+
+
+def test_info_describes_a_checkpoint(checkpoint, capsys):
+    assert main(["info", str(checkpoint)]) == 0
+    assert "hidden_size                          64" in capsys.readouterr().out
+
+
+def test_usage_errors_exit_with_2(capsys):
+    for arguments in ([], ["ask"], ["nonsense"], ["ask", "v.mp4", "q"]):
+        with pytest.raises(SystemExit) as exit_code:
+            main(arguments)
+        assert exit_code.value.code == 2
+    assert "usage: vamba" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""Checkpoints at home on the Hub: code that loads without this package, and a card."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vamba import hub
+from vamba.modeling import VambaConfig
+
+
+STRANGER = """
+import sys
+sys.modules["vamba"] = None  # as if it were not installed
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+folder, clip = sys.argv[1:]
+trust = {"trust_remote_code": True}
+print(type(AutoConfig.from_pretrained(folder, **trust)).__name__, type(AutoModel.from_pretrained(folder, **trust)).__name__)
+model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
+processor = AutoProcessor.from_pretrained(folder, **trust)
+content = [{"type": "video", "video": clip, "fps": 4.0}, {"type": "text", "text": "What happens?"}]
+inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                       tokenize=True, return_dict=True, return_tensors="pt")
+print(model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, -6:].tolist())
+memory = model.encode_video(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+print(type(model).__name__, type(processor).__name__, memory.video_length, type(model).__module__.split(".")[0])
+"""
+
+
+def ask(model, processor, clip):
+    content = [{"type": "video", "video": str(clip), "fps": 4.0}, {"type": "text", "text": "What happens?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, -6:].tolist(), inputs
+
+
+@pytest.mark.parametrize("saved_by", ["converter", "save_pretrained"])
+def test_a_machine_without_the_package_loads_it(checkpoint, clip, tmp_path, saved_by):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    expected, inputs = ask(model, processor, clip)
+    folder = checkpoint
+    if saved_by == "save_pretrained":
+        folder = tmp_path / "saved"
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", STRANGER, str(folder), str(clip)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    tokens = int(inputs["video_grid_thw"].prod()) // 4
+    assert result.stdout.splitlines() == [
+        "VambaConfig VambaModel",
+        str(expected),
+        f"VambaForConditionalGeneration VambaProcessor {tokens} transformers_modules",
+    ]
+
+
+def test_the_code_stands_alone(tmp_path, checkpoint):
+    """Every file that travels imports its siblings one by one, and never the package."""
+    files = hub.write_remote_code(tmp_path)
+    names = {file.stem for file in files}
+    assert {"configuration_vamba", "modeling_vamba", "processing_vamba", "video_memory", "video_reading"} <= names
+    for file in files:
+        for line in file.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["from"], ["import"]):
+                assert not words[1].startswith(("vamba", "modeling")), (file.name, line)
+                if words[1].startswith("."):
+                    assert words[1][1:] in names, (file.name, line)
+
+
+def test_auto_map_names_every_class(checkpoint):
+    auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {
+        "AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoProcessor",
+    }  # fmt: skip
+    for target in auto_map.values():
+        module, name = target.split(".")
+        assert f"class {name}" in (checkpoint / f"{module}.py").read_text()
+
+
+def test_the_model_card(checkpoint):
+    text = (checkpoint / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["pipeline_tag"] == "video-text-to-text" and front["library_name"] == "transformers"
+    assert front["license"] and front["base_model"] == "qwen" and "vamba" in front["tags"]
+    assert "$" not in text and "freshly initialised" in text and "3 layers of width 64" in text
+    snippet = text.split("```python")[1].split("```")[0]
+    compile(snippet, "README.md", "exec")
+    assert 'from_pretrained("vamba"' in snippet
+
+
+def test_push_uploads_model_processor_code_and_card(checkpoint, monkeypatch):
+    uploaded = {}
+
+    class StandIn:
+        """Of huggingface_hub.HfApi: the two calls an upload makes."""
+
+        def __init__(self, token=None):
+            uploaded["token"] = token
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            return type("RepoUrl", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            uploaded.update(repo_id=repo_id, files=sorted(path.name for path in Path(folder_path).iterdir()))
+            uploaded["card"] = (Path(folder_path) / "README.md").read_text()
+            return "https://hub/commit/1"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", StandIn)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    assert hub.push_to_hub(model, processor, "me/tiny", token="t", base_model="me/base") == "https://hub/commit/1"
+    assert uploaded["repo_id"] == "me/tiny" and uploaded["token"] == "t" and "base_model: me/base" in uploaded["card"]
+    assert {"config.json", "model.safetensors", "modeling_vamba.py", "processing_vamba.py", "tokenizer.json"} <= set(
+        uploaded["files"]
+    )
+
+
+def test_describe_counts_what_is_there(checkpoint):
+    about = hub.describe(checkpoint)
+    config = VambaConfig.from_pretrained(checkpoint)
+    assert about["layers"] == 3 and about["hidden_size"] == config.text_config.hidden_size
+    assert about["video_memory_bytes_per_token_bf16"] == 2 * 32 * 3 * 2  # keys and values of 2 heads of 16, 3 layers
+    assert about["weights_bytes"] == (checkpoint / "model.safetensors").stat().st_size

@@ -8,8 +8,6 @@ video token; text positions count text only.
 Shapes: B batch, M video tokens, N text tokens, S video tokens of one chunk, D hidden, H heads, P head dim.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -21,7 +19,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithCrossAttentions,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
     Qwen2VLAttention,
@@ -29,112 +27,18 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLRMSNorm,
     Qwen2VLRotaryEmbedding,
     apply_rotary_pos_emb,
-    eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vamba import VambaConfig, VambaTextConfig
+from .cross_attention import VambaCrossAttention
+from .generation_vamba import VambaGenerationMixin
 from .mamba2 import Mamba2Block, Mamba2Mixer, init_mamba2_mixer
-from .media import MediaItem, assign_media, list_media, media_positions, split_frames, uncached_media
+from .media import MediaItem, assign_media, list_media, media_positions, split_frames
 from .video_memory import VideoMemory
-
-
-class VambaCrossAttention(Qwen2VLAttention):
-    """Text queries over the video memory: no causal mask, by default no positions."""
-
-    def __init__(self, config: VambaTextConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.is_causal = False
-        self.sliding_window = None
-
-    def key_value(
-        self, vision_BSD: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H_kv, S, P) of S video tokens."""
-        keys, values = (
-            proj(vision_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.k_proj, self.v_proj)
-        )
-        if position_embeddings is not None:
-            keys, _ = apply_rotary_pos_emb(keys, keys, *position_embeddings)
-        return keys, values
-
-    def forward(
-        self,
-        hidden_BND: Tensor,
-        keys_BHMP: Tensor,
-        values_BHMP: Tensor,
-        video_mask_BM: Tensor | None = None,
-        video_rows: list[int] | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Reads keys and values of the video rows; text rows that share one fold into its queries, so it is not copied.
-
-        A text row whose video row holds no token reads zeros.
-        """
-        keys, values = keys_BHMP, values_BHMP
-        B, N, _ = hidden_BND.shape
-        if video_rows is not None and not _is_repeat(video_rows, keys.shape[0]):
-            index = torch.tensor(video_rows, device=keys.device)
-            keys, values = keys[index], values[index]
-            video_mask_BM = None if video_mask_BM is None else video_mask_BM[index.to(video_mask_BM.device)]
-        queries = self.q_proj(hidden_BND).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        if position_embeddings is not None:
-            queries, _ = apply_rotary_pos_emb(queries, queries, *position_embeddings)
-        share = B // keys.shape[0]  # text rows per video row
-        queries = queries.unflatten(0, (-1, share)).transpose(1, 2).flatten(2, 3)  # (B / share, H, share * N, P)
-        output, weights = self._attend(queries, keys, values, video_mask_BM, **kwargs)
-        output = output.unflatten(1, (share, N)).reshape(B, N, -1)
-        if weights is not None:
-            weights = weights.unflatten(2, (share, N)).transpose(1, 2).flatten(0, 1)
-        return self.o_proj(output), weights
-
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask_BM: Tensor | None, **kwargs):
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
-        if mask_BM is None:
-            return attention(self, queries, keys, values, None, **kwargs)
-        mask_BM = mask_BM.to(queries.device)
-        if is_flash_attention_requested(self.config):
-            output = _varlen_attention(self, attention, queries, keys, values, mask_BM, **kwargs)
-            return output, None
-        bias = torch.zeros(mask_BM.shape, dtype=queries.dtype, device=queries.device)
-        bias = bias.masked_fill(~mask_BM, torch.finfo(queries.dtype).min)[:, None, None]
-        bias = bias.expand(-1, -1, queries.shape[2], -1)
-        output, weights = attention(self, queries, keys, values, bias, **kwargs)
-        return output * mask_BM.any(1)[:, None, None, None], weights
-
-
-def _is_repeat(rows: list[int], num_video_rows: int) -> bool:
-    """Whether rows is 0, 0, 1, 1, ...: each video row once, in order, repeated equally often."""
-    share = len(rows) // num_video_rows
-    return rows == [row for row in range(num_video_rows) for _ in range(share)]
-
-
-def _varlen_attention(module, attention, queries, keys, values, mask_BM, **kwargs) -> Tensor:
-    """Flash attention over rows with different numbers of video tokens: all rows packed, no padding computed."""
-    B, _, N, _ = queries.shape
-    lengths = mask_BM.sum(1, dtype=torch.int32)
-    seen = lengths.nonzero().flatten()  # rows without video read zeros
-    output = queries.new_zeros(B, N, queries.shape[1], queries.shape[3])
-    if len(seen) == 0:
-        return output
-    packed = [t.transpose(1, 2)[mask_BM].unsqueeze(0).transpose(1, 2) for t in (keys, values)]
-    packed_queries = queries[seen].transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
-    starts_k = nn.functional.pad(lengths[seen].cumsum(0, dtype=torch.int32), (1, 0))
-    starts_q = torch.arange(len(seen) + 1, device=queries.device, dtype=torch.int32) * N
-    packed_output, _ = attention(
-        module, packed_queries, *packed, None,
-        cu_seq_lens_q=starts_q, cu_seq_lens_k=starts_k, max_length_q=N, max_length_k=int(lengths.max()),
-        is_causal=False, **kwargs,
-    )  # fmt: skip
-    output[seen] = packed_output.view(len(seen), N, *packed_output.shape[2:])
-    return output
 
 
 class VambaDecoderLayer(Qwen2VLDecoderLayer):
@@ -307,7 +211,7 @@ class VambaTextModel(VambaPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        memory = _as_video_memory(past_key_values, self.config)
+        memory = VideoMemory.of(past_key_values, self.config)
         memory.check(self.config, inputs_embeds.shape[0])
         text_cache = memory if use_cache or memory.get_seq_length() else None
         position_ids = text_position_ids(position_ids, attention_mask, inputs_embeds, memory.get_seq_length())
@@ -339,11 +243,6 @@ class VambaTextModel(VambaPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=text_cache
         )
-
-
-def _as_video_memory(cache: Cache | None, config: VambaTextConfig) -> VideoMemory:
-    # by its methods, as a checkpoint loaded with remote code has a class of its own of the same name
-    return cache if hasattr(cache, "video_key_values") else VideoMemory(config, text_cache=cache)
 
 
 def text_position_ids(
@@ -565,7 +464,7 @@ class VambaModel(VambaPreTrainedModel):
             if input_ids is None:
                 raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        memory = _as_video_memory(past_key_values, self.config.text_config)
+        memory = VideoMemory.of(past_key_values, self.config.text_config)
         if pixel_values is not None or pixel_values_videos is not None:
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, image_grid_thw, video_grid_thw)
             memory = self.encode_media(rows, {"image": pixel_values, "video": pixel_values_videos}, memory)
@@ -581,7 +480,7 @@ class VambaModel(VambaPreTrainedModel):
 
 
 @auto_docstring
-class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
+class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -669,73 +568,9 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, GenerationMixin):
             cross_attentions=outputs.cross_attentions,
         )
 
-    # --- generate: the media are encoded once, before rows are repeated for beams or samples ------------------------
-
-    def prepare_inputs_for_generation(
-        self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool | None = False, **kwargs
-    ):
-        """The original rotates the keys of the video only in the pass that encodes it and decodes with bare ones.
-
-        Checkpoints converted from it keep to that where it matters (`cross_attn_use_position_embeddings`), by
-        `unrotate_video_keys` in their generation config; without it, decoding equals the full forward pass.
-        """
-        kwargs["unrotate_video_keys"] = kwargs.pop("unrotate_video_keys", False) and not is_first_iteration
-        memory = kwargs.pop("video_memory", None)
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if memory is not None:  # without a text cache the video is encoded once all the same
-            model_inputs["past_key_values"] = memory
-        return model_inputs
-
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor, model_kwargs, model_input_name, generation_config
-    ):
-        if getattr(generation_config, "unrotate_video_keys", False):
-            model_kwargs["unrotate_video_keys"] = True
-        media = {key: model_kwargs.pop(key, None) for key in _MEDIA_KEYS}
-        if media["pixel_values"] is None and media["pixel_values_videos"] is None:
-            return model_kwargs
-        input_ids = model_kwargs.get("input_ids") if inputs_tensor.is_floating_point() else inputs_tensor
-        if input_ids is not None and input_ids.shape[1] != inputs_tensor.shape[1]:
-            input_ids = None  # `inputs_embeds` came by themselves
-        rows = self.model.media_rows(
-            input_ids,
-            inputs_tensor,
-            model_kwargs.get("mm_token_type_ids"),
-            media["image_grid_thw"],
-            media["video_grid_thw"],
-        )
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None:
-            starts_BN = self.model.media_starts(input_ids, inputs_tensor)
-            rows = uncached_media(rows, starts_BN, cache.get_seq_length())
-        if any(rows):
-            memory = _as_video_memory(cache, self.config.text_config)
-            pixels = {"image": media["pixel_values"], "video": media["pixel_values_videos"]}
-            pixels = {kind: None if p is None else p.to(self.device) for kind, p in pixels.items()}
-            model_kwargs["video_memory"] = self.model.encode_media(rows, pixels, memory)
-        return model_kwargs
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
-        memory = model_kwargs.pop("video_memory", None)
-        past = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
-        cache = model_kwargs.get("past_key_values")
-        if memory is not None and past is None:
-            memory = memory.with_text(cache)
-        elif memory is None:
-            memory = _as_video_memory(cache, self.config.text_config) if cache is not None else None
-        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        if memory is not None:
-            if copies > 1:
-                memory.expand_rows(batch_size, copies)
-            model_kwargs["past_key_values" if cache is not None else "video_memory"] = memory
-
 
 # Frames encoded at once where no gradient is recorded: 32 frame pairs of 640x360 are 9,568 tokens.
 DEFAULT_CHUNK_FRAMES = 64
-_MEDIA_KEYS = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
 
 VambaModel.register_for_auto_class("AutoModel")
 VambaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -8,6 +8,7 @@ are counted apart: any number of questions or beams share one video row without 
 Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads, P head dim.
 """
 
+import functools
 import json
 import os
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from .mamba2 import Mamba2State
 from .media import MediaItem
@@ -53,8 +54,16 @@ class VideoMemory(Cache):
         self.video_rows: list[int] | None = None
         self.keys_are_rotated = True
 
+    @classmethod
+    def of(cls, cache: Cache | None, config: PreTrainedConfig) -> "VideoMemory":
+        """`cache` itself if it is a memory, else a memory without video around it, or around nothing."""
+        # by its methods, as a checkpoint loaded with remote code has a class of its own of the same name
+        return cache if hasattr(cache, "video_key_values") else cls(config, text_cache=cache)
+
     def _adopt(self, text_cache: Cache) -> None:
-        """Takes over a cache's layers and its way of handling them (offloading, lazily created layers)."""
+        """Takes over a cache's layers and its way of handling them (offloading, lazily created layers); the memory
+        becomes one of its kind as well, as `isinstance(memory, StaticCache)` is asked in transformers."""
+        self.__class__ = _memory_class(type(text_cache))
         self.__dict__.update(vars(text_cache))
 
     def with_text(self, text_cache: Cache | None) -> "VideoMemory":
@@ -306,9 +315,18 @@ class VideoMemory(Cache):
             )
 
 
+@functools.cache
+def _memory_class(kind: type[Cache]) -> type[VideoMemory]:
+    if issubclass(VideoMemory, kind):
+        return VideoMemory
+    return type("VideoMemory", (VideoMemory, kind), {"__module__": __name__, "__doc__": VideoMemory.__doc__})
+
+
 def _empty_text_cache(num_layers: int, max_cache_len: int | None) -> Cache:
-    static = max_cache_len is not None
-    return Cache(layers=[StaticLayer(max_cache_len) if static else DynamicLayer() for _ in range(num_layers)])
+    config = PreTrainedConfig(num_hidden_layers=num_layers)
+    if max_cache_len is None:
+        return DynamicCache(config=config)
+    return StaticCache(config=config, max_cache_len=max_cache_len)
 
 
 def _copy_layer(layer):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from vamba.modeling import VideoMemory
 
@@ -211,3 +211,13 @@ def test_a_plain_cache_is_taken_over(model):
         out = model(prompt(4), pixel_values_videos=pixels, video_grid_thw=grid, past_key_values=cache, use_cache=True)
     assert isinstance(out.past_key_values, VideoMemory) and cache.get_seq_length() == 4
     assert out.past_key_values.video_nbytes == model.encode_video(pixels, grid).video_nbytes > 54 * 3 * 2 * 32 * 4
+
+
+def test_it_is_of_the_kind_of_its_text_cache(model, memory):
+    assert isinstance(memory, DynamicCache) and not isinstance(memory, StaticCache)
+    fork = memory.fork(max_cache_len=16)
+    assert isinstance(fork, VideoMemory) and isinstance(fork, StaticCache) and not isinstance(fork, DynamicCache)
+    output = model.generate(
+        prompt(4), max_new_tokens=3, cache_implementation="static", return_dict_in_generate=True, do_sample=False
+    )
+    assert isinstance(output.past_key_values, StaticCache) and isinstance(output.past_key_values, VideoMemory)

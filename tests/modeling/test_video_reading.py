@@ -17,7 +17,7 @@ import torch
 
 av = pytest.importorskip("av")
 
-from vamba.modeling import video_reading  # noqa: E402
+from vamba.modeling import video_decoding  # noqa: E402
 from vamba.modeling.frame_selection import PresentationClock, SampleTimes, natural_key  # noqa: E402
 from vamba.modeling.video_reading import VideoReadError, load_video, read_video  # noqa: E402
 
@@ -196,9 +196,9 @@ def test_a_reader_can_be_iterated_again_and_tells_how_much_comes(clip):
 
 def spy_on_seeks(monkeypatch):
     seeks = []
-    original = video_reading.PyavStream._seek
+    original = video_decoding.PyavStream._seek
     monkeypatch.setattr(
-        video_reading.PyavStream, "_seek", lambda self, time: seeks.append(time) or original(self, time)
+        video_decoding.PyavStream, "_seek", lambda self, time: seeks.append(time) or original(self, time)
     )
     return seeks
 
@@ -212,7 +212,7 @@ def test_jumping_gives_the_frames_of_sequential_reading(kind, options, monkeypat
     seeks = spy_on_seeks(monkeypatch)
     jumped = load_video(video, resize=False, **options)
     assert seeks
-    monkeypatch.setattr(video_reading.PyavStream, "skip_to", lambda self, target: None)
+    monkeypatch.setattr(video_decoding.PyavStream, "skip_to", lambda self, target: None)
     straight = load_video(video, resize=False, **options)
     assert torch.equal(jumped[1], straight[1]) and torch.equal(jumped[0], straight[0])
 
@@ -228,7 +228,7 @@ def test_one_key_frame_only_still_reads_right(monkeypatch):
         video = encode(200, kind, gop=1000, picture=lambda index: np.full((16, 16, 3), 20 + index, np.uint8))
         jumped = load_video(video, resize=False, num_frames=4)
         with monkeypatch.context() as patch:
-            patch.setattr(video_reading.PyavStream, "skip_to", lambda self, target: None)
+            patch.setattr(video_decoding.PyavStream, "skip_to", lambda self, target: None)
             straight = load_video(video, resize=False, num_frames=4)
         assert jumped[1].tolist() == straight[1].tolist() and len(jumped[1]) == 4
         assert torch.equal(jumped[0], straight[0])
@@ -237,8 +237,8 @@ def test_one_key_frame_only_still_reads_right(monkeypatch):
 @pytest.mark.parametrize("wrong_by", [3.0, -3.0, 1000.0])
 def test_a_seek_that_lands_wrong_changes_nothing(long_clip, monkeypatch, wrong_by):
     straight = load_video(long_clip, resize=False, num_frames=4)
-    original = video_reading.PyavStream._seek
-    monkeypatch.setattr(video_reading.PyavStream, "_seek", lambda self, time: original(self, max(time + wrong_by, 0)))
+    original = video_decoding.PyavStream._seek
+    monkeypatch.setattr(video_decoding.PyavStream, "_seek", lambda self, time: original(self, max(time + wrong_by, 0)))
     wrong = load_video(long_clip, resize=False, num_frames=4)
     assert torch.equal(straight[1], wrong[1]) and torch.equal(straight[0], wrong[0])
 
@@ -252,7 +252,7 @@ def test_open_groups_of_pictures(monkeypatch):
         for start in (9.7, 9.8, 9.9, 10.0, 10.1):
             jumped = load_video(video, resize=False, fps=0.15, start=start)
             with monkeypatch.context() as patch:
-                patch.setattr(video_reading.PyavStream, "skip_to", lambda self, target: None)
+                patch.setattr(video_decoding.PyavStream, "skip_to", lambda self, target: None)
                 straight = load_video(video, resize=False, fps=0.15, start=start)
             assert torch.equal(jumped[1], straight[1]) and torch.equal(jumped[0], straight[0]), (kind, start)
 
@@ -763,8 +763,8 @@ def test_streams_that_appear_on_the_way(clip, monkeypatch):
             yield from (packet for packet in self._container.demux(stream) if packet.size)
             raise IndexError("list index out of range")
 
-    original = video_reading._open_container
-    monkeypatch.setattr(video_reading, "_open_container", lambda *arguments: Proxy(original(*arguments)))
+    original = video_decoding._open_container
+    monkeypatch.setattr(video_decoding, "_open_container", lambda *arguments: Proxy(original(*arguments)))
     assert indices(clip, fps=1000)[0] == list(range(20))
 
 
@@ -775,8 +775,8 @@ def test_dropping_frames_that_nobody_sees_changes_nothing(monkeypatch):
         for rate in ({"fps": 0.7}, {"fps": 3.0}, {"num_frames": 7}, {"start": 3.33, "end": 6.1}):
             with_dropping = load_video(video, resize=False, **rate)
             with monkeypatch.context() as patch:
-                patch.setattr(video_reading.PyavStream, "_spare", lambda self, packet: None)
-                patch.setattr(video_reading.PyavStream, "skip_to", lambda self, target: None)
+                patch.setattr(video_decoding.PyavStream, "_spare", lambda self, packet: None)
+                patch.setattr(video_decoding.PyavStream, "skip_to", lambda self, target: None)
                 without = load_video(video, resize=False, **rate)
             assert torch.equal(with_dropping[1], without[1]) and torch.equal(with_dropping[0], without[0]), rate
 
@@ -784,9 +784,9 @@ def test_dropping_frames_that_nobody_sees_changes_nothing(monkeypatch):
 def test_frames_that_nobody_sees_are_not_decoded(monkeypatch):
     video = encode(200, gop=250, options={"bf": "3"})
     decoded = []
-    original = video_reading.PyavStream._decode
+    original = video_decoding.PyavStream._decode
     count = lambda self, packet: decoded.extend(frames := original(self, packet)) or frames  # noqa: E731
-    monkeypatch.setattr(video_reading.PyavStream, "_decode", count)
+    monkeypatch.setattr(video_decoding.PyavStream, "_decode", count)
     assert len(indices(video, num_frames=2)[0]) == 2
     assert len(decoded) < 120  # of 200
 
@@ -905,7 +905,7 @@ class TestMagic:
         seeks = spy_on_seeks(monkeypatch)
         jumped = load_video(MAGIC, **options)
         assert seeks
-        monkeypatch.setattr(video_reading.PyavStream, "skip_to", lambda self, target: None)
+        monkeypatch.setattr(video_decoding.PyavStream, "skip_to", lambda self, target: None)
         straight = load_video(MAGIC, **options)
         assert torch.equal(jumped[1], straight[1]) and torch.equal(jumped[0], straight[0])
         assert jumped[1].tolist() == pytest.approx([4.487817, 5.221883, 5.972633], abs=0.02)

@@ -1,0 +1,119 @@
+"""Cross-attention from text to the video memory, on whatever attention implementation the model uses.
+
+What is unusual: rows of text that read the same video are folded into its queries, so that beams and batches of
+questions never copy keys and values; rows with different numbers of video tokens are masked, or packed for flash
+attention; a row without video reads zeros.
+
+Shapes: B rows of text, N text tokens, M video tokens, S video tokens of one chunk, D hidden, H heads, P head dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VLAttention,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import is_flash_attention_requested
+
+from .configuration_vamba import VambaTextConfig
+
+
+class VambaCrossAttention(Qwen2VLAttention):
+    """Text queries over the video memory: no causal mask, by default no positions."""
+
+    def __init__(self, config: VambaTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = False
+        self.sliding_window = None
+
+    def key_value(
+        self, vision_BSD: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H_kv, S, P) of S video tokens."""
+        keys, values = (
+            proj(vision_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.k_proj, self.v_proj)
+        )
+        if position_embeddings is not None:
+            keys, _ = apply_rotary_pos_emb(keys, keys, *position_embeddings)
+        return keys, values
+
+    def forward(
+        self,
+        hidden_BND: Tensor,
+        keys_BHMP: Tensor,
+        values_BHMP: Tensor,
+        video_mask_BM: Tensor | None = None,
+        video_rows: list[int] | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Reads keys and values of the video rows; text rows that share one fold into its queries, so it is not copied.
+
+        A text row whose video row holds no token reads zeros.
+        """
+        keys, values = keys_BHMP, values_BHMP
+        B, N, _ = hidden_BND.shape
+        if video_rows is not None and not _is_repeat(video_rows, keys.shape[0]):
+            index = torch.tensor(video_rows, device=keys.device)
+            keys, values = keys[index], values[index]
+            video_mask_BM = None if video_mask_BM is None else video_mask_BM[index.to(video_mask_BM.device)]
+        queries = self.q_proj(hidden_BND).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if position_embeddings is not None:
+            queries, _ = apply_rotary_pos_emb(queries, queries, *position_embeddings)
+        share = B // keys.shape[0]  # text rows per video row
+        queries = queries.unflatten(0, (-1, share)).transpose(1, 2).flatten(2, 3)  # (B / share, H, share * N, P)
+        output, weights = self._attend(queries, keys, values, video_mask_BM, **kwargs)
+        output = output.unflatten(1, (share, N)).reshape(B, N, -1)
+        if weights is not None:
+            weights = weights.unflatten(2, (share, N)).transpose(1, 2).flatten(0, 1)
+        return self.o_proj(output), weights
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask_BM: Tensor | None, **kwargs):
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        if mask_BM is None:
+            return attention(self, queries, keys, values, None, **kwargs)
+        mask_BM = mask_BM.to(queries.device)
+        if is_flash_attention_requested(self.config):
+            output = _varlen_attention(self, attention, queries, keys, values, mask_BM, **kwargs)
+            return output, None
+        bias = torch.zeros(mask_BM.shape, dtype=queries.dtype, device=queries.device)
+        bias = bias.masked_fill(~mask_BM, torch.finfo(queries.dtype).min)[:, None, None]
+        bias = bias.expand(-1, -1, queries.shape[2], -1)
+        output, weights = attention(self, queries, keys, values, bias, **kwargs)
+        return output * mask_BM.any(1)[:, None, None, None], weights
+
+
+def _is_repeat(rows: list[int], num_video_rows: int) -> bool:
+    """Whether rows is 0, 0, 1, 1, ...: each video row once, in order, repeated equally often."""
+    share = len(rows) // num_video_rows
+    return rows == [row for row in range(num_video_rows) for _ in range(share)]
+
+
+def _varlen_attention(module, attention, queries, keys, values, mask_BM, **kwargs) -> Tensor:
+    """Flash attention over rows with different numbers of video tokens: all rows packed, no padding computed."""
+    B, _, N, _ = queries.shape
+    lengths = mask_BM.sum(1, dtype=torch.int32)
+    seen = lengths.nonzero().flatten()  # rows without video read zeros
+    output = queries.new_zeros(B, N, queries.shape[1], queries.shape[3])
+    if len(seen) == 0:
+        return output
+    packed = [t.transpose(1, 2)[mask_BM].unsqueeze(0).transpose(1, 2) for t in (keys, values)]
+    packed_queries = queries[seen].transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
+    starts_k = nn.functional.pad(lengths[seen].cumsum(0, dtype=torch.int32), (1, 0))
+    starts_q = torch.arange(len(seen) + 1, device=queries.device, dtype=torch.int32) * N
+    packed_output, _ = attention(
+        module, packed_queries, *packed, None,
+        cu_seq_lens_q=starts_q, cu_seq_lens_k=starts_k, max_length_q=N, max_length_k=int(lengths.max()),
+        is_causal=False, **kwargs,
+    )  # fmt: skip
+    output[seen] = packed_output.view(len(seen), N, *packed_output.shape[2:])
+    return output

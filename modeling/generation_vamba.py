@@ -1,0 +1,79 @@
+"""What `generate` does differently for Vamba: media are encoded once, before rows are repeated for beams or samples.
+
+What is unusual: transformers encodes media in the first forward pass, on inputs already expanded to all beams. We use
+its hook for encoders instead, fill a `VideoMemory`, and hand that to generation as its cache, whatever cache was asked
+for inside.
+"""
+
+from transformers import GenerationMixin
+
+from .media import uncached_media
+from .video_memory import VideoMemory
+
+
+_MEDIA_KEYS = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+
+
+class VambaGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for a model whose `model` is a `VambaModel`."""
+
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool | None = False, **kwargs
+    ):
+        """The original rotates the keys of the video only in the pass that encodes it and decodes with bare ones.
+
+        Checkpoints converted from it keep to that where it matters (`cross_attn_use_position_embeddings`), by
+        `unrotate_video_keys` in their generation config; without it, decoding equals the full forward pass.
+        """
+        kwargs["unrotate_video_keys"] = kwargs.pop("unrotate_video_keys", False) and not is_first_iteration
+        memory = kwargs.pop("video_memory", None)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if memory is not None:  # without a text cache the video is encoded once all the same
+            model_inputs["past_key_values"] = memory
+        return model_inputs
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        if getattr(generation_config, "unrotate_video_keys", False):
+            model_kwargs["unrotate_video_keys"] = True
+        media = {key: model_kwargs.pop(key, None) for key in _MEDIA_KEYS}
+        if media["pixel_values"] is None and media["pixel_values_videos"] is None:
+            return model_kwargs
+        input_ids = model_kwargs.get("input_ids") if inputs_tensor.is_floating_point() else inputs_tensor
+        if input_ids is not None and input_ids.shape[1] != inputs_tensor.shape[1]:
+            input_ids = None  # `inputs_embeds` came by themselves
+        rows = self.model.media_rows(
+            input_ids,
+            inputs_tensor,
+            model_kwargs.get("mm_token_type_ids"),
+            media["image_grid_thw"],
+            media["video_grid_thw"],
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            starts_BN = self.model.media_starts(input_ids, inputs_tensor)
+            rows = uncached_media(rows, starts_BN, cache.get_seq_length())
+        if any(rows):
+            memory = VideoMemory.of(cache, self.config.text_config)
+            pixels = {"image": media["pixel_values"], "video": media["pixel_values_videos"]}
+            pixels = {kind: None if p is None else p.to(self.device) for kind, p in pixels.items()}
+            model_kwargs["video_memory"] = self.model.encode_media(rows, pixels, memory)
+        return model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+        memory = model_kwargs.pop("video_memory", None)
+        past = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
+        cache = model_kwargs.get("past_key_values")
+        if memory is not None and past is None:
+            memory = memory.with_text(cache)
+        elif memory is None:
+            memory = VideoMemory.of(cache, self.config.text_config) if cache is not None else None
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if memory is not None:
+            if copies > 1:
+                memory.expand_rows(batch_size, copies)
+            model_kwargs["past_key_values" if cache is not None else "video_memory"] = memory

@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vamba.modeling import VambaForConditionalGeneration
 
-from conftest import END, START, media, prompt, tiny_config, tiny_model
+from tiny_vamba import END, START, media, prompt, tiny_config, tiny_model
 
 
 VARIANTS = [

@@ -6,7 +6,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from vamba.modeling import VideoMemory
 
-from conftest import media, prompt, tiny_config, tiny_model
+from tiny_vamba import media, prompt, tiny_config, tiny_model
 
 
 VIDEO = (9, 4, 6)  # 9 temporal patches of 6 tokens

@@ -141,13 +141,13 @@ def test_batches_are_conversations_with_their_videos(finished):
     processor = AutoProcessor.from_pretrained(output)
     told = stories(TINY["test_videos"], seed=3)  # the held-out videos of seed 1
     examples = training.read_examples(sorted((output / "videos").iterdir()), told, processor)
-    batch = training.Collator(processor, seed=0)(examples * 8)
+    batch = training.Collator(processor, seed=0)(examples * 30)
     start = processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
     shown = (batch["input_ids"] == start).sum(1)
     assert set(shown.tolist()) == {0, 1}  # some without their video
     assert len(batch["video_grid_thw"]) == shown.sum()
     assert len(batch["pixel_values_videos"]) == batch["video_grid_thw"].prod(1).sum()
-    for labels, example in zip(batch["labels"], examples * 8):
+    for labels, example in zip(batch["labels"], examples * 30):
         answers = processor.tokenizer.decode(labels[labels != training.IGNORED]).split("<|im_end|>")[:-1]
         assert sorted(answers) == sorted(example["answers"].values())
 

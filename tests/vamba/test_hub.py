@@ -20,7 +20,8 @@ sys.modules["vamba"] = None  # as if it were not installed
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 folder, clip = sys.argv[1:]
 trust = {"trust_remote_code": True}
-print(type(AutoConfig.from_pretrained(folder, **trust)).__name__, type(AutoModel.from_pretrained(folder, **trust)).__name__)
+config, base = (auto.from_pretrained(folder, **trust) for auto in (AutoConfig, AutoModel))
+print(type(config).__name__, type(base).__name__)
 model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
 processor = AutoProcessor.from_pretrained(folder, **trust)
 content = [{"type": "video", "video": clip, "fps": 4.0}, {"type": "text", "text": "What happens?"}]

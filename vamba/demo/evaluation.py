@@ -1,0 +1,71 @@
+"""Questions about videos the model has never seen, asked through `VideoChat`, and what they would score without them.
+
+The chance level is that of the best constant answer to each question, so an uneven sample does not flatter the model.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vamba.chat import VideoChat
+
+from .training import messages
+from .videos import FPS, QUESTIONS, Story
+
+
+MAX_NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One question about one video: what was answered, and what happens in it."""
+
+    video: Path
+    kind: str
+    answer: str
+    truth: str
+
+    @property
+    def correct(self) -> bool:
+        return self.answer == self.truth
+
+
+def ask_about_videos(
+    model: PreTrainedModel, processor: ProcessorMixin, paths: Sequence[Path], told: Sequence[Story]
+) -> list[Reply]:
+    """Watches each video once and asks it every question."""
+    chat, replies = VideoChat(model, processor), []
+    for path, story in zip(tqdm(paths, desc="watching and asking", unit="video"), told):
+        chat.watch(str(path), fps=FPS, progress=False)
+        for kind, question in QUESTIONS.items():
+            replies.append(Reply(path, kind, chat.ask(question, max_new_tokens=MAX_NEW_TOKENS), story.answer(kind)))
+    return replies
+
+
+def ask_without_video(
+    model: PreTrainedModel, processor: ProcessorMixin, paths: Sequence[Path], told: Sequence[Story]
+) -> list[Reply]:
+    """The same questions with nothing to watch; a greedy answer depends on the question only, so each is asked once."""
+    replies = []
+    for kind, question in QUESTIONS.items():
+        prompt = processor.apply_chat_template(messages([question], [""], False)[:1], add_generation_prompt=True)
+        inputs = processor.tokenizer(prompt, return_tensors="pt").to(model.device)
+        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)[0, inputs["input_ids"].shape[1] :]
+        answer = processor.tokenizer.decode(output, skip_special_tokens=True).strip()
+        replies.extend(Reply(path, kind, answer, story.answer(kind)) for path, story in zip(paths, told))
+    return replies
+
+
+def accuracy(replies: Sequence[Reply]) -> float:
+    """Share of answers that match exactly."""
+    return sum(reply.correct for reply in replies) / len(replies)
+
+
+def chance(replies: Sequence[Reply]) -> float:
+    """Accuracy of giving each kind of question its most frequent answer among `replies`, always."""
+    truths = {kind: Counter(reply.truth for reply in replies if reply.kind == kind) for kind in QUESTIONS}
+    return sum(max(counts.values()) for counts in truths.values() if counts) / len(replies)

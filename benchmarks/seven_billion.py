@@ -12,6 +12,8 @@ import json
 import platform
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -81,12 +83,13 @@ def main() -> None:
     args = parser.parse_args()
     from transformers import AutoModelForImageTextToText
 
-    from vamba.conversion import convert
-
     report = Report()
     report.measure("write random Qwen2-VL-7B", lambda: write_random_checkpoint(args.work / "qwen", args.layers))
     torch.cuda.empty_cache()
-    report.measure("convert", lambda: convert(args.work / "qwen", args.work / "vamba", progress=False))
+    # in a process of its own, so that its peak memory is its own
+    command = [sys.executable, "-m", "vamba.conversion", args.work / "qwen", args.work / "vamba", "--no-progress"]
+    report.measure("convert", lambda: subprocess.run(command, check=True))
+    report.rows[-1]["host_peak_GiB"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2)
     shutil.rmtree(args.work / "qwen")
     model = report.measure(
         "load",

@@ -1,6 +1,6 @@
 """Encode a video once, keep it in a file, and ask it several questions as one batch.
 
-python examples/ask_many.py runs/demo/checkpoint clip.mp4 "What happens?" "What comes first?"
+python examples/ask_many.py runs/demo clip.mp4 "What happens?" "What comes first?"
 """
 
 import os

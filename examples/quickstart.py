@@ -1,6 +1,6 @@
 """Ask a question about a video, with nothing but transformers' own interface.
 
-python examples/quickstart.py runs/demo/checkpoint clip.mp4 "What happens?"
+python examples/quickstart.py runs/demo clip.mp4 "What happens?"
 """
 
 import sys

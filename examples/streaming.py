@@ -1,6 +1,6 @@
 """Watch a video piece by piece and ask while it goes on: frames are appended, nothing is encoded twice.
 
-python examples/streaming.py runs/demo/checkpoint clip.mp4 "What has happened so far?"
+python examples/streaming.py runs/demo clip.mp4 "What has happened so far?"
 """
 
 import sys

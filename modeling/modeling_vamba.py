@@ -10,7 +10,7 @@ Shapes: B batch, M video tokens, N text tokens, S video tokens of one chunk, D h
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -21,7 +21,6 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
-    Qwen2VisionTransformerPretrainedModel,
     Qwen2VLAttention,
     Qwen2VLDecoderLayer,
     Qwen2VLRMSNorm,
@@ -39,6 +38,7 @@ from .generation_vamba import VambaGenerationMixin
 from .mamba2 import Mamba2Block, Mamba2Mixer, init_mamba2_mixer
 from .media import MediaItem, assign_media, list_media, media_positions, split_frames
 from .video_memory import VideoMemory
+from .vision_tower import frame_runs, vision_tower
 
 
 class VambaDecoderLayer(Qwen2VLDecoderLayer):
@@ -263,18 +263,11 @@ def text_position_ids(
     return position_ids.expand(3, B, -1).to(inputs_embeds.device)
 
 
-def _vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """Any Qwen2-VL-style tower: forward(patches, grid_thw) with merged tokens as its `pooler_output`."""
-    if config.model_type == "qwen2_vl_vision":  # the one such tower that AutoModel does not know
-        return Qwen2VisionTransformerPretrainedModel._from_config(config)
-    return AutoModel.from_config(config)
-
-
 @auto_docstring
 class VambaModel(VambaPreTrainedModel):
     def __init__(self, config: VambaConfig):
         super().__init__(config)
-        self.visual = _vision_tower(config.vision_config)
+        self.visual = vision_tower(config.vision_config)
         self.video_encoder = VambaVideoEncoder._from_config(config)
         self.language_model = VambaTextModel._from_config(config.text_config)
         self.post_init()
@@ -298,8 +291,11 @@ class VambaModel(VambaPreTrainedModel):
             Temporal, height and width dimensions of each video in patches. `pooler_output` holds V_0 of each video,
             `(t * h * w / merge_size**2, hidden_size)`.
         """
+        sizes = video_grid_thw.tolist()
+        if getattr(self.visual, "takes_frame_runs", False):
+            kwargs["frame_runs"] = frame_runs(sizes)
         output = self.visual(pixel_values_videos.to(self.visual.dtype), grid_thw=video_grid_thw, **kwargs)
-        tokens = (video_grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2).tolist()
+        tokens = [t * h * w // self.config.vision_config.spatial_merge_size**2 for t, h, w in sizes]
         output.pooler_output = output.pooler_output.split(tokens)
         return output
 

@@ -37,7 +37,7 @@ def write_model_card(
     config: VambaConfig | None = None,
     *,
     repo_id: str | None = None,
-    base_model: str = "Qwen/Qwen2-VL-7B-Instruct",
+    base_model: str | None = None,
     license: str = "apache-2.0",
     origin: str = "",
     state: str = "trained",
@@ -47,7 +47,8 @@ def write_model_card(
     Args:
         config: of the model; read from the folder if None.
         repo_id: named in the snippet; the folder's name if None.
-        base_model, license: metadata of the card. origin: a sentence on where the weights come from.
+        base_model, license: metadata of the card; None where there is no base model.
+        origin: a sentence on where the weights come from.
         state: "trained", or "converted" for a checkpoint with fresh Mamba-2 blocks; says what to expect.
     """
     folder = Path(folder)
@@ -59,7 +60,7 @@ def write_model_card(
         "name": (repo_id or folder.resolve().name).split("/")[-1],
         "repo_id": repo_id or folder.resolve().name,
         "license": license,
-        "base_model": base_model,
+        "base_model": f"base_model: {base_model}\n" if base_model else "",
         "origin": origin,
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,

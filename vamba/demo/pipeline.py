@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.conversion import convert
 from vamba.conversion.staging import staged_folder
+from vamba.hub import write_model_card
 
 from .evaluation import Reply, accuracy, ask_about_videos, ask_without_video, chance
 from .report import draw_report
@@ -115,6 +116,7 @@ def _run_in(folder: Path, settings: dict) -> dict:
         loss = fine_tune(model, processor, examples, work / "trainer", **options)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        write_model_card(folder, model.config, repo_id="vamba-demo", origin="It knows the task of `vamba demo` only.")
     with _phase(seconds, "asking", "reloading it and asking about new videos"):
         model = AutoModelForImageTextToText.from_pretrained(folder, device_map=_device()).eval()
         processor = AutoProcessor.from_pretrained(folder)

@@ -11,7 +11,7 @@ from .media import uncached_media
 from .video_memory import VideoMemory
 
 
-_MEDIA_KEYS = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+_SUFFIXES = {"image": "", "video": "_videos"}  # of pixel_values
 
 
 class VambaGenerationMixin(GenerationMixin):
@@ -39,27 +39,21 @@ class VambaGenerationMixin(GenerationMixin):
     ):
         if getattr(generation_config, "unrotate_video_keys", False):
             model_kwargs["unrotate_video_keys"] = True
-        media = {key: model_kwargs.pop(key, None) for key in _MEDIA_KEYS}
-        if media["pixel_values"] is None and media["pixel_values_videos"] is None:
+        pixels = {kind: model_kwargs.pop(f"pixel_values{suffix}", None) for kind, suffix in _SUFFIXES.items()}
+        grids = {kind: model_kwargs.pop(f"{kind}_grid_thw", None) for kind in _SUFFIXES}
+        if all(patches is None for patches in pixels.values()):
             return model_kwargs
         input_ids = model_kwargs.get("input_ids") if inputs_tensor.is_floating_point() else inputs_tensor
         if input_ids is not None and input_ids.shape[1] != inputs_tensor.shape[1]:
             input_ids = None  # `inputs_embeds` came by themselves
-        rows = self.model.media_rows(
-            input_ids,
-            inputs_tensor,
-            model_kwargs.get("mm_token_type_ids"),
-            media["image_grid_thw"],
-            media["video_grid_thw"],
-        )
+        types = model_kwargs.get("mm_token_type_ids")
+        rows = self.model.media_rows(input_ids, inputs_tensor, types, pixels, grids)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             starts_BN = self.model.media_starts(input_ids, inputs_tensor)
             rows = uncached_media(rows, starts_BN, cache.get_seq_length())
         if any(rows):
             memory = VideoMemory.of(cache, self.config.text_config)
-            pixels = {"image": media["pixel_values"], "video": media["pixel_values_videos"]}
-            pixels = {kind: None if p is None else p.to(self.device) for kind, p in pixels.items()}
             model_kwargs["video_memory"] = self.model.encode_media(rows, pixels, memory)
         return model_kwargs
 

@@ -27,12 +27,23 @@ class MediaItem(NamedTuple):
         return self.t * self.h * self.w
 
 
-def list_media(kind: str, grid_thw: Tensor | None) -> list[MediaItem]:
-    """The items of a `grid_thw` of shape (number of items, 3)."""
+def list_media(kind: str, pixels: Tensor | None, grid_thw: Tensor | None) -> list[MediaItem]:
+    """The items of a `grid_thw` of shape (number of items, 3), whose patches are the rows of `pixels`.
+
+    Raises:
+        ValueError: patches without a grid, or as many patches as the grid does not announce.
+    """
+    if pixels is None:
+        return []
+    names = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}[kind]
+    if grid_thw is None:
+        raise ValueError(f"{names[0]} need {names[1]}; pass on all that the processor returns.")
     items, start = [], 0
-    for t, h, w in grid_thw.tolist() if grid_thw is not None else []:
+    for t, h, w in grid_thw.tolist():
         items.append(MediaItem(kind, t, h, w, start))
         start += t * h * w
+    if start != pixels.shape[0]:
+        raise ValueError(f"{names[1]} announces {start} patches, {names[0]} holds {pixels.shape[0]}.")
     return items
 
 

@@ -335,7 +335,7 @@ class VambaModel(VambaPreTrainedModel):
             chunk_frames: frames that go through vision tower and encoder at once, which bounds the activations; None
                 means `DEFAULT_CHUNK_FRAMES`, or all at once while gradients are recorded.
         """
-        items = list_media("video", video_grid_thw)
+        items = list_media("video", pixel_values_videos, video_grid_thw)
         rows = [0] * len(items) if rows is None else rows
         if len(rows) != len(items):
             raise ValueError(f"rows names {len(rows)} rows for {len(items)} videos; give one row for each video.")
@@ -383,6 +383,8 @@ class VambaModel(VambaPreTrainedModel):
         """V_0 of one chunk, rows padded on the right, (B, S, D), and the rows' lengths if they differ."""
         items = [item for row in chunk for item in row]
         patches = torch.cat([pixels[item.kind][item.start : item.start + item.num_patches] for item in items])
+        if self.visual.device.type != "meta":  # where accelerate keeps the weights elsewhere it also moves the inputs
+            patches = patches.to(self.visual.device)  # a chunk at a time, if the whole was left on the CPU
         grid = torch.tensor([[item.t, item.h, item.w] for item in items], device=patches.device)
         tokens = self.get_video_features(patches, grid, return_dict=True).pooler_output
         empty, position, by_row = tokens[0][:0], 0, []
@@ -415,14 +417,15 @@ class VambaModel(VambaPreTrainedModel):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         mm_token_type_ids: Tensor | None,
-        image_grid_thw: Tensor | None,
-        video_grid_thw: Tensor | None,
+        pixels: dict[str, Tensor | None],
+        grids: dict[str, Tensor | None],
     ) -> list[list[MediaItem]]:
-        """Which media belong to which row of text, in order: the n-th item to the n-th `<|vision_start|>`."""
-        starts_BN = self.media_starts(input_ids, inputs_embeds)
-        return assign_media(
-            list_media("image", image_grid_thw), list_media("video", video_grid_thw), starts_BN, mm_token_type_ids
-        )
+        """Which media belong to which row of text, in order: the n-th item to the n-th `<|vision_start|>`.
+
+        `pixels` and `grids` hold patches and `grid_thw` of all images and of all videos, by kind.
+        """
+        images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in ("image", "video"))
+        return assign_media(images, videos, self.media_starts(input_ids, inputs_embeds), mm_token_type_ids)
 
     def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, N), True at each `<|vision_start|>`; recognised by its embedding where there are no ids."""
@@ -462,8 +465,10 @@ class VambaModel(VambaPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         memory = VideoMemory.of(past_key_values, self.config.text_config)
         if pixel_values is not None or pixel_values_videos is not None:
-            rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, image_grid_thw, video_grid_thw)
-            memory = self.encode_media(rows, {"image": pixel_values, "video": pixel_values_videos}, memory)
+            pixels = {"image": pixel_values, "video": pixel_values_videos}
+            grids = {"image": image_grid_thw, "video": video_grid_thw}
+            rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)
+            memory = self.encode_media(rows, pixels, memory)
         self._rotate_video_keys(memory, not unrotate_video_keys)
         return self.language_model(
             inputs_embeds=inputs_embeds,

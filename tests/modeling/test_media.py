@@ -6,8 +6,8 @@ import torch
 from vamba.modeling.media import assign_media, list_media, media_positions, split_frames, uncached_media
 
 
-IMAGES = list_media("image", torch.tensor([[1, 4, 6], [1, 2, 2]]))
-VIDEOS = list_media("video", torch.tensor([[5, 4, 4], [2, 2, 6]]))
+IMAGES = list_media("image", torch.zeros(28, 1), torch.tensor([[1, 4, 6], [1, 2, 2]]))
+VIDEOS = list_media("video", torch.zeros(104, 1), torch.tensor([[5, 4, 4], [2, 2, 6]]))
 
 
 def starts(*counts):
@@ -25,6 +25,14 @@ def kinds_at(mask, *kinds):
 
 def test_items_know_where_their_patches_lie():
     assert [(item.start, item.num_patches) for item in VIDEOS] == [(0, 80), (80, 24)]
+
+
+def test_patches_and_grid_must_agree():
+    assert list_media("image", None, None) == []
+    with pytest.raises(ValueError, match="video_grid_thw announces 80 patches, pixel_values_videos holds 79"):
+        list_media("video", torch.zeros(79, 1), torch.tensor([[5, 4, 4]]))
+    with pytest.raises(ValueError, match="pixel_values need image_grid_thw"):
+        list_media("image", torch.zeros(4, 1), None)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

@@ -1,0 +1,165 @@
+"""Triton kernels for Mamba-2's gated RMSNorm, weight * RMSNorm(y * silu(z)), forward and backward.
+
+What is unusual: the gate z may be a view of wider rows (in_proj's output) and is not copied; offsets are 64-bit. One
+program normalises one group of one row, held in registers, in float32; the backward recomputes the norm, and a fixed
+number of programs walks the rows so that dweight is a short sum of partial sums.
+
+Shapes: R rows (all leading dims), N groups, D / N numbers per group.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+MAX_GROUP = 16384  # numbers that one program holds in registers
+_PROGRAMS_BACKWARD = 264  # two on each of the 132 multiprocessors of an H100 or H200
+
+
+def gated_rms_norm_triton(y_BSD: Tensor, gate_BSD: Tensor, weight_D: Tensor, n_groups: int, eps: float) -> Tensor:
+    """RMSNorm(y * silu(gate)) * weight in y's dtype, each of `n_groups` groups of the last dim normalised by itself.
+
+    Raises:
+        ImportError: Triton is not installed. ValueError: float64, or groups too wide for the kernel.
+    """
+    if triton is None:
+        raise ImportError("backend='triton' needs Triton: pip install triton, or use backend='torch'.")
+    if y_BSD.dtype == torch.float64 or y_BSD.shape[-1] // n_groups > MAX_GROUP:
+        raise ValueError(
+            f"backend='triton' normalises up to {MAX_GROUP} numbers and not in float64, got "
+            f"{y_BSD.shape[-1] // n_groups} and {y_BSD.dtype}; use backend='torch'."
+        )
+    return _GatedRMSNorm.apply(y_BSD, gate_BSD, weight_D, n_groups, eps)
+
+
+class _GatedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_BSD, gate_BSD, weight_D, n_groups, eps):
+        y_RD, gate_RD, weight_D = _rows(y_BSD), _rows(gate_BSD), weight_D.contiguous()
+        ctx.save_for_backward(y_RD, gate_RD, weight_D)
+        ctx.n_groups, ctx.eps, ctx.shape = n_groups, eps, y_BSD.shape
+        (R, D), width = y_RD.shape, y_RD.shape[1] // n_groups
+        out_RD = torch.empty(R, D, dtype=y_RD.dtype, device=y_RD.device)
+        block = triton.next_power_of_2(width)
+        with torch.cuda.device_of(y_RD):
+            _forward_kernel[(R, n_groups)](
+                y_RD,
+                gate_RD,
+                weight_D,
+                out_RD,
+                D,
+                width,
+                eps,
+                y_RD.stride(0),
+                gate_RD.stride(0),
+                BLOCK=block,
+                num_warps=_num_warps(block),
+            )
+        return out_RD.view(y_BSD.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_BSD):
+        y_RD, gate_RD, weight_D = ctx.saved_tensors
+        dout_RD = _rows(dout_BSD)
+        (R, D), width = y_RD.shape, y_RD.shape[1] // ctx.n_groups
+        dy_RD, dgate_RD = (torch.empty(R, D, dtype=t.dtype, device=t.device) for t in (y_RD, gate_RD))
+        programs = min(R, _PROGRAMS_BACKWARD)
+        partial = torch.empty(programs, D, dtype=torch.float32, device=y_RD.device)
+        block = triton.next_power_of_2(width)
+        with torch.cuda.device_of(y_RD):
+            _backward_kernel[(programs, ctx.n_groups)](
+                y_RD,
+                gate_RD,
+                weight_D,
+                dout_RD,
+                dy_RD,
+                dgate_RD,
+                partial,
+                R,
+                D,
+                width,
+                ctx.eps,
+                y_RD.stride(0),
+                gate_RD.stride(0),
+                dout_RD.stride(0),
+                BLOCK=block,
+                num_warps=2 * _num_warps(block),
+            )
+        dweight_D = partial.sum(0).to(weight_D.dtype)
+        return dy_RD.view(ctx.shape), dgate_RD.view(ctx.shape), dweight_D, None, None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., D) -> (R, D) with one stride for all rows: a view wherever the layout allows, otherwise a copy."""
+    if t.stride(-1) != 1:
+        t = t.contiguous()
+    return t.reshape(-1, t.shape[-1])
+
+
+def _num_warps(block: int) -> int:
+    return min(max(block // 1024, 1), 8)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _forward_kernel(y, gate, weight, out, D, width, eps, stride_y, stride_gate, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        offset = tl.arange(0, BLOCK)
+        ok = offset < width
+        start = tl.program_id(1) * width
+        y = tl.load(y + row * stride_y + start + offset, mask=ok, other=0.0).to(tl.float32)
+        gate = tl.load(gate + row * stride_gate + start + offset, mask=ok, other=0.0).to(tl.float32)
+        weight = tl.load(weight + start + offset, mask=ok, other=0.0).to(tl.float32)
+        gated = y * gate * tl.sigmoid(gate)
+        scale = tl.rsqrt(tl.sum(gated * gated, 0) / width + eps)
+        out += row * D + start + offset
+        tl.store(out, (gated * scale * weight).to(out.dtype.element_ty), mask=ok)
+
+    @triton.jit
+    def _backward_kernel(
+        y,
+        gate,
+        weight,
+        dout,
+        dy,
+        dgate,
+        partial,
+        R,
+        D,
+        width,
+        eps,
+        stride_y,
+        stride_gate,
+        stride_dout,
+        BLOCK: tl.constexpr,
+    ):
+        offset = tl.arange(0, BLOCK)
+        ok = offset < width
+        offset += tl.program_id(1) * width
+        w = tl.load(weight + offset, mask=ok, other=0.0).to(tl.float32)
+        dweight = tl.zeros_like(w)
+        for index in range(tl.program_id(0), R, tl.num_programs(0)):
+            row = tl.cast(index, tl.int64)
+            y_row = tl.load(y + row * stride_y + offset, mask=ok, other=0.0).to(tl.float32)
+            z = tl.load(gate + row * stride_gate + offset, mask=ok, other=0.0).to(tl.float32)
+            d = tl.load(dout + row * stride_dout + offset, mask=ok, other=0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(z)
+            silu = z * sigmoid
+            gated = y_row * silu
+            scale = tl.rsqrt(tl.sum(gated * gated, 0) / width + eps)
+            normed = gated * scale
+            dweight += d * normed
+            d *= w
+            dgated = scale * (d - normed * (tl.sum(d * normed, 0) / width))
+            tl.store(dy + row * D + offset, (dgated * silu).to(dy.dtype.element_ty), mask=ok)
+            dz = dgated * y_row * sigmoid * (1 + z * (1 - sigmoid))
+            tl.store(dgate + row * D + offset, dz.to(dgate.dtype.element_ty), mask=ok)
+        tl.store(partial + tl.program_id(0).to(tl.int64) * D + offset, dweight, mask=ok)

@@ -349,10 +349,14 @@ def images_of_folder(folder, name):
 
 
 def list_pictures(items, name):
+    if items and all(getattr(item, "ndim", None) == 3 for item in items):  # frames one by one
+        if len({tuple(item.shape) for item in items}) > 1:
+            raise VideoReadError(f"{name}: the frames differ in shape; resize them alike or pass PIL images")
+        return array_pictures((torch.stack if torch.is_tensor(items[0]) else np.stack)(list(items)), name)
     for index, item in enumerate(items):
         if not isinstance(item, (str, os.PathLike)) and not hasattr(item, "convert"):
             kind = type(item).__name__
-            raise VideoReadError(f"{name}: item {index} is {kind}; a list holds image paths or PIL images")
+            raise VideoReadError(f"{name}: item {index} is {kind}; a list holds image paths, PIL images or arrays")
     return Images(items, name)
 
 

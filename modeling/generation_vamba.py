@@ -41,7 +41,7 @@ class VambaGenerationMixin(GenerationMixin):
             model_kwargs["unrotate_video_keys"] = True
         pixels = {kind: model_kwargs.pop(f"pixel_values{suffix}", None) for kind, suffix in _SUFFIXES.items()}
         grids = {kind: model_kwargs.pop(f"{kind}_grid_thw", None) for kind in _SUFFIXES}
-        if all(patches is None for patches in pixels.values()):
+        if all(given is None for given in (*pixels.values(), *grids.values())):
             return model_kwargs
         input_ids = model_kwargs.get("input_ids") if inputs_tensor.is_floating_point() else inputs_tensor
         if input_ids is not None and input_ids.shape[1] != inputs_tensor.shape[1]:

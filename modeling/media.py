@@ -31,13 +31,14 @@ def list_media(kind: str, pixels: Tensor | None, grid_thw: Tensor | None) -> lis
     """The items of a `grid_thw` of shape (number of items, 3), whose patches are the rows of `pixels`.
 
     Raises:
-        ValueError: patches without a grid, or as many patches as the grid does not announce.
+        ValueError: patches without a grid or the other way round, or another number of them than it announces.
     """
-    if pixels is None:
+    if pixels is None and grid_thw is None:
         return []
     names = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}[kind]
-    if grid_thw is None:
-        raise ValueError(f"{names[0]} need {names[1]}; pass on all that the processor returns.")
+    if pixels is None or grid_thw is None:
+        missing, given = names if pixels is None else reversed(names)
+        raise ValueError(f"{given} came without {missing}; pass on all that the processor returns.")
     items, start = [], 0
     for t, h, w in grid_thw.tolist():
         items.append(MediaItem(kind, t, h, w, start))

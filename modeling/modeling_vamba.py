@@ -212,7 +212,7 @@ class VambaTextModel(VambaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         memory = VideoMemory.of(past_key_values, self.config)
-        memory.check(self.config, inputs_embeds.shape[0])
+        memory.check(self.config, inputs_embeds.shape[0], inputs_embeds.dtype)
         text_cache = memory if use_cache or memory.get_seq_length() else None
         position_ids = text_position_ids(position_ids, attention_mask, inputs_embeds, memory.get_seq_length())
         if isinstance(attention_mask, dict):  # made by `generate` for a static cache
@@ -337,8 +337,8 @@ class VambaModel(VambaPreTrainedModel):
         """
         items = list_media("video", pixel_values_videos, video_grid_thw)
         rows = [0] * len(items) if rows is None else rows
-        if len(rows) != len(items):
-            raise ValueError(f"rows names {len(rows)} rows for {len(items)} videos; give one row for each video.")
+        if len(rows) != len(items) or min(rows, default=0) < 0:
+            raise ValueError(f"{rows=} for {len(items)} videos; give one row for each video, counted from 0.")
         memory = VideoMemory(self.config) if memory is None else memory
         by_row: list[list[MediaItem]] = [[] for _ in range(max([*rows, memory.num_video_rows - 1], default=0) + 1)]
         for item, row in zip(items, rows):
@@ -464,7 +464,7 @@ class VambaModel(VambaPreTrainedModel):
                 raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
             inputs_embeds = self.get_input_embeddings()(input_ids)
         memory = VideoMemory.of(past_key_values, self.config.text_config)
-        if pixel_values is not None or pixel_values_videos is not None:
+        if any(media is not None for media in (pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw)):
             pixels = {"image": pixel_values, "video": pixel_values_videos}
             grids = {"image": image_grid_thw, "video": video_grid_thw}
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)

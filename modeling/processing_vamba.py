@@ -315,8 +315,7 @@ class VambaProcessor(Qwen2VLProcessor):
                     "Sampling frames from a list of images is not supported! Set `do_sample_frames=False`, or say how "
                     "with `num_frames`."
                 )
-            default = {name: getattr(self.video_processor, name, None) for name in ("num_frames", "fps")}
-            call = dict([(name, value) for name, value in default.items() if value is not None][:1])
+            call = self._default_sampling()
         chosen = call | options
         if "num_frames" in chosen:
             chosen.pop("fps", None)
@@ -325,6 +324,11 @@ class VambaProcessor(Qwen2VLProcessor):
         resize = kwargs.get("do_resize")
         chosen["resize"] = self.video_processor.do_resize if resize is None else resize
         return self._frame_size(kwargs) | chosen
+
+    def _default_sampling(self) -> dict:
+        """The video processor's own num_frames or fps, where a checkpoint was trained with one."""
+        own = {name: getattr(self.video_processor, name, None) for name in ("num_frames", "fps")}
+        return dict([(name, value) for name, value in own.items() if value is not None][:1])
 
     def _frame_size(self, kwargs: dict) -> dict:
         """The reader's options that give frames the video processor would not resize."""
@@ -357,8 +361,9 @@ class VambaProcessor(Qwen2VLProcessor):
         return frames, metadata
 
     def video_reader(self, source, **options):
-        """`read_video` with this processor's frame sizes, for reading a video chunk by chunk."""
-        return read_video(source, **(self._frame_size({}) | options))
+        """`read_video` with this processor's frame sizes and sampling, for reading a video chunk by chunk."""
+        sampling = {} if options.keys() & {"fps", "num_frames"} else self._default_sampling()
+        return read_video(source, **(self._frame_size({}) | sampling | options))
 
     # --- chat -------------------------------------------------------------------------------------------------------
 

@@ -66,6 +66,10 @@ class VideoMemory(Cache):
         self.__class__ = _memory_class(type(text_cache))
         self.__dict__.update(vars(text_cache))
 
+    def __reduce__(self):
+        kind = next(base for base in type(self).__mro__[1:] if base is not VideoMemory)
+        return _restore, (kind, self.__dict__)
+
     def with_text(self, text_cache: Cache | None) -> "VideoMemory":
         """The same video with another text cache, nothing copied."""
         memory = object.__new__(type(self))
@@ -250,6 +254,8 @@ class VideoMemory(Cache):
         try:
             save_file(tensors, partial, metadata={"format": "pt", "vamba": json.dumps(header)})
             os.replace(partial, path)
+        except SafetensorError as error:
+            raise OSError(f"The video memory cannot be written to {os.fspath(path)!r}: {error}.") from error
         finally:
             if os.path.exists(partial):
                 os.remove(partial)
@@ -292,8 +298,8 @@ class VideoMemory(Cache):
             setattr(memory, name, header[name])
         return memory
 
-    def check(self, config: PreTrainedConfig, batch_size: int) -> None:
-        """Raises ValueError if this memory was not made by a model of this shape or for this many rows of text."""
+    def check(self, config: PreTrainedConfig, batch_size: int, dtype: torch.dtype) -> None:
+        """Raises ValueError if this memory was not made by a model of this shape and dtype, or for this many rows."""
         if not self.video_length:
             return
         keys = self._keys[0][0]
@@ -308,6 +314,8 @@ class VideoMemory(Cache):
                 f"This video memory has (layers, key/value heads, head dim) = {made_by}, the model {wanted}: "
                 "encode the video with the model that is asked."
             )
+        if keys.dtype != dtype and not torch.is_autocast_enabled(keys.device.type):
+            raise ValueError(f"The video memory is in {keys.dtype}, the text in {dtype}: load the model in that dtype.")
         rows = self.num_video_rows if self.video_rows is None else len(self.video_rows)
         if rows not in (1, batch_size):
             raise ValueError(
@@ -320,6 +328,13 @@ def _memory_class(kind: type[Cache]) -> type[VideoMemory]:
     if issubclass(VideoMemory, kind):
         return VideoMemory
     return type("VideoMemory", (VideoMemory, kind), {"__module__": __name__, "__doc__": VideoMemory.__doc__})
+
+
+def _restore(kind: type[Cache], state: dict[str, Any]) -> VideoMemory:
+    """Unpickles a memory, whose class may be one that `_memory_class` makes."""
+    memory = object.__new__(_memory_class(kind))
+    memory.__dict__.update(state)
+    return memory
 
 
 def _empty_text_cache(num_layers: int, max_cache_len: int | None) -> Cache:

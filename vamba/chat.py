@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
+from transformers import (
+    PreTrainedModel,
+    ProcessorMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from .modeling import VideoMemory, VideoReadError
 
@@ -84,12 +90,13 @@ class VideoChat:
         Args:
             question: plain text.
             stream: return an iterator over pieces of the answer as they are generated.
-            generate_kwargs: passed to `generate`; `max_new_tokens` is 256 by default.
+            generate_kwargs: passed to `generate`; `max_new_tokens` is 256 by default and `min_new_tokens` 1, as no
+                question is answered by nothing.
         """
         if self.memory is None:
             raise ValueError("Nothing was watched yet: call watch(video) before ask(question).")
         inputs = self._prompt(question)
-        generate_kwargs = {"max_new_tokens": 256, **generate_kwargs}
+        generate_kwargs = {"max_new_tokens": 256, "min_new_tokens": 1, **generate_kwargs}
         if stream:
             return self._stream(inputs, generate_kwargs)
         output = self.model.generate(**inputs, past_key_values=self.memory.fork(), **generate_kwargs)
@@ -106,25 +113,52 @@ class VideoChat:
     def _stream(self, inputs: dict, generate_kwargs: dict) -> Iterator[str]:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
+        abandoned = threading.Event()
+        stop = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", ()), _StopWhen(abandoned)])
 
         def generate():
             try:
-                self.model.generate(**inputs, past_key_values=self.memory.fork(), streamer=streamer, **generate_kwargs)
+                memory = self.memory.fork()
+                self.model.generate(
+                    **inputs, past_key_values=memory, streamer=streamer, stopping_criteria=stop, **generate_kwargs
+                )
             except BaseException as error:  # handed to the reader of the stream, which would wait for ever otherwise
                 failure.append(error)
                 streamer.end()
 
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:  # also when the reader goes away in the middle of an answer
+            abandoned.set()
+            thread.join()
         if failure:
             raise failure[0]
 
 
+class _StopWhen(StoppingCriteria):
+    """Ends generation once an event is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
 def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> VideoChat:
-    """A `VideoChat` from a checkpoint folder or Hub id, on `device` or wherever accelerate puts it."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    """A `VideoChat` from a checkpoint folder or Hub id, on `device` or wherever accelerate puts it.
+
+    Raises:
+        ValueError: not a Vamba checkpoint, or a CUDA device where there is none. OSError: nothing at `path`.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
+    if (kind := AutoConfig.from_pretrained(path).model_type) != "vamba":
+        raise ValueError(f"{path} is a {kind} checkpoint, not a Vamba; `vamba convert` makes one of a Qwen2-VL.")
 
     device_map = device or ("auto" if torch.cuda.is_available() else None)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device_map)

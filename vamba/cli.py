@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from logging import ERROR, getLogger
+from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,8 +23,27 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, as everything here does."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _question(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vamba", description="Linear-time video understanding.")
+    parser = _Parser(prog="vamba", description="Linear-time video understanding.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -30,14 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument(
         "video", metavar="VIDEO", help="a video file, a folder of images, or a saved memory (.safetensors)"
     )
-    ask.add_argument("questions", metavar="QUESTION", nargs="+")
+    ask.add_argument("questions", metavar="QUESTION", nargs="+", type=_question)
     ask.add_argument("--model", required=True, metavar="PATH", help="a Vamba checkpoint: a folder or Hub id")
-    ask.add_argument("--fps", type=float, help="frames per second; default: 1")
+    ask.add_argument("--fps", type=float, help="frames per second; default: the checkpoint's, or 1")
     ask.add_argument("--num-frames", type=int, help="frames spread over the video, instead of --fps")
     ask.add_argument("--start", type=float, metavar="SECONDS", help="begin here")
     ask.add_argument("--end", type=float, metavar="SECONDS", help="end here")
     ask.add_argument("--max-pixels", type=int, help="pixels per frame at most")
-    ask.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer; default: 256")
+    ask.add_argument("--max-new-tokens", type=_positive, default=256, help="length of an answer; default: 256")
     ask.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     ask.add_argument("--device", help='e.g. "cuda:0" or "cpu"; default: the GPUs if there are any')
     ask.add_argument("--save-memory", metavar="FILE", help="write the video memory, to be asked again later")
@@ -80,6 +101,8 @@ def _ask(args: argparse.Namespace) -> int:
         from .modeling import read_video
 
         read_video(args.video, allow_urls=args.allow_urls, **reading).close()
+    if args.save_memory and not Path(args.save_memory).resolve().parent.is_dir():
+        raise FileNotFoundError(f"--save-memory {args.save_memory}: there is no such folder; make it first.")
     chat = load_chat(args.model, dtype=args.dtype, device=args.device)
     if args.video.endswith(".safetensors"):
         chat.memory = VideoMemory.load(args.video, device=chat.model.device)
@@ -110,6 +133,7 @@ def _quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(ERROR)  # its retries, where the Hub cannot be reached
 
 
 if __name__ == "__main__":

@@ -54,7 +54,6 @@ def write_model_card(
     folder = Path(folder)
     config = VambaConfig.from_pretrained(folder) if config is None else config
     text = config.text_config
-    head_dim = text.hidden_size // text.num_attention_heads
     card = Template(resources.files("vamba.model_cards").joinpath("vamba.md").read_text(encoding="utf-8"))
     values = {
         "name": (repo_id or folder.resolve().name).split("/")[-1],
@@ -65,12 +64,19 @@ def write_model_card(
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "parameters": _count_parameters(config),
-        "bytes_per_token": f"{2 * text.num_key_value_heads * head_dim * text.num_hidden_layers * 2 / 1e3:.1f}",
+        "bytes_per_token": f"{bytes_per_token(config) / 1e3:.1f}",
         "limits": _LIMITS[state],
     }
     path = folder / "README.md"
     path.write_text(card.substitute(values), encoding="utf-8")
     return path
+
+
+def bytes_per_token(config: VambaConfig) -> int:
+    """What a video token takes in the video memory in bfloat16: its keys and values of every layer."""
+    text = config.text_config
+    head_dim = text.hidden_size // text.num_attention_heads
+    return 2 * text.num_key_value_heads * head_dim * text.num_hidden_layers * 2
 
 
 def _count_parameters(config: VambaConfig) -> str:
@@ -105,8 +111,12 @@ def push_to_hub(
 
 def describe(path: str | os.PathLike) -> dict:
     """What `vamba info` prints of a checkpoint folder: sizes, switches, and bytes per video token."""
+    if not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"{path} holds no config.json; give the folder of a Vamba checkpoint.")
+    if (kind := json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("model_type")) != "vamba":
+        raise ValueError(f"{path} is a {kind} checkpoint, not a Vamba; `vamba convert` makes one of a Qwen2-VL.")
     config = VambaConfig.from_pretrained(path)
-    text, head_dim = config.text_config, config.text_config.hidden_size // config.text_config.num_attention_heads
+    text = config.text_config
     index = Path(path) / "model.safetensors.index.json"
     size = None
     if index.exists():
@@ -124,6 +134,6 @@ def describe(path: str | os.PathLike) -> dict:
         "use_alpha_balancing": text.use_alpha_balancing,
         "cross_attn_use_layer_norm": text.cross_attn_use_layer_norm,
         "cross_attn_use_position_embeddings": text.cross_attn_use_position_embeddings,
-        "video_memory_bytes_per_token_bf16": 2 * text.num_key_value_heads * head_dim * text.num_hidden_layers * 2,
+        "video_memory_bytes_per_token_bf16": bytes_per_token(config),
         "weights_bytes": size,
     }

@@ -31,8 +31,10 @@ def test_patches_and_grid_must_agree():
     assert list_media("image", None, None) == []
     with pytest.raises(ValueError, match="video_grid_thw announces 80 patches, pixel_values_videos holds 79"):
         list_media("video", torch.zeros(79, 1), torch.tensor([[5, 4, 4]]))
-    with pytest.raises(ValueError, match="pixel_values need image_grid_thw"):
+    with pytest.raises(ValueError, match="pixel_values came without image_grid_thw"):
         list_media("image", torch.zeros(4, 1), None)
+    with pytest.raises(ValueError, match="video_grid_thw came without pixel_values_videos"):
+        list_media("video", None, torch.tensor([[5, 4, 4]]))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

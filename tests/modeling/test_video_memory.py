@@ -1,5 +1,8 @@
 """The video memory: split encoding, forks, rows, files, and what it refuses."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
@@ -193,7 +196,7 @@ def test_a_wrong_number_of_rows_is_refused(model):
     memory = model.encode_video(*media(VIDEO, VIDEO), rows=[0, 1])
     with pytest.raises(ValueError, match="2 rows and the text 3"):
         logits(model, torch.cat([prompt(3)] * 3), memory)
-    with pytest.raises(ValueError, match="1 rows for 2 videos"):
+    with pytest.raises(ValueError, match=r"rows=\[0\] for 2 videos"):
         model.encode_video(*media(VIDEO, VIDEO), rows=[0])
 
 
@@ -221,3 +224,19 @@ def test_it_is_of_the_kind_of_its_text_cache(model, memory):
         prompt(4), max_new_tokens=3, cache_implementation="static", return_dict_in_generate=True, do_sample=False
     )
     assert isinstance(output.past_key_values, StaticCache) and isinstance(output.past_key_values, VideoMemory)
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 16])
+@pytest.mark.parametrize("copy", [copy.deepcopy, lambda memory: pickle.loads(pickle.dumps(memory))])
+def test_copies_and_pickles_answer_the_same(model, memory, copy, max_cache_len):
+    original = memory.fork(max_cache_len)
+    logits(model, prompt(4), original)
+    twin = copy(original)
+    assert type(twin) is type(original)
+    a, b = logits(model, prompt(2, seed=1), twin), logits(model, prompt(2, seed=1), original)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_memory_of_another_dtype_is_refused(memory):
+    with pytest.raises(ValueError, match="torch.float32, the text in torch.bfloat16"):
+        logits(tiny_model().bfloat16(), prompt(3), memory)

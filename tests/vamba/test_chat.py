@@ -1,5 +1,7 @@
 """VideoChat: streamed watching equals watching at once; every question starts anew."""
 
+import threading
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -49,6 +51,37 @@ def test_an_error_while_streaming_reaches_the_reader(chat, clip):
     chat.watch(clip, progress=False)
     with pytest.raises(ValueError, match="max_new_tokens"):
         list(chat.ask("What happens?", stream=True, max_new_tokens=-5))
+
+
+def test_an_abandoned_answer_ends_its_thread(chat, clip):
+    chat.watch(clip, progress=False)
+    before = threading.active_count()
+    pieces = chat.ask("What happens?", stream=True, max_new_tokens=100_000, min_new_tokens=100_000)
+    next(pieces)
+    pieces.close()
+    assert threading.active_count() == before
+
+
+def test_no_answer_is_empty(chat, clip):
+    """Even where the model would end at once."""
+    chat.watch(clip, progress=False)
+    first = chat.processor.tokenizer(chat.ask("What?", max_new_tokens=1, do_sample=False)).input_ids[:1]
+    assert first and chat.ask("What?", max_new_tokens=3, do_sample=False, eos_token_id=first[0])
+
+
+def test_a_checkpoint_may_say_how_it_samples(chat, clip):
+    chat.processor.video_processor.fps = 8
+    assert chat.watch(clip, progress=False).media[0][0][1] == 8  # 16 frames, two a temporal patch
+    assert chat.watch(clip, fps=4, progress=False).media[0][0][1] == 4
+
+
+def test_frames_one_by_one_are_a_video(chat):
+    frames = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    whole = chat.watch(frames, progress=False).video_key_values(1)[0]
+    for video in (list(frames), [frame.permute(1, 2, 0).numpy() for frame in frames]):
+        assert torch.equal(chat.watch(video, progress=False).video_key_values(1)[0], whole)
+    with pytest.raises(vamba.VideoReadError, match="differ in shape"):
+        chat.watch([frames[0], frames[1, :, 8:]], progress=False)
 
 
 def test_append_adds_a_second_video(chat, clip):

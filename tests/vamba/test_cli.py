@@ -1,6 +1,7 @@
 """The command line: answers and exit code 0, or one clear line and exit code 2."""
 
 import pytest
+import torch
 
 from vamba.cli import main
 
@@ -15,7 +16,7 @@ def test_ask_answers_about_real_footage(checkpoint, footage, capsys):
     arguments = ["--model", str(checkpoint), "--max-new-tokens", "4", "--fps", "2", "--quiet"]
     assert main(["ask", str(footage), "What happens?", *arguments]) == 0
     captured = capsys.readouterr()
-    assert captured.out.endswith("\n") and "watching" not in captured.err
+    assert captured.out.strip() and "watching" not in captured.err
 
 
 def test_a_saved_memory_is_asked_again(checkpoint, clip, tmp_path, capsys):
@@ -65,6 +66,28 @@ def test_a_missing_model_is_a_users_mistake(clip, tmp_path, capsys):
     assert str(tmp_path / "none") in capsys.readouterr().err
 
 
+def test_mistakes_that_are_found_before_the_video_is_encoded(checkpoint, clip, tmp_path, capsys):
+    asking = ["ask", str(clip), "What?", "--model", str(checkpoint)]
+    assert main([*asking, "--save-memory", str(tmp_path / "no" / "m.safetensors")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main([*asking, "--device", "cuda:0"]) == 2
+        assert (
+            capsys.readouterr().err
+            == "vamba: There is no CUDA device for device='cuda:0'; leave it out or use 'cpu'.\n"
+        )
+
+
+def test_another_kind_of_checkpoint_is_named(checkpoint, clip, tmp_path, capsys):
+    qwen = checkpoint.parent / "qwen"
+    for arguments in (["ask", str(clip), "What?", "--model", str(qwen)], ["info", str(qwen)]):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "is a qwen2_vl checkpoint, not a Vamba" in error
+    assert main(["info", str(tmp_path)]) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+
+
 def test_convert_refuses_what_is_no_checkpoint(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["convert", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
@@ -82,8 +105,10 @@ def test_info_describes_a_checkpoint(checkpoint, capsys):
 
 
 def test_usage_errors_exit_with_2(capsys):
-    for arguments in ([], ["ask"], ["nonsense"], ["ask", "v.mp4", "q"]):
+    asking = ["ask", "v.mp4", "q", "--model", "m"]
+    for arguments in ([], ["ask"], ["nonsense"], asking[:3], [*asking, "--max-new-tokens", "0"], ["ask", "v.mp4", ""]):
         with pytest.raises(SystemExit) as exit_code:
             main(arguments)
         assert exit_code.value.code == 2
-    assert "usage: vamba" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--help" in error

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from vamba.chat import VideoChat
 
 from .training import messages
-from .videos import FPS, QUESTIONS, Story
+from .videos import QUESTIONS, Story
 
 
 MAX_NEW_TOKENS = 8
@@ -40,7 +40,7 @@ def ask_about_videos(
     """Watches each video once and asks it every question."""
     chat, replies = VideoChat(model, processor), []
     for path, story in zip(tqdm(paths, desc="watching and asking", unit="video"), told):
-        chat.watch(str(path), fps=FPS, progress=False)
+        chat.watch(str(path), progress=False)
         for kind, question in QUESTIONS.items():
             replies.append(Reply(path, kind, chat.ask(question, max_new_tokens=MAX_NEW_TOKENS), story.answer(kind)))
     return replies

@@ -25,7 +25,7 @@ from .evaluation import Reply, accuracy, ask_about_videos, ask_without_video, ch
 from .report import draw_report
 from .tiny_checkpoint import make_tiny_qwen2_vl
 from .training import fine_tune, read_examples
-from .videos import ANSWERS, QUESTIONS, Story, render, stories, write_video
+from .videos import ANSWERS, FPS, QUESTIONS, Story, render, stories, write_video
 
 
 STEPS = 550
@@ -115,6 +115,7 @@ def _run_in(folder: Path, settings: dict) -> dict:
         options = {key: settings[key] for key in ("steps", "batch_size", "learning_rate", "seed")}
         loss = fine_tune(model, processor, examples, work / "trainer", **options)
         model.save_pretrained(folder)
+        processor.video_processor.fps = FPS  # so that it is asked as it was trained, whoever asks
         processor.save_pretrained(folder)
         write_model_card(folder, model.config, repo_id="vamba-demo", origin="It knows the task of `vamba demo` only.")
     with _phase(seconds, "asking", "reloading it and asking about new videos"):

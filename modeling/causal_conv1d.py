@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .causal_conv1d_triton import MAX_WIDTH, causal_conv1d_triton, triton
+
 
 def causal_conv1d(
     x_BSC: Tensor,
@@ -39,8 +41,8 @@ def causal_conv1d(
         ValueError: an unknown backend. ImportError: a backend whose package is not installed.
     """
     if backend == "auto":
-        fused = x_BSC.is_cuda and x_BSC.dtype != torch.float64 and _causal_conv1d_kernel() is not None
-        backend = "causal_conv1d" if fused else "torch"
+        fused = x_BSC.is_cuda and x_BSC.dtype != torch.float64 and triton is not None
+        backend = "triton" if fused and weight_CW.shape[1] <= MAX_WIDTH else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"Unknown convolution backend {backend!r}; choose one of {['auto', *BACKENDS]}.")
     T = weight_CW.shape[1] - 1
@@ -95,4 +97,4 @@ def _causal_conv1d_kernel():
     return causal_conv1d_fn
 
 
-BACKENDS = {"torch": causal_conv1d_torch, "causal_conv1d": causal_conv1d_dao}
+BACKENDS = {"torch": causal_conv1d_torch, "triton": causal_conv1d_triton, "causal_conv1d": causal_conv1d_dao}

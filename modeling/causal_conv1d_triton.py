@@ -7,6 +7,8 @@ and writes each number once; the backward recomputes the pre-activation and sums
 Shapes: B batch, S tokens, C channels, W width of the convolution (at most 4), T = W - 1 remembered inputs.
 """
 
+import os
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -19,7 +21,9 @@ except ImportError:
     triton = None
 
 MAX_WIDTH = 4
-_BLOCK_C, _BLOCK_S, _TILES_BACKWARD = 128, 32, 16
+# Small tiles: the neighbours of a row come from the L1 cache, and registers bound how many programs run at once.
+_BLOCK_C, _BLOCK_S = 128, 16
+_BLOCK_S_BACKWARD, _TILES_BACKWARD = 8, 16
 
 
 def causal_conv1d_triton(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
@@ -35,6 +39,8 @@ def causal_conv1d_triton(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None
             f"backend='triton' convolves at most {MAX_WIDTH} taps and not in float64, got {weight_CW.shape[1]} taps "
             f"and {x_BSC.dtype}; use backend='torch'."
         )
+    if not x_BSC.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend='triton' runs on a GPU, the tensors are on {x_BSC.device}; use backend='torch'.")
     return _CausalConv1d.apply(x_BSC, weight_CW, bias_C, state_BTC.to(x_BSC.dtype))
 
 
@@ -71,7 +77,7 @@ class _CausalConv1d(torch.autograd.Function):
         x_BSC, weight_CW, bias_C, state_BTC = ctx.saved_tensors
         dy_BSC = _unit_stride(dy_BSC)
         (B, S, C), W = x_BSC.shape, weight_CW.shape[1]
-        programs = triton.cdiv(S + W - 1, _BLOCK_S * _TILES_BACKWARD)
+        programs = triton.cdiv(S + W - 1, _BLOCK_S_BACKWARD * _TILES_BACKWARD)
         dx_BSC = torch.empty(B, S, C, dtype=x_BSC.dtype, device=x_BSC.device)
         dstate_BTC = torch.empty_like(state_BTC)
         partial = torch.empty(B * programs, 1 + MAX_WIDTH, C, dtype=torch.float32, device=x_BSC.device)
@@ -94,7 +100,7 @@ class _CausalConv1d(torch.autograd.Function):
                 dy_BSC.stride(1),
                 W=W,
                 HAS_BIAS=bias_C is not None,
-                BLOCK_S=_BLOCK_S,
+                BLOCK_S=_BLOCK_S_BACKWARD,
                 BLOCK_C=_BLOCK_C,
                 TILES=_TILES_BACKWARD,
                 num_warps=8,
@@ -125,15 +131,16 @@ if triton is not None:
     def _load_tap(weight, c, C, W: tl.constexpr, TAP: tl.constexpr):
         """Tap 0..3 of a convolution of width 4, to which a narrower one is extended by zeros on the left."""
         index: tl.constexpr = TAP + W - 4
-        if index < 0:
-            return tl.zeros_like(c).to(tl.float32)
-        return tl.load(weight + c * W + index, mask=c < C, other=0.0).to(tl.float32)
+        tap = tl.zeros_like(c).to(tl.float32)
+        if index >= 0:
+            tap += tl.load(weight + c * W + index, mask=c < C, other=0.0).to(tl.float32)
+        return tap
 
     @triton.jit
     def _preactivation(x0, x1, x2, x3, w0, w1, w2, w3, bias):
         return bias[None, :] + x0 * w0[None, :] + x1 * w1[None, :] + x2 * w2[None, :] + x3 * w3[None, :]
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["S"])
     def _forward_kernel(
         x,
         weight,
@@ -179,7 +186,7 @@ if triton is not None:
         sigmoid = tl.sigmoid(a)
         return dy * sigmoid * (1 + a * (1 - sigmoid))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["S", "programs"])
     def _backward_kernel(
         x,
         weight,
@@ -218,11 +225,12 @@ if triton is not None:
         bias_C = tl.zeros_like(w3)
         if HAS_BIAS:
             bias_C += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
-        dbias = tl.zeros_like(w3)
-        dw0 = tl.zeros_like(w3)
-        dw1 = tl.zeros_like(w3)
-        dw2 = tl.zeros_like(w3)
-        dw3 = tl.zeros_like(w3)
+        # Whole tiles, summed over their rows once, after the loop.
+        dbias = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+        dw0 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+        dw1 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+        dw2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+        dw3 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
         for tile in range(TILES):
             # Rows start at the state's first, whose gradient comes from the first tokens just as dx does.
             t = (program * TILES + tile) * BLOCK_S + tl.arange(0, BLOCK_S) - (W - 1)
@@ -231,11 +239,11 @@ if triton is not None:
             x2 = _load_input(x, state, t - 1, c, S, C, stride_xs, W)
             x3 = _load_input(x, state, t, c, S, C, stride_xs, W)
             g = _gradient(x0, x1, x2, x3, w0, w1, w2, w3, bias_C, dy, t, c, S, C, stride_dys)
-            dbias += tl.sum(g, 0)
-            dw0 += tl.sum(g * x0, 0)
-            dw1 += tl.sum(g * x1, 0)
-            dw2 += tl.sum(g * x2, 0)
-            dw3 += tl.sum(g * x3, 0)
+            dbias += g
+            dw0 += g * x0
+            dw1 += g * x1
+            dw2 += g * x2
+            dw3 += g * x3
             dx_tile = g * w3[None, :]
             x4 = _load_input(x, state, t + 1, c, S, C, stride_xs, W)
             g = _gradient(x1, x2, x3, x4, w0, w1, w2, w3, bias_C, dy, t + 1, c, S, C, stride_dys)
@@ -252,8 +260,8 @@ if triton is not None:
             tl.store(dx + rows * C + c[None, :], dx_tile, mask=(rows >= 0) & (rows < S) & c_ok)
             tl.store(dstate + (rows + W - 1) * C + c[None, :], dx_tile, mask=(rows < 0) & c_ok)
         partial += (b * programs + program) * 5 * C + c
-        tl.store(partial, dbias, mask=c < C)
-        tl.store(partial + C, dw0, mask=c < C)
-        tl.store(partial + 2 * C, dw1, mask=c < C)
-        tl.store(partial + 3 * C, dw2, mask=c < C)
-        tl.store(partial + 4 * C, dw3, mask=c < C)
+        tl.store(partial, tl.sum(dbias, 0), mask=c < C)
+        tl.store(partial + C, tl.sum(dw0, 0), mask=c < C)
+        tl.store(partial + 2 * C, tl.sum(dw1, 0), mask=c < C)
+        tl.store(partial + 3 * C, tl.sum(dw2, 0), mask=c < C)
+        tl.store(partial + 4 * C, tl.sum(dw3, 0), mask=c < C)

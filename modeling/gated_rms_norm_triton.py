@@ -7,6 +7,8 @@ number of programs walks the rows so that dweight is a short sum of partial sums
 Shapes: R rows (all leading dims), N groups, D / N numbers per group.
 """
 
+import os
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -35,6 +37,8 @@ def gated_rms_norm_triton(y_BSD: Tensor, gate_BSD: Tensor, weight_D: Tensor, n_g
             f"backend='triton' normalises up to {MAX_GROUP} numbers and not in float64, got "
             f"{y_BSD.shape[-1] // n_groups} and {y_BSD.dtype}; use backend='torch'."
         )
+    if not y_BSD.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend='triton' runs on a GPU, the tensors are on {y_BSD.device}; use backend='torch'.")
     return _GatedRMSNorm.apply(y_BSD, gate_BSD, weight_D, n_groups, eps)
 
 
@@ -123,7 +127,7 @@ if triton is not None:
         out += row * D + start + offset
         tl.store(out, (gated * scale * weight).to(out.dtype.element_ty), mask=ok)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["R"])
     def _backward_kernel(
         y,
         gate,

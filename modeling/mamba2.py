@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from .causal_conv1d import causal_conv1d
 from .configuration_vamba import VambaMamba2Config
+from .gated_rms_norm_triton import MAX_GROUP, gated_rms_norm_triton, triton
 from .state_space_duality import ssd_scan
 
 
@@ -31,12 +32,18 @@ class Mamba2State(NamedTuple):
 class GatedRMSNorm(nn.Module):
     """RMSNorm(y * silu(z)): the gate comes before the normalisation, and each group is normalised by itself."""
 
-    def __init__(self, size: int, n_groups: int = 1, eps: float = 1e-5):
+    def __init__(self, size: int, n_groups: int = 1, eps: float = 1e-5, backend: str = "auto"):
         super().__init__()
+        if backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"Unknown gated norm backend {backend!r}; choose one of ['auto', 'torch', 'triton'].")
         self.weight = nn.Parameter(torch.ones(size))
-        self.n_groups, self.eps = n_groups, eps
+        self.n_groups, self.eps, self.backend = n_groups, eps, backend
 
     def forward(self, y_BSD: Tensor, gate_BSD: Tensor) -> Tensor:
+        fused = y_BSD.is_cuda and y_BSD.dtype != torch.float64 and triton is not None
+        fused = fused and y_BSD.shape[-1] // self.n_groups <= MAX_GROUP
+        if self.backend == "triton" or (self.backend == "auto" and fused):
+            return gated_rms_norm_triton(y_BSD, gate_BSD, self.weight, self.n_groups, self.eps)
         compute = torch.promote_types(y_BSD.dtype, torch.float32)
         gated = y_BSD.to(compute) * F.silu(gate_BSD.to(compute))
         gated = F.rms_norm(gated.unflatten(-1, (self.n_groups, -1)), (gated.shape[-1] // self.n_groups,), eps=self.eps)
@@ -61,7 +68,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.ones(H))
         self.A_log = nn.Parameter(torch.zeros(H))
         self.D = nn.Parameter(torch.ones(H))
-        self.norm = GatedRMSNorm(inner, config.n_groups, config.layer_norm_epsilon)
+        self.norm = GatedRMSNorm(inner, config.n_groups, config.layer_norm_epsilon, config.norm_backend)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
 
     def forward(

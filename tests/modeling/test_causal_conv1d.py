@@ -73,6 +73,8 @@ def test_without_state_and_bias():
 def test_unknown_and_missing_backends_say_what_to_do():
     with pytest.raises(ValueError, match=r"'nope'.*'auto', 'torch'"):
         causal_conv1d(*inputs(3)[:2], backend="nope")
+    with pytest.raises(ValueError, match="runs on a GPU"):
+        causal_conv1d(*(t.float() for t in inputs(3)[:2]), backend="triton")
     try:
         import causal_conv1d as _  # noqa: F401
     except ImportError:

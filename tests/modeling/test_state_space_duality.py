@@ -110,6 +110,8 @@ def test_unknown_and_missing_backends_say_what_to_do():
     tensors = inputs(3)
     with pytest.raises(ValueError, match=r"'nope'.*'auto', 'torch'"):
         ssd_scan(*tensors, backend="nope")
+    with pytest.raises(ValueError, match="runs on a GPU"):
+        ssd_scan(*(t.float() for t in tensors), backend="triton")
     try:
         import mamba_ssm  # noqa: F401
     except ImportError:

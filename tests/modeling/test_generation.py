@@ -375,7 +375,6 @@ def test_static_fork(model, inputs):
         assert out.tolist() == judge(model, alone).tolist()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py compiles; PyTorch 2.11 crashes after a second model")
 def test_compiled(tokenizer, inputs, expected):
     model = make_model(tokenizer)
     config = CompileConfig(backend="eager", fullgraph=True, mode=None)

@@ -402,7 +402,9 @@ def test_offloaded_caches(tokenizer, inputs, expected):
     model = make_model(tokenizer).cuda()
     there = {key: value.cuda() for key, value in inputs.items()}
     for name in ("offloaded", "offloaded_static"):
-        assert generate(model, there, cache_implementation=name).tolist() == expected.tolist()
+        # not compiled: transformers' offloading takes a torch.Stream through dynamo, which crashes PyTorch 2.11
+        out = generate(model, there, cache_implementation=name, disable_compile=True)
+        assert out.tolist() == expected.tolist()
     alone = {key: value.cuda() for key, value in row_of(inputs, 1).items()}
     memory = model.encode_video(alone.pop("pixel_values_videos"), alone.pop("video_grid_thw")).to("cpu")
     out = generate(model, alone, past_key_values=memory.fork())

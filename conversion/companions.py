@@ -12,8 +12,7 @@ from pathlib import Path
 
 from vamba.modeling.configuration_vamba import AUTO_MAP, VambaConfig
 
-from .configs import QWEN2_VL
-from .table import ConversionError
+from .configs import QWEN2_VL, read_json
 
 
 VERBATIM = (
@@ -55,7 +54,7 @@ def copy_companions(source: Path, folder: Path, config: VambaConfig, processor_c
         target.parent.mkdir(exist_ok=True)
         target.write_text(strip_pads(path.read_text(encoding="utf-8")), encoding="utf-8")
     for path in _matching(source, ("chat_template.json", *WITH_PROCESSOR_CLASS)):
-        _write_json(folder / path.name, _adapt(_read_json(path), path.name, processor_class))
+        _write_json(folder / path.name, _adapt(read_json(path), path.name, processor_class))
     if any((folder / name).exists() for name in WITH_PROCESSOR_CLASS):
         _complete_processor_config(folder / "processor_config.json", processor_class)
     if not (folder / "generation_config.json").exists():
@@ -65,7 +64,7 @@ def copy_companions(source: Path, folder: Path, config: VambaConfig, processor_c
 def set_generation_flag(folder: Path, name: str, value) -> None:
     """Writes a setting into generation_config.json, or takes it out for None."""
     path = folder / "generation_config.json"
-    content = {key: v for key, v in _read_json(path).items() if key not in (name, "_from_model_config")}
+    content = {key: v for key, v in read_json(path).items() if key not in (name, "_from_model_config")}
     _write_json(path, content if value is None else content | {name: value})
 
 
@@ -93,7 +92,7 @@ def write_hub_files(source: Path, folder: Path, config: VambaConfig, kind: str, 
 
 def _base_model(source: Path) -> str:
     """The Hub id the source's config remembers, or its folder's name."""
-    remembered = _read_json(source / "config.json").get("_name_or_path") or ""
+    remembered = read_json(source / "config.json").get("_name_or_path") or ""
     return remembered if re.fullmatch(r"[\w.-]+/[\w.-]+", remembered) else source.name
 
 
@@ -138,7 +137,7 @@ def _adapt(content: dict, name: str, processor_class: str) -> dict:
 
 def _complete_processor_config(path: Path, processor_class: str) -> None:
     """The file that names the processor first, made if need be; ours also says where `trust_remote_code` finds it."""
-    content = _read_json(path) if path.exists() else {"processor_class": processor_class}
+    content = read_json(path) if path.exists() else {"processor_class": processor_class}
     entry = AUTO_MAP["AutoProcessor"]
     if entry.endswith("." + processor_class):
         content["auto_map"] = {"AutoProcessor": entry}
@@ -147,16 +146,6 @@ def _complete_processor_config(path: Path, processor_class: str) -> None:
 
 def _matching(source: Path, patterns: tuple[str, ...]) -> list[Path]:
     return [path for pattern in patterns for path in sorted(source.glob(pattern)) if path.is_file()]
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} is not a JSON object.")
-    return content
 
 
 def _write_json(path: Path, content: dict) -> None:

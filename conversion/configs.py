@@ -52,13 +52,18 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise ConversionError(f"{folder} holds no config.json; the source is the folder of a checkpoint.")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises ConversionError if it is none."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConversionError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise ConversionError(f"{path} is not a JSON object.")
-    return config
+    return content
 
 
 def format_of(config: dict) -> str:

@@ -368,6 +368,7 @@ class VambaModel(VambaPreTrainedModel):
             chunk_frames = DEFAULT_CHUNK_FRAMES
         if memory.num_video_rows not in (0, len(rows)):
             raise ValueError(f"The memory has {memory.num_video_rows} video rows, the media are for {len(rows)}.")
+        self._rotate_video_keys(memory, True)  # as the new keys will be
         temporal = self.config.vision_config.temporal_patch_size
         for chunk in split_frames(rows, None if chunk_frames is None else max(1, chunk_frames // temporal)):
             vision_BSD, lengths_B = self._vision_tokens(chunk, pixels)

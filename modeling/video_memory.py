@@ -181,6 +181,11 @@ class VideoMemory(Cache):
 
     # --- rows of text ----------------------------------------------------------------------------------------------
 
+    @property
+    def _rows(self) -> list[int]:
+        """The video row of each text row, where each has its own."""
+        return list(range(self.num_video_rows)) if self.video_rows is None else self.video_rows
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._select_rows(beam_idx.tolist())
@@ -195,22 +200,19 @@ class VideoMemory(Cache):
         self._repeat_rows(repeats)
 
     def _repeat_rows(self, repeats: int) -> None:
-        rows = self.video_rows if self.video_rows is not None else range(self.num_video_rows)
-        self._set_rows([row for row in rows for _ in range(repeats)])
+        self._set_rows([row for row in self._rows for _ in range(repeats)])
 
     def expand_rows(self, batch_size: int, copies: int) -> None:
         """Repeats each of `batch_size` rows for beams or samples, unless the caller has done so already."""
-        rows = self.num_video_rows if self.video_rows is None else len(self.video_rows)
         if not self.get_seq_length():
-            if rows == batch_size:
+            if len(self._rows) == batch_size:
                 self._repeat_rows(copies)
         elif self.layers[0].keys.shape[0] == batch_size:
             self.batch_repeat_interleave(copies)
 
     def _select_rows(self, indices: list[int]) -> None:
         if self.video_rows is not None or self.num_video_rows > 1:
-            rows = self.video_rows if self.video_rows is not None else range(self.num_video_rows)
-            self._set_rows([rows[index] for index in indices])
+            self._set_rows([self._rows[index] for index in indices])
 
     def _set_rows(self, rows: list[int]) -> None:
         same = self.num_video_rows <= 1 or rows == list(range(self.num_video_rows))
@@ -316,7 +318,7 @@ class VideoMemory(Cache):
             )
         if keys.dtype != dtype and not torch.is_autocast_enabled(keys.device.type):
             raise ValueError(f"The video memory is in {keys.dtype}, the text in {dtype}: load the model in that dtype.")
-        rows = self.num_video_rows if self.video_rows is None else len(self.video_rows)
+        rows = len(self._rows)
         if rows not in (1, batch_size):
             raise ValueError(
                 f"The video memory has {rows} rows and the text {batch_size}; they must be equal, or 1 video."

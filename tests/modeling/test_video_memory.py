@@ -240,3 +240,16 @@ def test_copies_and_pickles_answer_the_same(model, memory, copy, max_cache_len):
 def test_a_memory_of_another_dtype_is_refused(memory):
     with pytest.raises(ValueError, match="torch.float32, the text in torch.bfloat16"):
         logits(tiny_model().bfloat16(), prompt(3), memory)
+
+
+def test_frames_may_follow_an_answer_decoded_with_unrotated_keys():
+    """As checkpoints converted from the original decode: what is appended afterwards must not mix with those keys."""
+    model = tiny_model(cross_attn_use_position_embeddings=True)
+    pixels, grid = media(VIDEO)
+    memory = model.encode_video(pixels[:120], torch.tensor([[5, 4, 6]]))
+    model.generation_config.unrotate_video_keys = True
+    model.generate(prompt(4), past_key_values=memory, max_new_tokens=3, do_sample=False)
+    assert not memory.keys_are_rotated
+    model.encode_video(pixels[120:], torch.tensor([[4, 4, 6]]), memory=memory)
+    assert memory.keys_are_rotated
+    assert_same(memory, model.encode_video(pixels, grid))

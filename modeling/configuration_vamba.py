@@ -10,6 +10,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
 
 
@@ -121,6 +122,7 @@ class VambaConfig(PreTrainedConfig):
         image_token_id, video_token_id: kept for compatibility with Qwen2-VL's tokenizer; a media item is written as
             `<|vision_start|><|vision_end|>` without a placeholder per video token.
         vision_start_token_id, vision_end_token_id: the n-th `<|vision_start|>` of a batch stands for its n-th item.
+        image_mean, image_std: of each channel, as the processor has them; the model normalises uint8 patches by them.
     """
 
     model_type = "vamba"
@@ -138,6 +140,8 @@ class VambaConfig(PreTrainedConfig):
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
+    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 

@@ -2,7 +2,8 @@
 
 What is unusual: rows of text that read the same video are folded into its queries, so that beams and batches of
 questions never copy keys and values; rows with different numbers of video tokens are masked, or packed for flash
-attention; a row without video reads zeros.
+attention; a row without video reads zeros. On a GPU and without gradients few queries go through our own kernel, split
+over the keys, for any implementation but "eager".
 
 Shapes: B rows of text, N text tokens, M video tokens, S video tokens of one chunk, D hidden, H heads, P head dim.
 """
@@ -22,6 +23,12 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_vamba import VambaTextConfig
+from .split_key_attention_triton import can_split_keys, split_key_attention
+from .video_memory import VideoLevel
+
+
+# Beyond as many queries, text rows that share a video counted together, flash attention fills the GPU by itself.
+MAX_SPLIT_KEY_QUERIES = 1024
 
 
 class VambaCrossAttention(Qwen2VLAttention):
@@ -46,8 +53,7 @@ class VambaCrossAttention(Qwen2VLAttention):
     def forward(
         self,
         hidden_BND: Tensor,
-        keys_BHMP: Tensor,
-        values_BHMP: Tensor,
+        video: VideoLevel,
         video_mask_BM: Tensor | None = None,
         video_rows: list[int] | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -57,31 +63,34 @@ class VambaCrossAttention(Qwen2VLAttention):
 
         A text row whose video row holds no token reads zeros.
         """
-        keys, values = keys_BHMP, values_BHMP
         B, N, _ = hidden_BND.shape
-        if video_rows is not None and not _is_repeat(video_rows, keys.shape[0]):
-            index = torch.tensor(video_rows, device=keys.device)
-            keys, values = keys[index], values[index]
+        if video_rows is not None and not _is_repeat(video_rows, video.keys_BHMP.shape[0]):
+            index = torch.tensor(video_rows, device=video.keys_BHMP.device)
+            video = video.map(lambda t: t[index])
             video_mask_BM = None if video_mask_BM is None else video_mask_BM[index.to(video_mask_BM.device)]
         queries = self.q_proj(hidden_BND).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if position_embeddings is not None:
             queries, _ = apply_rotary_pos_emb(queries, queries, *position_embeddings)
-        share = B // keys.shape[0]  # text rows per video row
+        share = B // video.keys_BHMP.shape[0]  # text rows per video row
         queries = queries.unflatten(0, (-1, share)).transpose(1, 2).flatten(2, 3)  # (B / share, H, share * N, P)
-        output, weights = self._attend(queries, keys, values, video_mask_BM, **kwargs)
+        output, weights = self._attend(queries, video, video_mask_BM, **kwargs)
         output = output.unflatten(1, (share, N)).reshape(B, N, -1)
         if weights is not None:
             weights = weights.unflatten(2, (share, N)).transpose(1, 2).flatten(0, 1)
         return self.o_proj(output), weights
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask_BM: Tensor | None, **kwargs):
+    def _attend(self, queries: Tensor, video: VideoLevel, mask_BM: Tensor | None, **kwargs):
+        mask_BM = None if mask_BM is None else mask_BM.to(queries.device)
+        if self._splits_keys(queries):
+            keys, values, *scales = video
+            return split_key_attention(queries, keys, values, self.scaling, mask_BM, *scales), None
+        keys, values, *_ = video.stored_as(queries.dtype)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         if mask_BM is None:
             return attention(self, queries, keys, values, None, **kwargs)
-        mask_BM = mask_BM.to(queries.device)
         if is_flash_attention_requested(self.config):
             output = _varlen_attention(self, attention, queries, keys, values, mask_BM, **kwargs)
             return output, None
@@ -90,6 +99,12 @@ class VambaCrossAttention(Qwen2VLAttention):
         bias = bias.expand(-1, -1, queries.shape[2], -1)
         output, weights = attention(self, queries, keys, values, bias, **kwargs)
         return output * mask_BM.any(1)[:, None, None, None], weights
+
+    def _splits_keys(self, queries: Tensor) -> bool:
+        dropout = self.training and self.attention_dropout > 0
+        if torch.is_grad_enabled() or dropout or self.config._attn_implementation == "eager":
+            return False
+        return queries.shape[2] <= MAX_SPLIT_KEY_QUERIES and can_split_keys(queries)
 
 
 def _is_repeat(rows: list[int], num_video_rows: int) -> bool:

@@ -5,7 +5,10 @@ its hook for encoders instead, fill a `VideoMemory`, and hand that to generation
 for inside.
 """
 
-from transformers import GenerationMixin
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
 
 from .media import uncached_media
 from .video_memory import VideoMemory
@@ -33,6 +36,20 @@ class VambaGenerationMixin(GenerationMixin):
         if memory is not None:  # without a text cache the video is encoded once all the same
             model_inputs["past_key_values"] = memory
         return model_inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, **kwargs
+    ):
+        """As transformers', but for the single tokens of decoding in two kernels, as it is made anew for each of them.
+
+        A new token sees what the padding mask lets through, itself included, and no slot of the cache after it.
+        """
+        kind = config.get_text_config()._attn_implementation
+        if inputs_embeds.shape[1] != 1 or attention_mask is None or kind != "sdpa":
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        free = past_key_values.get_max_length() - attention_mask.shape[1]
+        return nn.functional.pad(attention_mask.bool(), (0, free))[:, None, None]
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
@@ -70,4 +87,6 @@ class VambaGenerationMixin(GenerationMixin):
         if memory is not None:
             if copies > 1:
                 memory.expand_rows(batch_size, copies)
+            if generation_config.compile_config is not None:
+                memory.mark_static()
             model_kwargs["past_key_values" if cache is not None else "video_memory"] = memory

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from .causal_conv1d import causal_conv1d
 from .configuration_vamba import VambaMamba2Config
@@ -119,7 +118,7 @@ class Mamba2Block(GradientCheckpointingLayer):
 
     def __init__(self, config: VambaMamba2Config):
         super().__init__()
-        self.norm = Qwen2VLRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = Mamba2Mixer(config)
 
     def forward(

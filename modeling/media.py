@@ -139,6 +139,17 @@ def _take(row: list[MediaItem], frames: int) -> list[MediaItem]:
     return taken
 
 
+def chunk_patches(chunk: list[list[MediaItem]], pixels: dict[str, Tensor]) -> list[Tensor]:
+    """The patches of a chunk's items in order, as slices of `pixels` (by kind), one for each run without a gap."""
+    runs: list[tuple[str, int, int]] = []
+    for item in (item for row in chunk for item in row):
+        kind, start, stop = item.kind, item.start, item.start + item.num_patches
+        if runs and runs[-1][::2] == (kind, start):
+            start = runs.pop()[1]
+        runs.append((kind, start, stop))
+    return [pixels[kind][start:stop] for kind, start, stop in runs]
+
+
 def media_positions(rows: list[list[MediaItem]], merge_size: int) -> Tensor:
     """(3, B, S) positions (t, h, w) of the merged tokens, each item counted from zero, rows padded on the right."""
     by_row = []

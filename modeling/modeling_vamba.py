@@ -8,9 +8,11 @@ video token; text positions count text only.
 Shapes: B batch, M video tokens, N text tokens, S video tokens of one chunk, D hidden, H heads, P head dim.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -22,8 +24,6 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLAttention,
-    Qwen2VLDecoderLayer,
-    Qwen2VLRMSNorm,
     Qwen2VLRotaryEmbedding,
     apply_rotary_pos_emb,
 )
@@ -34,76 +34,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .cross_attention import VambaCrossAttention
+from .decoder_layer import VambaDecoderLayer
+from .frame_streaming import default_chunk_frames, load_ahead, normalized, to_device
 from .generation_vamba import VambaGenerationMixin
-from .mamba2 import Mamba2Block, Mamba2Mixer, init_mamba2_mixer
-from .media import MediaItem, assign_media, list_media, media_positions, split_frames
+from .graphed_decoding import GraphedDecoding
+from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
+from .media import MediaItem, assign_media, chunk_patches, list_media, media_positions, split_frames
 from .video_memory import VideoMemory
-from .vision_tower import frame_runs, vision_tower
-
-
-class VambaDecoderLayer(Qwen2VLDecoderLayer):
-    """T' = T + alpha * SelfAttention(h) + (1 - alpha) * CrossAttention(h, V), then the MLP (equations 3 and 4)."""
-
-    def __init__(self, config: VambaTextConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.cross_attn = VambaCrossAttention(config, layer_idx)
-        self.norm_video = config.cross_attn_use_layer_norm
-        self.alpha = nn.Parameter(torch.full((1,), 0.5)) if config.use_alpha_balancing else None
-
-    def video_key_value(
-        self, vision_BSD: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The video states as the next Mamba-2 block should get them, and this layer's keys and values of them."""
-        vision_BSD = vision_BSD.to(self.cross_attn.k_proj.weight.device)
-        if self.norm_video:
-            vision_BSD = self.input_layernorm(vision_BSD)
-        return vision_BSD, *self.cross_attn.key_value(vision_BSD, position_embeddings)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        video_keys_BHMP: Tensor | None = None,
-        video_values_BHMP: Tensor | None = None,
-        video_mask_BM: Tensor | None = None,
-        video_rows: list[int] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        query_position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Tensor:
-        residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
-        attended, _ = self.self_attn(
-            hidden_states=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        alpha = None if self.alpha is None else _clamp_to_unit(self.alpha).to(attended.dtype)
-        attended = attended if alpha is None else alpha * attended
-        if video_keys_BHMP is not None:
-            crossed, _ = self.cross_attn(
-                hidden_states,
-                video_keys_BHMP,
-                video_values_BHMP,
-                video_mask_BM,
-                video_rows,
-                query_position_embeddings,
-                **kwargs,
-            )
-            attended = attended + (crossed if alpha is None else (1 - alpha) * crossed)
-        hidden_states = residual + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-def _clamp_to_unit(alpha: Tensor) -> Tensor:
-    """alpha clamped to [0, 1] with the gradient passed straight through, so that a step outside can be undone.
-
-    The original clamps the parameter in place during forward; its values and gradients are the same.
-    """
-    return alpha + (alpha.clamp(0, 1) - alpha).detach()
+from .vision_tower import VambaVisionTower, vision_tower
 
 
 @auto_docstring
@@ -112,7 +50,7 @@ class VambaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VambaDecoderLayer", "Mamba2Block", "Qwen2VLVisionBlock", "Qwen2_5_VLVisionBlock"]
+    _no_split_modules = ["VambaDecoderLayer", "Mamba2Block", "Qwen2_5_VLVisionBlock"]
     _skip_keys_device_placement = ["past_key_values", "video_memory"]
     _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias"]
     _supports_flash_attn = True
@@ -166,7 +104,10 @@ class VambaVideoEncoder(VambaPreTrainedModel):
             vision_BSD, keys, values = layer.video_key_value(vision_BSD, position_embeddings)
             memory.append(index, keys, values)
             if index < len(self.layers):
-                vision_BSD, memory.states[index] = self.layers[index](vision_BSD, memory.states[index], lengths_B)
+                state = memory.states[index]
+                if state is not None and state.ssm_BHPK.device != vision_BSD.device:  # of a memory read from a file
+                    state = Mamba2State(*(t.to(vision_BSD.device) for t in state))
+                vision_BSD, memory.states[index] = self.layers[index](vision_BSD, state, lengths_B)
         valid = None
         if lengths_B is not None:
             valid = torch.arange(S, device=lengths_B.device) < lengths_B.unsqueeze(1)
@@ -189,7 +130,7 @@ class VambaTextModel(VambaPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([VambaDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = Qwen2VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen2VLRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -228,12 +169,14 @@ class VambaTextModel(VambaPreTrainedModel):
         query_positions = position_embeddings if self.config.cross_attn_use_position_embeddings else None
         video_mask, hidden_states = memory.video_mask(), inputs_embeds
         for index, layer in enumerate(self.layers):
-            video = memory.video_key_values(index, inputs_embeds.device) if memory.video_length else (None, None)
+            keys, values, *scales = memory.level(index, inputs_embeds.device) if memory.video_length else (None, None)
             hidden_states = layer(
                 hidden_states,
-                *video,
-                video_mask,
-                memory.video_rows,
+                keys,
+                values,
+                video_scales=tuple(scales) or (None, None),
+                video_mask_BM=video_mask,
+                video_rows=memory.video_rows,
                 attention_mask=causal_mask,
                 past_key_values=text_cache,
                 position_embeddings=position_embeddings,
@@ -291,11 +234,10 @@ class VambaModel(VambaPreTrainedModel):
             Temporal, height and width dimensions of each video in patches. `pooler_output` holds V_0 of each video,
             `(t * h * w / merge_size**2, hidden_size)`.
         """
-        sizes = video_grid_thw.tolist()
-        if getattr(self.visual, "takes_frame_runs", False):
-            kwargs["frame_runs"] = frame_runs(sizes)
-        output = self.visual(pixel_values_videos.to(self.visual.dtype), grid_thw=video_grid_thw, **kwargs)
-        tokens = [t * h * w // self.config.vision_config.spatial_merge_size**2 for t, h, w in sizes]
+        patches = normalized(pixel_values_videos, self.config).to(self.visual.dtype)
+        output = self.visual(patches, grid_thw=video_grid_thw, **kwargs)
+        merged = self.config.vision_config.spatial_merge_size**2
+        tokens = [t * h * w // merged for t, h, w in video_grid_thw.tolist()]
         output.pooler_output = output.pooler_output.split(tokens)
         return output
 
@@ -315,7 +257,7 @@ class VambaModel(VambaPreTrainedModel):
 
     def encode_video(
         self,
-        pixel_values_videos: torch.FloatTensor,
+        pixel_values_videos: Tensor,
         video_grid_thw: torch.LongTensor,
         memory: VideoMemory | None = None,
         *,
@@ -326,14 +268,16 @@ class VambaModel(VambaPreTrainedModel):
         """Encodes video into a new `VideoMemory`, or appends it to one; any split of the frames gives the same result.
 
         Args:
-            pixel_values_videos: patches as the video processor makes them, (sum of t * h * w, patch size).
+            pixel_values_videos: patches as the video processor makes them, (sum of t * h * w, patch size); as uint8
+                (`do_rescale=False, do_normalize=False`) they take a quarter of the memory and are normalised here.
+                They may stay on the CPU: each chunk is copied while the one before is computed.
             video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
             memory: what was seen before; it is extended in place and returned. None starts anew.
             rows: for each video the row of the memory it belongs to; None puts all into row 0.
             continue_video: whether the first video continues the memory's last one, frame numbers included. None: it
                 does if both have the same size. Matters only with `cross_attn_use_position_embeddings`.
             chunk_frames: frames that go through vision tower and encoder at once, which bounds the activations; None
-                means `DEFAULT_CHUNK_FRAMES`, or all at once while gradients are recorded.
+                means 64, or fewer where the GPU's free memory asks for it, or all while gradients are recorded.
         """
         items = list_media("video", pixel_values_videos, video_grid_thw)
         rows = [0] * len(items) if rows is None else rows
@@ -364,14 +308,20 @@ class VambaModel(VambaPreTrainedModel):
             rows: the media of each row in order. pixels: the patches of all images and of all videos, by kind.
             memory: extended in place. chunk_frames: see `encode_video`.
         """
-        if chunk_frames is None and not torch.is_grad_enabled():
-            chunk_frames = DEFAULT_CHUNK_FRAMES
         if memory.num_video_rows not in (0, len(rows)):
             raise ValueError(f"The memory has {memory.num_video_rows} video rows, the media are for {len(rows)}.")
+        if chunk_frames is None and not torch.is_grad_enabled():
+            largest = (max((item.h * item.w for item in row), default=0) for row in rows)
+            chunk_frames = default_chunk_frames(self, sum(largest))
         self._rotate_video_keys(memory, True)  # as the new keys will be
-        temporal = self.config.vision_config.temporal_patch_size
-        for chunk in split_frames(rows, None if chunk_frames is None else max(1, chunk_frames // temporal)):
-            vision_BSD, lengths_B = self._vision_tokens(chunk, pixels)
+        frames = None if chunk_frames is None else max(1, chunk_frames // self.config.vision_config.temporal_patch_size)
+        device = self.visual.device
+        for chunk, patches in load_ahead(
+            split_frames(rows, frames),
+            lambda chunk: [to_device(part, device) for part in chunk_patches(chunk, pixels)],
+            device,
+        ):
+            vision_BSD, lengths_B = self._vision_tokens(chunk, patches)
             positions = None
             if self.config.text_config.cross_attn_use_position_embeddings:
                 positions_3BS = media_positions(chunk, self.config.vision_config.spatial_merge_size)
@@ -380,13 +330,17 @@ class VambaModel(VambaPreTrainedModel):
             memory.note_media(chunk)
         return memory
 
-    def _vision_tokens(self, chunk: list[list[MediaItem]], pixels: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """V_0 of one chunk, rows padded on the right, (B, S, D), and the rows' lengths if they differ."""
+    def _vision_tokens(self, chunk: list[list[MediaItem]], parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """V_0 of one chunk, rows padded on the right, (B, S, D), and the rows' lengths if they differ.
+
+        `parts` holds the patches of its items in order, wherever they are cut.
+        """
         items = [item for row in chunk for item in row]
-        patches = torch.cat([pixels[item.kind][item.start : item.start + item.num_patches] for item in items])
-        if self.visual.device.type != "meta":  # where accelerate keeps the weights elsewhere it also moves the inputs
-            patches = patches.to(self.visual.device)  # a chunk at a time, if the whole was left on the CPU
-        grid = torch.tensor([[item.t, item.h, item.w] for item in items], device=patches.device)
+        parts = [normalized(part, self.config) for part in parts]
+        patches = parts[0] if len(parts) == 1 else torch.cat(parts)
+        grid = torch.tensor([[item.t, item.h, item.w] for item in items])
+        if not isinstance(self.visual, VambaVisionTower):  # ours would have to wait for the GPU to read it there
+            grid = grid.to(patches.device)
         tokens = self.get_video_features(patches, grid, return_dict=True).pooler_output
         empty, position, by_row = tokens[0][:0], 0, []
         for row in chunk:
@@ -498,6 +452,12 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin, 
     def get_video_features(self, pixel_values_videos: torch.FloatTensor, video_grid_thw: torch.LongTensor, **kwargs):
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """The step that `generate` decodes with for a static cache: a CUDA graph, or, if asked, `torch.compile`'s."""
+        if compile_config is None and GraphedDecoding.suits(self):
+            return GraphedDecoding(self.__call__)
+        return super().get_compiled_call(compile_config)
+
     @torch.no_grad()
     def encode_video(self, *args, **kwargs) -> VideoMemory:
         """`VambaModel.encode_video` without gradients."""
@@ -570,9 +530,6 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin, 
             cross_attentions=outputs.cross_attentions,
         )
 
-
-# Frames encoded at once where no gradient is recorded: 32 frame pairs of 640x360 are 9,568 tokens.
-DEFAULT_CHUNK_FRAMES = 64
 
 VambaModel.register_for_auto_class("AutoModel")
 VambaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -5,13 +5,16 @@ one Mamba-2 state per layer, so it can be asked many times, extended frame by fr
 `Cache` its length is the *text's*: `generate` slices prompts and builds masks by it. Rows of text and rows of video
 are counted apart: any number of questions or beams share one video row without copying it (`video_rows`).
 
+Keys and values may be kept in fp8, half the bytes, and on the CPU, from where each layer is fetched while the one
+before it computes.
+
 Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads, P head dim.
 """
 
 import functools
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +28,46 @@ from .media import MediaItem
 
 
 FORMAT = "vamba.video_memory.1"
+FP8 = torch.float8_e4m3fn
+
+
+class VideoLevel(NamedTuple):
+    """What one layer's cross-attention reads of a video.
+
+    In fp8 a number is its 8 bits times 2**scale, with one scale (int8) per token and head; otherwise there are none.
+    """
+
+    keys_BHMP: Tensor
+    values_BHMP: Tensor
+    key_scales_BHM: Tensor | None = None
+    value_scales_BHM: Tensor | None = None
+
+    def map(self, function) -> "VideoLevel":
+        return VideoLevel(*(None if t is None else function(t) for t in self))
+
+    def stored_as(self, dtype: torch.dtype) -> "VideoLevel":
+        """The same numbers in another dtype; in `FP8` they get scales, and lose all but four significant bits."""
+        if self.keys_BHMP.dtype == dtype:
+            return self
+        if dtype == FP8:
+            (keys, key_scales), (values, value_scales) = _to_fp8(self.keys_BHMP), _to_fp8(self.values_BHMP)
+            return VideoLevel(keys, values, key_scales, value_scales)
+        if self.key_scales_BHM is None:
+            return self.map(lambda t: t.to(dtype))
+        return VideoLevel(
+            *(
+                torch.ldexp(t.to(torch.float32), scales.to(torch.int32).unsqueeze(-1)).to(dtype)
+                for t, scales in zip(self[:2], self[2:])
+            )
+        )
+
+
+def _to_fp8(t_BHSP: Tensor) -> tuple[Tensor, Tensor]:
+    exact = t_BHSP.float()
+    # the smallest power of two that brings the largest number of the head within range
+    mantissas, scales = torch.frexp(exact.abs().amax(-1) / torch.finfo(FP8).max)
+    scales = (scales - (mantissas == 0.5).int()).clamp(-126, 126)
+    return torch.ldexp(exact, -scales.unsqueeze(-1)).to(FP8), scales.to(torch.int8)
 
 
 class VideoMemory(Cache):
@@ -34,6 +77,8 @@ class VideoMemory(Cache):
         config: the model's configuration (`VambaConfig` or its text configuration).
         max_cache_len: preallocates a static text cache of this many tokens, for compiled decoding; None grows it.
         text_cache: a `Cache` whose layers hold the text instead; they are shared, not copied.
+        video_dtype: dtype in which keys and values are kept, e.g. `torch.float8_e4m3fn`; None keeps the model's.
+        video_device: where keys and values are kept, e.g. "cpu"; None leaves them where the model makes them. See `to`.
 
     Attributes:
         states: one `Mamba2State` or None per Mamba-2 block, the state after the last video token of each video row.
@@ -42,11 +87,21 @@ class VideoMemory(Cache):
         keys_are_rotated: whether the keys carry M-RoPE, where `cross_attn_use_position_embeddings` asks for it.
     """
 
-    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, text_cache: Cache | None = None):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_cache_len: int | None = None,
+        text_cache: Cache | None = None,
+        video_dtype: torch.dtype | None = None,
+        video_device: torch.device | str | None = None,
+    ):
         L = config.get_text_config(decoder=True).num_hidden_layers
         self._adopt(text_cache if text_cache is not None else _empty_text_cache(L, max_cache_len))
-        self._keys: list[list[Tensor]] = [[] for _ in range(L)]
-        self._values: list[list[Tensor]] = [[] for _ in range(L)]
+        self.video_dtype = video_dtype
+        self.video_device = None if video_device is None else torch.device(video_device)
+        self._levels: list[list[VideoLevel]] = [[] for _ in range(L)]  # the parts of each layer, joined when read
+        self._model_dtype: torch.dtype | None = None
+        self._fetched: dict[int, tuple[VideoLevel, torch.cuda.Event]] = {}
         self._valid: list[tuple[Tensor | None, int]] = []
         self._mask: Tensor | None = None
         self.states: list[Mamba2State | None] = [None] * (L - 1)
@@ -68,12 +123,12 @@ class VideoMemory(Cache):
 
     def __reduce__(self):
         kind = next(base for base in type(self).__mro__[1:] if base is not VideoMemory)
-        return _restore, (kind, self.__dict__)
+        return _restore, (kind, self.__dict__ | {"_fetched": {}})
 
     def with_text(self, text_cache: Cache | None) -> "VideoMemory":
         """The same video with another text cache, nothing copied."""
         memory = object.__new__(type(self))
-        memory.__dict__.update(vars(self))
+        memory.__dict__.update(vars(self), _fetched={})
         if text_cache is not None:
             memory._adopt(text_cache)
         return memory
@@ -87,7 +142,7 @@ class VideoMemory(Cache):
 
     @property
     def num_video_rows(self) -> int:
-        return self._keys[0][0].shape[0] if self._keys[0] else 0
+        return self._levels[0][0].keys_BHMP.shape[0] if self._levels[0] else 0
 
     @property
     def num_video_tokens(self) -> list[int]:
@@ -98,17 +153,28 @@ class VideoMemory(Cache):
     @property
     def video_nbytes(self) -> int:
         """Bytes held by the video's keys, values and states."""
-        parts = [part for layer in (*self._keys, *self._values) for part in layer]
+        parts = [t for parts in self._levels for level in parts for t in level if t is not None]
         return sum(t.nbytes for t in [*parts, *(t for state in self.states if state for t in state)])
 
     def append(self, layer_idx: int, keys_BHSP: Tensor, values_BHSP: Tensor) -> None:
         """Adds the keys and values of the next S video tokens of one layer; `append_mask` once for all layers."""
-        self._keys[layer_idx].append(keys_BHSP)
-        self._values[layer_idx].append(values_BHSP)
+        self._levels[layer_idx].append(self._stored(keys_BHSP, values_BHSP))
 
     def replace(self, layer_idx: int, keys_BHMP: Tensor, values_BHMP: Tensor) -> None:
         """Puts other keys and values in the place of all video tokens of one layer."""
-        self._keys[layer_idx], self._values[layer_idx] = [keys_BHMP], [values_BHMP]
+        self._levels[layer_idx] = [self._stored(keys_BHMP, values_BHMP)]
+
+    def _stored(self, keys_BHSP: Tensor, values_BHSP: Tensor) -> VideoLevel:
+        """New keys and values as this memory keeps them."""
+        self._fetched.clear()
+        self._model_dtype = keys_BHSP.dtype
+        level = VideoLevel(keys_BHSP, values_BHSP).stored_as(self.video_dtype or keys_BHSP.dtype)
+        return level if self.video_device is None else level.map(self._place)
+
+    def _place(self, t: Tensor) -> Tensor:
+        """`t` on this memory's device; on the CPU in memory that a GPU reads directly, where there is one."""
+        t = t.to(self.video_device)
+        return t.pin_memory() if t.device.type == "cpu" and torch.cuda.is_available() else t
 
     def append_mask(self, length: int, valid_BS: Tensor | None = None) -> None:
         """Counts S further tokens in; `valid_BS` (bool) marks padding in rows shorter than S, None means no padding."""
@@ -125,15 +191,39 @@ class VideoMemory(Cache):
                 else:
                     seen.append([item.kind, item.t, item.h, item.w])
 
+    def level(self, layer_idx: int, device: torch.device | None = None) -> VideoLevel:
+        """One layer as it is stored, on `device`; of a memory on the CPU the next layer is then on its way as well."""
+        parts = self._levels[layer_idx]
+        if len(parts) > 1:  # joined on first use: appending n chunks copies each token once, not n times
+            parts[:] = [VideoLevel(*(None if t[0] is None else _join(t) for t in zip(*parts)))]
+        level = parts[0]
+        if device is None or level.keys_BHMP.device == device:
+            return level
+        if device.type != "cuda":
+            return level.map(lambda t: t.to(device))
+        return self._fetch(layer_idx, device)
+
+    def _fetch(self, layer_idx: int, device: torch.device) -> VideoLevel:
+        if layer_idx not in self._fetched:
+            self._fetched = {layer_idx: _copy_beside(self._levels[layer_idx][0], device)}
+        level, ready = self._fetched.pop(layer_idx)
+        following = (layer_idx + 1) % len(self._levels)  # after the last layer comes the first, of the next token
+        if len(self._levels[following]) == 1:
+            self._fetched = {following: _copy_beside(self._levels[following][0], device)}
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(ready)
+        return level.map(lambda t: (t.record_stream(stream), t)[1])
+
+    def mark_static(self) -> None:
+        """Joins all layers and tells `torch.compile` that they stay where they are, as CUDA graphs would copy them."""
+        for layer_idx in range(len(self._levels) if self.video_length else 0):
+            for t in self.level(layer_idx):
+                if t is not None:
+                    torch._dynamo.mark_static_address(t, guard=False)
+
     def video_key_values(self, layer_idx: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, M, P) of one layer, moved to `device` if the memory was offloaded elsewhere."""
-        for parts in (self._keys[layer_idx], self._values[layer_idx]):
-            if len(parts) > 1:  # joined on first use: appending n chunks copies each token once, not n times
-                parts[:] = [torch.cat(parts, dim=2)]
-        keys, values = self._keys[layer_idx][0], self._values[layer_idx][0]
-        if device is not None and keys.device != device:
-            keys, values = keys.to(device, non_blocking=True), values.to(device, non_blocking=True)
-        return keys, values
+        """Keys and values (B, H, M, P) of one layer in the model's dtype, on `device` if given."""
+        return self.level(layer_idx, device).stored_as(self._model_dtype)[:2]
 
     def video_mask(self) -> Tensor | None:
         """(B, M) bool, False on padding; None if no row has any."""
@@ -160,23 +250,34 @@ class VideoMemory(Cache):
                 raise ValueError(
                     f"fork({max_cache_len=}) needs a memory without text, not {self.get_seq_length()} tokens."
                 )
-            fork = self.with_text(_empty_text_cache(len(self._keys), max_cache_len))
+            fork = self.with_text(_empty_text_cache(len(self._levels), max_cache_len))
         else:
             fork = self.with_text(None)
             fork.layers = [_copy_layer(layer) for layer in self.layers]
-        for layer_idx in range(len(self._keys) if self.video_length else 0):
-            self.video_key_values(layer_idx)  # joined here, so that the forks share one copy
-        fork._keys, fork._values = [list(p) for p in self._keys], [list(p) for p in self._values]
+        for layer_idx in range(len(self._levels) if self.video_length else 0):
+            self.level(layer_idx)  # joined here, so that the forks share one copy
+        fork._levels = [list(parts) for parts in self._levels]
         fork._valid, fork.states = list(self._valid), list(self.states)
         fork.media = [[list(item) for item in row] for row in self.media]
         fork.video_rows = None if self.video_rows is None else list(self.video_rows)
         return fork
 
-    def to(self, device: torch.device | str) -> "VideoMemory":
-        """Moves the video (not the text cache) in place; on "cpu" each layer is copied to the GPU while it is read."""
-        device = torch.device(device)
-        for parts in (*self._keys, *self._values):
-            parts[:] = [part.to(device) for part in parts]
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "VideoMemory":
+        """Moves the video (not the text cache) in place, or keeps it in another dtype from now on.
+
+        Args:
+            device: on "cpu" the keys and values stay in pinned memory, from where each layer is copied to the GPU while
+                the one before it computes; what is encoded afterwards goes there too.
+            dtype: `torch.float8_e4m3fn` halves the memory. Other memories that share this video keep theirs.
+        """
+        self._fetched.clear()
+        if dtype is not None:
+            self.video_dtype = dtype
+        if device is not None:
+            self.video_device = torch.device(device)
+        for parts in self._levels:
+            parts[:] = [level if dtype is None else level.stored_as(dtype) for level in parts]
+            parts[:] = [level if device is None else level.map(self._place) for level in parts]
         return self
 
     # --- rows of text ----------------------------------------------------------------------------------------------
@@ -221,8 +322,8 @@ class VideoMemory(Cache):
     def reset(self) -> None:
         """Forgets the text and the video; `fork()` beforehand to start a new conversation about the same video."""
         super().reset()
-        for parts in (*self._keys, *self._values):
-            parts.clear()
+        self._levels = [[] for _ in self._levels]
+        self._fetched.clear()
         self._valid, self._mask, self.media, self.video_rows = [], None, [], None
         self.states = [None] * len(self.states)
 
@@ -231,8 +332,10 @@ class VideoMemory(Cache):
     def save(self, path: str | os.PathLike) -> None:
         """Writes video, states and text to one safetensors file; an interrupted write leaves an older file intact."""
         tensors: dict[str, Tensor] = {}
-        for i in range(len(self._keys) if self.video_length else 0):
-            tensors[f"video.{i}.keys"], tensors[f"video.{i}.values"] = self.video_key_values(i)
+        for i in range(len(self._levels) if self.video_length else 0):
+            for name, tensor in zip(_PARTS, self.level(i)):
+                if tensor is not None:
+                    tensors[f"video.{i}.{name}"] = tensor
         for i, state in enumerate(self.states):
             if state is not None:
                 tensors[f"state.{i}.conv"], tensors[f"state.{i}.ssm"] = state
@@ -244,7 +347,8 @@ class VideoMemory(Cache):
             tensors[f"text.{i}.keys"], tensors[f"text.{i}.values"] = layer.keys, layer.values
         header = {
             "format": FORMAT,
-            "layers": len(self._keys),
+            "layers": len(self._levels),
+            "dtype": None if self._model_dtype is None else str(self._model_dtype).removeprefix("torch."),
             "video_length": self.video_length,
             "media": self.media,
             "video_rows": self.video_rows,
@@ -289,7 +393,11 @@ class VideoMemory(Cache):
         memory = cls(PreTrainedConfig(num_hidden_layers=L))
         if header["video_length"]:
             for i in range(L):
-                memory.append(i, tensors[f"video.{i}.keys"], tensors[f"video.{i}.values"])
+                memory._levels[i] = [VideoLevel(*(tensors.get(f"video.{i}.{name}") for name in _PARTS))]
+            stored = memory._levels[0][0].keys_BHMP.dtype
+            memory.video_dtype = stored if stored == FP8 else None
+            memory._model_dtype = getattr(torch, header.get("dtype") or "", stored)
+            memory.video_device = memory._levels[0][0].keys_BHMP.device
             memory.append_mask(header["video_length"], tensors.get("video.mask"))
         for i in range(L - 1):
             if f"state.{i}.ssm" in tensors:
@@ -304,8 +412,8 @@ class VideoMemory(Cache):
         """Raises ValueError if this memory was not made by a model of this shape and dtype, or for this many rows."""
         if not self.video_length:
             return
-        keys = self._keys[0][0]
-        made_by = (len(self._keys), keys.shape[1], keys.shape[3])
+        keys = self._levels[0][0].keys_BHMP
+        made_by = (len(self._levels), keys.shape[1], keys.shape[3])
         wanted = (
             config.num_hidden_layers,
             config.num_key_value_heads,
@@ -316,13 +424,39 @@ class VideoMemory(Cache):
                 f"This video memory has (layers, key/value heads, head dim) = {made_by}, the model {wanted}: "
                 "encode the video with the model that is asked."
             )
-        if keys.dtype != dtype and not torch.is_autocast_enabled(keys.device.type):
-            raise ValueError(f"The video memory is in {keys.dtype}, the text in {dtype}: load the model in that dtype.")
+        if self._model_dtype != dtype and not torch.is_autocast_enabled(keys.device.type):
+            raise ValueError(
+                f"The video memory is in {self._model_dtype}, the text in {dtype}: load the model in that dtype."
+            )
         rows = len(self._rows)
         if rows not in (1, batch_size):
             raise ValueError(
                 f"The video memory has {rows} rows and the text {batch_size}; they must be equal, or 1 video."
             )
+
+
+_PARTS = ("keys", "values", "key_scales", "value_scales")  # of a VideoLevel, in a file
+
+
+def _join(parts: tuple[Tensor, ...]) -> Tensor:
+    """Parts (B, H, S, ...) of one tensor, joined; pinned if they are."""
+    if not parts[0].is_pinned():
+        return torch.cat(parts, dim=2)
+    shape = [*parts[0].shape[:2], sum(part.shape[2] for part in parts), *parts[0].shape[3:]]
+    return torch.cat(parts, dim=2, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=True))
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _copy_beside(level: VideoLevel, device: torch.device) -> tuple[VideoLevel, torch.cuda.Event]:
+    """A copy under way on `device`, beside what is computed there, and the event that it has arrived."""
+    stream = _copy_stream(device)
+    with torch.cuda.stream(stream):
+        copy = level.map(lambda t: t.to(device, non_blocking=True))
+        return copy, stream.record_event()
 
 
 @functools.cache

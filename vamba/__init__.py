@@ -1,7 +1,7 @@
 """Linear-time video understanding in the Hugging Face ecosystem.
 
-`import vamba` makes transformers' Auto classes know Vamba and imports neither torch nor transformers to do so: the
-classes are found when they are asked for.
+`import vamba` makes transformers' Auto classes know Vamba and Video-Ma2mba and imports neither torch nor transformers
+to do so: the classes are found when they are asked for.
 """
 
 import importlib
@@ -17,6 +17,11 @@ _HOMES = {
     "VambaForConditionalGeneration": ".modeling",
     "VambaModel": ".modeling",
     "VambaProcessor": ".modeling",
+    "StateMemory": ".modeling",
+    "VideoMa2mbaConfig": ".modeling",
+    "VideoMa2mbaForConditionalGeneration": ".modeling",
+    "VideoMa2mbaModel": ".modeling",
+    "VideoMa2mbaProcessor": ".modeling",
     "VideoMemory": ".modeling",
     "VideoReadError": ".modeling",
     "load_video": ".modeling",

@@ -1,4 +1,4 @@
-"""Makes transformers' Auto classes, pipelines and `transformers serve` know Vamba.
+"""Makes transformers' Auto classes, pipelines and `transformers serve` know Vamba and Video-Ma2mba.
 
 What is unusual: `AutoModel.register` wants the classes themselves, which would import torch on `import vamba` (three
 seconds). transformers' own models are listed by name instead and imported when asked for, from
@@ -18,34 +18,59 @@ _AUTO = "transformers.models.auto."
 _ADDRESS = "transformers.models.vamba"
 
 # auto module -> (dictionary of names, mapping that reads it, {model type: class name})
-_MODELS = {"vamba": "VambaForConditionalGeneration"}
+_MODELS = {"vamba": "VambaForConditionalGeneration", "video_ma2mba": "VideoMa2mbaForConditionalGeneration"}
+_IMAGE_PROCESSORS = {"torchvision": "Qwen2VLImageProcessor", "pil": "Qwen2VLImageProcessorPil"}
+_VIDEO_PROCESSORS = {"torchvision": "Qwen2VLVideoProcessor"}
 _ENTRIES = {
     "configuration_auto": [
         (
             "CONFIG_MAPPING_NAMES",
             "CONFIG_MAPPING",
-            {"vamba": "VambaConfig", "vamba_text": "VambaTextConfig", "vamba_mamba2": "VambaMamba2Config"},
+            {
+                "vamba": "VambaConfig",
+                "vamba_text": "VambaTextConfig",
+                "vamba_mamba2": "VambaMamba2Config",
+                "video_ma2mba": "VideoMa2mbaConfig",
+                "video_ma2mba_text": "VideoMa2mbaTextConfig",
+                "video_ma2mba_vision": "VideoMa2mbaVisionConfig",
+            },
         ),
     ],
     "modeling_auto": [
-        ("MODEL_MAPPING_NAMES", "MODEL_MAPPING", {"vamba": "VambaModel", "vamba_text": "VambaTextModel"}),
+        (
+            "MODEL_MAPPING_NAMES",
+            "MODEL_MAPPING",
+            {"vamba": "VambaModel", "vamba_text": "VambaTextModel", "video_ma2mba": "VideoMa2mbaModel"},
+        ),
         ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", _MODELS),
         ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING", _MODELS),
     ],
-    "processing_auto": [("PROCESSOR_MAPPING_NAMES", "PROCESSOR_MAPPING", {"vamba": "VambaProcessor"})],
-    "tokenization_auto": [("TOKENIZER_MAPPING_NAMES", "TOKENIZER_MAPPING", {"vamba": "Qwen2Tokenizer"})],
+    "processing_auto": [
+        (
+            "PROCESSOR_MAPPING_NAMES",
+            "PROCESSOR_MAPPING",
+            {"vamba": "VambaProcessor", "video_ma2mba": "VideoMa2mbaProcessor"},
+        )
+    ],
+    "tokenization_auto": [
+        (
+            "TOKENIZER_MAPPING_NAMES",
+            "TOKENIZER_MAPPING",
+            {"vamba": "Qwen2Tokenizer", "video_ma2mba": "GPTNeoXTokenizer"},
+        )
+    ],
     "image_processing_auto": [
         (
             "IMAGE_PROCESSOR_MAPPING_NAMES",
             "IMAGE_PROCESSOR_MAPPING",
-            {"vamba": {"torchvision": "Qwen2VLImageProcessor", "pil": "Qwen2VLImageProcessorPil"}},
+            {"vamba": _IMAGE_PROCESSORS, "video_ma2mba": _IMAGE_PROCESSORS},
         )
     ],
     "video_processing_auto": [
         (
             "VIDEO_PROCESSOR_MAPPING_NAMES",
             "VIDEO_PROCESSOR_MAPPING",
-            {"vamba": {"torchvision": "Qwen2VLVideoProcessor"}},
+            {"vamba": _VIDEO_PROCESSORS, "video_ma2mba": _VIDEO_PROCESSORS},
         )
     ],
 }

@@ -1,9 +1,11 @@
 """A conversation with a video: watch once, ask as often as wanted.
 
 What is unusual: `watch` streams (decode -> vision tower -> Mamba-2 -> video memory) in chunks, so neither frames nor
-activations pile up however long the video is; each `ask` starts fresh on a fork of the memory, which copies no video.
+activations pile up however long the video is, and decodes in a thread while the model computes; each `ask` starts fresh
+on a fork of the memory, which copies no video.
 """
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,15 +20,20 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from .modeling import VideoMemory, VideoReadError
+from .modeling import StateMemory, VideoMemory, VideoReadError
+from .modeling.frame_streaming import default_chunk_frames, load_ahead, read_ahead
+
+
+# What each kind of model remembers a video in.
+MEMORIES = {"vamba": VideoMemory, "video_ma2mba": StateMemory}
 
 
 class VideoChat:
     """Watches videos and answers questions about them.
 
     Args:
-        model: a `VambaForConditionalGeneration`. processor: its `VambaProcessor`.
-        memory: a `VideoMemory` to start from, e.g. one loaded from a file.
+        model: a `VambaForConditionalGeneration` or `VideoMa2mbaForConditionalGeneration`. processor: its processor.
+        memory: a `VideoMemory` or `StateMemory` of such a model to start from, e.g. one loaded from a file.
 
     Example:
         >>> chat = VideoChat(model, processor)
@@ -34,7 +41,9 @@ class VideoChat:
         >>> chat.ask("Who speaks third?")
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, memory: VideoMemory | None = None):
+    def __init__(
+        self, model: PreTrainedModel, processor: ProcessorMixin, memory: VideoMemory | StateMemory | None = None
+    ):
         self.model, self.processor, self.memory = model, processor, memory
 
     def watch(
@@ -42,47 +51,61 @@ class VideoChat:
         video: Any,
         *,
         append: bool = False,
-        chunk_frames: int = 64,
+        chunk_frames: int | None = None,
         progress: bool = True,
         **options: Any,
-    ) -> VideoMemory:
+    ) -> VideoMemory | StateMemory:
         """Encodes a video into `self.memory`, chunk by chunk.
 
         Args:
             video: whatever `read_video` takes: a path, images, an array …
             append: continue the memory with this video instead of starting a new one.
-            chunk_frames: frames decoded and encoded at once; an even number.
+            chunk_frames: frames encoded at once, an even number; None means 64, or fewer where the GPU's free memory
+                asks for it. A matter of speed and memory, not of result.
             progress: show a progress bar.
             options: of `read_video`: fps, num_frames, start, end, min_pixels, max_pixels, …
 
         Raises:
-            VideoReadError: the video cannot be read. The memory then is as it was before.
+            VideoReadError: the video cannot be read.
+
+        Whatever is raised, KeyboardInterrupt too, `self.memory` then is as it was before.
         """
         temporal = self.processor.video_processor.temporal_patch_size
-        if chunk_frames < 1 or chunk_frames % temporal:
+        if chunk_frames is not None and (chunk_frames < 1 or chunk_frames % temporal):
             raise ValueError(f"{chunk_frames=} must be a positive multiple of the temporal patch size, {temporal}.")
-        reader = self.processor.video_reader(video, chunk_frames=chunk_frames, **options)
         memory = self.memory.fork() if append and self.memory is not None else None
         start_anew = True  # the first chunk opens a new video; the others continue it
-        with reader, tqdm(total=reader.num_frames_expected, unit="frame", disable=not progress, desc="watching") as bar:
-            for chunk in reader:
-                inputs = self.processor.video_processor(
-                    [chunk.frames],
-                    do_resize=False,
-                    do_sample_frames=False,
-                    cap_pixels_per_frame=False,
-                    return_tensors="pt",
-                ).to(self.model.device)
+        with contextlib.ExitStack() as stack:
+            # a few frames at a time, as the thread that decodes can be stopped between them
+            reader = stack.enter_context(self.processor.video_reader(video, chunk_frames=temporal, **options))
+            total = reader.num_frames_expected
+            bar = stack.enter_context(tqdm(total=total, unit="frame", disable=not progress, desc="watching"))
+            chunk_frames = chunk_frames or self._chunk_frames(*reader.frame_size)
+            device = self.model.device
+            chunks = stack.enter_context(
+                contextlib.closing(read_ahead(reader, chunk_frames, pin_memory=device.type == "cuda"))
+            )
+            for frames, (patches, grid) in load_ahead(chunks, self._patches, device):
                 memory = self.model.encode_video(
-                    inputs["pixel_values_videos"],
-                    inputs["video_grid_thw"],
-                    memory=memory,
-                    continue_video=not start_anew,
+                    patches, grid, memory=memory, continue_video=not start_anew, chunk_frames=chunk_frames
                 )
                 start_anew = False
-                bar.update(len(chunk.timestamps))
+                bar.update(len(frames))
         self.memory = memory
         return memory
+
+    def _chunk_frames(self, height: int, width: int) -> int:
+        patch = self.processor.video_processor.patch_size
+        return default_chunk_frames(self.model, (height // patch) * (width // patch))
+
+    def _patches(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches and grid of frames of their final size, made on the GPU where the model is on one."""
+        if self.model.device.type == "cuda":
+            frames = frames.to(self.model.device, non_blocking=True)
+        inputs = self.processor.video_processor(
+            [frames], do_resize=False, do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt"
+        )
+        return inputs["pixel_values_videos"], inputs["video_grid_thw"]
 
     def ask(self, question: str, *, stream: bool = False, **generate_kwargs: Any) -> str | Iterator[str]:
         """Answers a question about what was watched; every question starts a new conversation.
@@ -99,9 +122,16 @@ class VideoChat:
         generate_kwargs = {"max_new_tokens": 256, "min_new_tokens": 1, **generate_kwargs}
         if stream:
             return self._stream(inputs, generate_kwargs)
-        output = self.model.generate(**inputs, past_key_values=self.memory.fork(), **generate_kwargs)
+        output = self.model.generate(**inputs, past_key_values=self._fork(inputs, generate_kwargs), **generate_kwargs)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
+
+    def _fork(self, inputs: dict, generate_kwargs: dict) -> VideoMemory | StateMemory:
+        """What a question is asked on: a fork, on a GPU with room for the text set aside, as CUDA graphs need it."""
+        if self.model.device.type != "cuda" or not isinstance(self.memory, VideoMemory):
+            return self.memory.fork()
+        length = inputs["input_ids"].shape[1] + generate_kwargs["max_new_tokens"]
+        return self.memory.fork(max_cache_len=-(-length // 64) * 64)
 
     def _prompt(self, question: str) -> dict:
         """The question after one media item for each that was watched, as the model was trained."""
@@ -118,7 +148,7 @@ class VideoChat:
 
         def generate():
             try:
-                memory = self.memory.fork()
+                memory = self._fork(inputs, generate_kwargs)
                 self.model.generate(
                     **inputs, past_key_values=memory, streamer=streamer, stopping_criteria=stop, **generate_kwargs
                 )
@@ -157,8 +187,10 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
 
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
-    if (kind := AutoConfig.from_pretrained(path).model_type) != "vamba":
-        raise ValueError(f"{path} is a {kind} checkpoint, not a Vamba; `vamba convert` makes one of a Qwen2-VL.")
+    if (kind := AutoConfig.from_pretrained(path).model_type) not in MEMORIES:
+        raise ValueError(
+            f"{path} is a {kind} checkpoint, not a Vamba; `vamba convert` makes one of a Qwen2-VL or a Mamba-2."
+        )
 
     device_map = device or ("auto" if torch.cuda.is_available() else None)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device_map)

@@ -66,11 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--quiet", action="store_true", help="no progress bar, only the answers")
     ask.set_defaults(run=_ask)
 
-    convert = commands.add_parser("convert", help="convert a Qwen2-VL or original Vamba checkpoint, or back")
+    convert = commands.add_parser("convert", help="make a Vamba of a Qwen2-VL, a Video-Ma2mba of a Mamba-2 …")
     _lazily(convert, "vamba.conversion.command_line")
 
     demo = commands.add_parser("demo", help="learn a small task live and answer questions about new videos")
     _lazily(demo, "vamba.demo.command_line")
+
+    bench = commands.add_parser("bench", help="measure a model against the length of the video")
+    _lazily(bench, "vamba.bench.command_line")
+
+    finetune = commands.add_parser("finetune", help="train a checkpoint on videos and conversations, as a recipe says")
+    _lazily(finetune, "vamba.training.command_line")
 
     info = commands.add_parser("info", help="say what a checkpoint is")
     info.add_argument("path", metavar="PATH", help="a Vamba checkpoint folder")
@@ -89,8 +95,7 @@ def _lazily(parser: argparse.ArgumentParser, module: str) -> None:
 
 def _ask(args: argparse.Namespace) -> int:
     _quiet_transformers()
-    from .chat import load_chat
-    from .modeling import VideoMemory
+    from .chat import MEMORIES, load_chat
 
     reading = {
         name: getattr(args, name)
@@ -105,7 +110,7 @@ def _ask(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--save-memory {args.save_memory}: there is no such folder; make it first.")
     chat = load_chat(args.model, dtype=args.dtype, device=args.device)
     if args.video.endswith(".safetensors"):
-        chat.memory = VideoMemory.load(args.video, device=chat.model.device)
+        chat.memory = MEMORIES[chat.model.config.model_type].load(args.video, device=chat.model.device)
     else:
         chat.watch(args.video, progress=not args.quiet, allow_urls=args.allow_urls, **reading)
     if args.save_memory:

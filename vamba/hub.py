@@ -12,29 +12,35 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+from . import modeling
 from .modeling.configuration_vamba import VambaConfig
+from .modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 
 
+_CONFIGS = {"vamba": VambaConfig, "video_ma2mba": VideoMa2mbaConfig}
+_FRESH = {"vamba": "Mamba-2 blocks are", "video_ma2mba": "projector is"}
 _LIMITS = {
-    "converted": "The Mamba-2 blocks are freshly initialised: this checkpoint has to be trained before it is of use.",
+    "converted": "The $fresh freshly initialised: this checkpoint has to be trained before it is of use.",
     "trained": "What the model was trained on bounds what it knows; check its answers where they matter.",
 }
 
 
-def write_remote_code(folder: str | os.PathLike) -> list[Path]:
-    """Copies the files that `trust_remote_code=True` needs: processor, model, configuration and all they import."""
+def write_remote_code(folder: str | os.PathLike, model_type: str = "vamba") -> list[Path]:
+    """Copies the files that `trust_remote_code=True` needs: processor, model, configuration and all they import.
+
+    `model_type` is "vamba" or "video_ma2mba".
+    """
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    from .modeling import modeling_vamba, processing_vamba
-
-    files = {Path(module.__file__) for module in (modeling_vamba, processing_vamba)}
+    here = Path(modeling.__file__).parent
+    files = {here / f"{part}_{model_type}.py" for part in ("modeling", "processing")}
     files |= {Path(file) for entry in list(files) for file in get_relative_import_files(str(entry))}
     return [Path(shutil.copyfile(file, Path(folder) / file.name)) for file in sorted(files)]
 
 
 def write_model_card(
     folder: str | os.PathLike,
-    config: VambaConfig | None = None,
+    config: VambaConfig | VideoMa2mbaConfig | None = None,
     *,
     repo_id: str | None = None,
     base_model: str | None = None,
@@ -42,19 +48,19 @@ def write_model_card(
     origin: str = "",
     state: str = "trained",
 ) -> Path:
-    """Writes README.md from model_cards/vamba.md for the checkpoint in `folder`.
+    """Writes README.md for the checkpoint in `folder` from the template of its kind in model_cards/.
 
     Args:
         config: of the model; read from the folder if None.
         repo_id: named in the snippet; the folder's name if None.
         base_model, license: metadata of the card; None where there is no base model.
         origin: a sentence on where the weights come from.
-        state: "trained", or "converted" for a checkpoint with fresh Mamba-2 blocks; says what to expect.
+        state: "trained", or "converted" for a checkpoint with parts that never were; says what to expect.
     """
     folder = Path(folder)
-    config = VambaConfig.from_pretrained(folder) if config is None else config
-    text = config.text_config
-    card = Template(resources.files("vamba.model_cards").joinpath("vamba.md").read_text(encoding="utf-8"))
+    config = read_config(folder) if config is None else config
+    text, template = config.text_config, f"{config.model_type}.md"
+    card = Template(resources.files("vamba.model_cards").joinpath(template).read_text(encoding="utf-8"))
     values = {
         "name": (repo_id or folder.resolve().name).split("/")[-1],
         "repo_id": repo_id or folder.resolve().name,
@@ -64,9 +70,13 @@ def write_model_card(
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "parameters": _count_parameters(config),
-        "bytes_per_token": f"{bytes_per_token(config) / 1e3:.1f}",
-        "limits": _LIMITS[state],
+        "limits": Template(_LIMITS[state]).substitute(fresh=_FRESH[config.model_type]),
     }
+    if config.model_type == "vamba":
+        values["bytes_per_token"] = f"{bytes_per_token(config) / 1e3:.1f}"
+    else:
+        values["megabytes_of_state"] = f"{state_bytes(config) / 1e6:.1f}"
+        values["tokens_per_frame"] = config.tokens_per_frame
     path = folder / "README.md"
     path.write_text(card.substitute(values), encoding="utf-8")
     return path
@@ -79,13 +89,36 @@ def bytes_per_token(config: VambaConfig) -> int:
     return 2 * text.num_key_value_heads * head_dim * text.num_hidden_layers * 2
 
 
-def _count_parameters(config: VambaConfig) -> str:
-    import torch
+def state_bytes(config: VideoMa2mbaConfig) -> int:
+    """What one conversation of a Video-Ma2mba takes in bfloat16: its states, of which those of the scan are float32."""
+    text = config.text_config
+    scan = text.num_heads * text.head_dim * text.state_size * 4
+    return text.num_hidden_layers * (scan + (text.conv_kernel - 1) * text.conv_dim * 2)
 
-    from .modeling import VambaForConditionalGeneration
+
+def read_config(folder: str | os.PathLike) -> VambaConfig | VideoMa2mbaConfig:
+    """The configuration of a checkpoint folder of either kind.
+
+    Raises:
+        FileNotFoundError: no config.json. ValueError: another kind of checkpoint.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json; give the folder of a Vamba checkpoint.")
+    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if kind not in _CONFIGS:
+        raise ValueError(
+            f"{folder} is a {kind} checkpoint, not a Vamba; `vamba convert` makes one of a Qwen2-VL or a Mamba-2."
+        )
+    return _CONFIGS[kind].from_pretrained(folder)
+
+
+def _count_parameters(config: VambaConfig | VideoMa2mbaConfig) -> str:
+    import torch
+    from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        count = VambaForConditionalGeneration(config).num_parameters()
+        count = AutoModelForImageTextToText.from_config(config).num_parameters()
     return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.2f} million"
 
 
@@ -104,18 +137,14 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_remote_code(folder)
+        write_remote_code(folder, model.config.model_type)
         write_model_card(folder, model.config, repo_id=repo_id, **card)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload Vamba checkpoint"))
 
 
 def describe(path: str | os.PathLike) -> dict:
-    """What `vamba info` prints of a checkpoint folder: sizes, switches, and bytes per video token."""
-    if not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"{path} holds no config.json; give the folder of a Vamba checkpoint.")
-    if (kind := json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("model_type")) != "vamba":
-        raise ValueError(f"{path} is a {kind} checkpoint, not a Vamba; `vamba convert` makes one of a Qwen2-VL.")
-    config = VambaConfig.from_pretrained(path)
+    """What `vamba info` prints of a checkpoint folder: sizes, switches, and what a video takes in memory."""
+    config = read_config(path)
     text = config.text_config
     index = Path(path) / "model.safetensors.index.json"
     size = None
@@ -123,7 +152,7 @@ def describe(path: str | os.PathLike) -> dict:
         size = json.loads(index.read_text())["metadata"].get("total_size")
     elif (Path(path) / "model.safetensors").exists():
         size = (Path(path) / "model.safetensors").stat().st_size
-    return {
+    about = {
         "model_type": config.model_type,
         "parameters": _count_parameters(config),
         "layers": text.num_hidden_layers,
@@ -131,9 +160,11 @@ def describe(path: str | os.PathLike) -> dict:
         "mamba_heads": config.mamba_config.num_heads,
         "mamba_state_size": config.mamba_config.state_size,
         "vision_tower": config.vision_config.model_type,
-        "use_alpha_balancing": text.use_alpha_balancing,
-        "cross_attn_use_layer_norm": text.cross_attn_use_layer_norm,
-        "cross_attn_use_position_embeddings": text.cross_attn_use_position_embeddings,
-        "video_memory_bytes_per_token_bf16": bytes_per_token(config),
-        "weights_bytes": size,
     }
+    if config.model_type == "vamba":
+        for name in ("use_alpha_balancing", "cross_attn_use_layer_norm", "cross_attn_use_position_embeddings"):
+            about[name] = getattr(text, name)
+        about["video_memory_bytes_per_token_bf16"] = bytes_per_token(config)
+    else:
+        about |= {"tokens_per_frame": config.tokens_per_frame, "state_bytes_bf16": state_bytes(config)}
+    return about | {"weights_bytes": size}

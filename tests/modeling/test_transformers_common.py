@@ -1,4 +1,4 @@
-"""transformers' own common test suites run against Vamba, as transformers runs them against its models.
+"""transformers' own common test suites run against our models, as transformers runs them against its own.
 
 They live in transformers' source distribution, not in its wheel:
 
@@ -27,7 +27,17 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, testing_utils
 
 from vamba.demo.tiny_checkpoint import CHAT_TEMPLATE, tiny_tokenizer
-from vamba.modeling import VambaConfig, VambaForConditionalGeneration, VambaModel, VambaProcessor
+from vamba.modeling import (
+    VambaConfig,
+    VambaForConditionalGeneration,
+    VambaModel,
+    VambaProcessor,
+    VideoMa2mbaConfig,
+    VideoMa2mbaForConditionalGeneration,
+    VideoMa2mbaModel,
+    VideoMa2mbaProcessor,
+)
+from vamba.modeling.processing_video_ma2mba import CHAT_TEMPLATE as MA2MBA_CHAT_TEMPLATE
 
 
 SOURCE = os.environ.get("TRANSFORMERS_SOURCE")
@@ -191,3 +201,95 @@ class VambaProcessorTest(processing_common.ProcessorTesterMixin, unittest.TestCa
             {"do_sample_frames": False, "expected_dim": 0, "output_length": 6 * frame_pair},
             {"expected_dim": 0, "output_length": frame_pair},  # files are sampled at 1 fps unless told otherwise
         ]
+
+
+class VideoMa2mbaModelTester(VambaModelTester):
+    """A tiny Video-Ma2mba; the inputs are the same, and an image is one frame of 16 patches."""
+
+    base_model_class = VideoMa2mbaModel
+    conditional_generation_class = VideoMa2mbaForConditionalGeneration
+
+    def get_config(self):
+        return VideoMa2mbaConfig(
+            text_config={
+                "hidden_size": self.hidden_size,
+                "num_hidden_layers": self.num_hidden_layers,
+                "vocab_size": self.vocab_size,
+                "head_dim": 16,
+                "state_size": 8,
+                "chunk_size": 8,
+                "bos_token_id": 0,
+                "eos_token_id": 1,
+                "pad_token_id": 2,
+            },
+            vision_config={
+                "hidden_size": self.hidden_size,
+                "intermediate_size": 37,
+                "num_hidden_layers": 3,
+                "num_attention_heads": self.num_attention_heads,
+                "image_size": 16,
+                "patch_size": 4,
+            },
+            vision_start_token_id=3,
+            vision_end_token_id=4,
+            image_token_id=5,
+            video_token_id=6,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        config = self.get_config()
+        input_ids = common.ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 7) + 7
+        input_ids[:, 1], input_ids[:, 2] = config.vision_start_token_id, config.vision_end_token_id
+        return config, {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values": common.floats_tensor([self.batch_size * 16, 3 * 4 * 4]),
+            "image_grid_thw": torch.tensor([[1, 4, 4]] * self.batch_size, device=input_ids.device),
+        }
+
+
+class VideoMa2mbaModelTest(common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
+    all_model_classes = (VideoMa2mbaModel, VideoMa2mbaForConditionalGeneration)
+    all_generative_model_classes = (VideoMa2mbaForConditionalGeneration,)
+    _is_composite = True
+    has_attentions = False  # of the tower only
+
+    def setUp(self):
+        self.model_tester = VideoMa2mbaModelTester(self)
+
+    @unittest.skip("hidden states are those of the text, taken out of the stream of text and media")
+    def test_retain_grad_hidden_states_attentions(self):
+        pass
+
+
+class VideoMa2mbaProcessorTest(VambaProcessorTest):
+    processor_class = VideoMa2mbaProcessor
+    sizes = {"patch_size": 4, "temporal_patch_size": 1, "min_pixels": 56 * 56, "max_pixels": 56 * 56}
+
+    @classmethod
+    def _setup_image_processor(cls):
+        return Qwen2VLImageProcessor(**cls.sizes)
+
+    @classmethod
+    def _setup_video_processor(cls):
+        return Qwen2VLVideoProcessor(**cls.sizes)
+
+    @staticmethod
+    def prepare_processor_dict():
+        return {"chat_template": MA2MBA_CHAT_TEMPLATE}
+
+    @property
+    def video_sampling_expectations(self):
+        frame = 14 * 14  # rows of pixels: every frame by itself, squeezed to 56 x 56 pixels
+        return [
+            {"num_frames": 3, "fps": None, "expected_dim": 0, "output_length": 3 * frame},
+            {"num_frames": None, "fps": 10, "expected_dim": 0, "output_length": 4 * frame},
+            {"do_sample_frames": False, "fps": 10, "expected_dim": 0, "output_length": 11 * frame},
+            {"do_sample_frames": False, "expected_dim": 0, "output_length": 11 * frame},
+            {"expected_dim": 0, "output_length": frame},
+        ]
+
+    def test_subprocessor_defaults(self):
+        self.skipTest("the processor makes squares, which its image and video processor take as they are")
+
+    test_subprocessor_defaults_1_images = test_subprocessor_defaults_2_videos = test_subprocessor_defaults

@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from vamba.modeling import VideoMemory
+from vamba.modeling.video_memory import FP8, VideoLevel
 
 from tiny_vamba import media, prompt, tiny_config, tiny_model
 
@@ -253,3 +254,56 @@ def test_frames_may_follow_an_answer_decoded_with_unrotated_keys():
     model.encode_video(pixels[120:], torch.tensor([[4, 4, 6]]), memory=memory)
     assert memory.keys_are_rotated
     assert_same(memory, model.encode_video(pixels, grid))
+
+
+def test_fp8_keeps_four_bits_of_every_number():
+    keys = torch.randn(2, 3, 50, 32) * torch.logspace(-6, 6, 50).view(1, 1, 50, 1)
+    keys[0, 0, 7] = 0
+    level = VideoLevel(keys, -keys).stored_as(FP8)
+    assert level.keys_BHMP.dtype == FP8 and level.key_scales_BHM.shape == (2, 3, 50)
+    back = level.stored_as(torch.float32)
+    largest = keys.abs().amax(-1, keepdim=True)
+    assert ((back.keys_BHMP - keys).abs() <= keys.abs() / 16 + largest * 2**-17).all()
+    assert torch.equal(back.values_BHMP, -back.keys_BHMP)
+    again = back.stored_as(FP8).stored_as(torch.float32)
+    assert torch.equal(again.keys_BHMP, back.keys_BHMP)  # what fp8 holds it holds exactly
+
+
+def test_fp8_memory_takes_half_the_bytes_and_gives_nearly_the_same(model, memory, tmp_path):
+    exact = logits(model, prompt(7), memory.fork())
+    before = sum(t.nbytes for t in memory.level(0)[:2])
+    small = memory.fork().to(dtype=FP8)
+    assert memory.level(0).keys_BHMP.dtype == torch.float32  # forks keep theirs
+    level = small.level(0)
+    assert sum(t.nbytes for t in level) == before / 4 * (1 + 1 / 16)  # a quarter of float32, and a scale for 16 numbers
+    rounded = logits(model, prompt(7), small.fork())
+    divergence = torch.nn.functional.kl_div(
+        rounded.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="sum"
+    )
+    assert 0 < divergence < 7e-3
+    small.save(tmp_path / "small.safetensors")
+    loaded = VideoMemory.load(tmp_path / "small.safetensors")
+    assert torch.equal(logits(model, prompt(7), loaded), rounded)
+    back = small.fork().to(dtype=torch.float32)
+    assert_same(back, small)
+    torch.testing.assert_close(logits(model, prompt(7), back), rounded)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_video_is_encoded_and_appended_in_fp8(positions):
+    model = tiny_model(cross_attn_use_position_embeddings=positions)
+    pixels, grid = media(VIDEO)
+    whole = model.encode_video(pixels, grid).to(dtype=FP8)
+    pieces = model.encode_video(
+        pixels[:96], torch.tensor([[4, 4, 6]]), memory=VideoMemory(model.config, video_dtype=FP8)
+    )
+    pieces = model.encode_video(pixels[96:], torch.tensor([[5, 4, 6]]), memory=pieces)
+    assert pieces.video_dtype == FP8 and pieces.level(1).values_BHMP.dtype == FP8
+    assert_same(pieces, whole, tolerance=0.1)  # a rounding error may decide how a number is rounded
+    generated = model.generate(prompt(5), past_key_values=pieces, max_new_tokens=3, do_sample=False)
+    assert generated.shape == (1, 8)
+
+
+def test_a_memory_for_another_dtype_is_refused_in_fp8_too(model, memory):
+    with pytest.raises(ValueError, match="float32.*load the model in that dtype"):
+        memory.to(dtype=FP8).check(model.config.text_config, 1, torch.bfloat16)

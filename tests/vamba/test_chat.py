@@ -1,5 +1,6 @@
 """VideoChat: streamed watching equals watching at once; every question starts anew."""
 
+import os
 import threading
 
 import pytest
@@ -31,6 +32,22 @@ def test_watching_in_chunks_equals_the_processor_at_once(chat, clip):
     output = chat.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     answer = chat.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     assert chat.ask("What happens?", max_new_tokens=8, do_sample=False) == answer.strip()
+
+
+@pytest.mark.parametrize("chunk_frames", [4, None])
+def test_watching_ahead_changes_nothing(chat, clip, chunk_frames):
+    """Bit for bit what reading, processing and encoding chunk after chunk gives."""
+    expected = None
+    for chunk in chat.processor.video_reader(clip, fps=8, chunk_frames=chunk_frames or 64):
+        inputs = chat.processor.video_processor([chunk.frames], do_resize=False, return_tensors="pt")
+        expected = chat.model.encode_video(**inputs, memory=expected)
+    memory = chat.watch(clip, fps=8, chunk_frames=chunk_frames, progress=False)
+    assert memory.media == expected.media
+    for layer in range(3):
+        for a, b in zip(memory.video_key_values(layer), expected.video_key_values(layer)):
+            assert torch.equal(a, b)
+    for a, b in zip(memory.states, expected.states):
+        assert torch.equal(a.ssm_BHPK, b.ssm_BHPK) and torch.equal(a.conv_BTC, b.conv_BTC)
 
 
 def test_questions_do_not_see_each_other(chat, clip):
@@ -96,6 +113,50 @@ def test_a_failed_watch_leaves_the_memory(chat, clip, tmp_path):
     (tmp_path / "text.mp4").write_text("this is no video")
     with pytest.raises(vamba.VideoReadError, match="text.mp4"):
         chat.watch(tmp_path / "text.mp4", append=True, progress=False)
+    assert chat.memory is before
+
+
+@pytest.mark.parametrize("append", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_watch_leaves_the_memory_and_nothing_open(chat, clip, monkeypatch, append, error):
+    before = chat.watch(clip, progress=False)
+    answer = chat.ask("What happens?", max_new_tokens=8, do_sample=False)
+    length, states = before.video_length, [state.ssm_BHPK.clone() for state in before.states]
+    threads, files = threading.active_count(), _open_files()
+    encode, encoded = chat.model.encode_video, []
+
+    def interrupted(*args, **kwargs):
+        if len(encoded) == 2:
+            raise error
+        encoded.append(encode(*args, **kwargs))
+        return encoded[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(chat.model, "encode_video", interrupted)
+        chat.watch(clip, fps=8, chunk_frames=2, append=append, progress=False)
+    assert (threading.active_count(), _open_files()) == (threads, files) and len(encoded) == 2
+    assert chat.memory is before and before.video_length == length
+    assert all(torch.equal(state.ssm_BHPK, old) for state, old in zip(before.states, states))
+    assert chat.ask("What happens?", max_new_tokens=8, do_sample=False) == answer
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def test_damage_further_in_reaches_the_caller(chat, clip, monkeypatch):
+    """Raised in the thread that decodes, after a chunk was encoded."""
+    from vamba.modeling.video_reading import VideoReader
+
+    def damaged(self):
+        chunks = whole(self)
+        yield next(chunks)
+        raise vamba.VideoReadError("clip.mp4: not one more frame")
+
+    before, whole = chat.watch(clip, progress=False), VideoReader._chunks
+    monkeypatch.setattr(VideoReader, "_chunks", damaged)
+    with pytest.raises(vamba.VideoReadError, match="not one more frame"):
+        chat.watch(clip, fps=8, chunk_frames=2, progress=False)
     assert chat.memory is before
 
 

@@ -1,6 +1,6 @@
-"""`vamba demo`: a tiny Vamba learns a task on real H.264 files, from nothing, while you watch.
+"""`vamba demo`: a tiny Vamba or Video-Ma2mba learns a task on real H.264 files, from nothing, while you watch.
 
-What is unusual: nothing is prepared. Videos, tokenizer and a tiny Qwen2-VL checkpoint are made on the spot; the real
+What is unusual: nothing is prepared. Videos, tokenizer and tiny checkpoints to convert are made on the spot; the real
 converter, `Trainer`, `from_pretrained` and `VideoChat` do the rest. Importing this package imports nothing heavy.
 """
 

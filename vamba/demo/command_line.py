@@ -5,6 +5,7 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=("vamba", "video-ma2mba"), default="vamba", help="default: vamba")
     parser.add_argument("--output-dir", default="runs/demo", metavar="FOLDER", help="default: runs/demo")
     parser.add_argument("--seed", type=int, default=0, help="of the videos, the weights and the training; default: 0")
     parser.add_argument("--steps", type=int, help="of the training; the default takes about two minutes on two cores")
@@ -19,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"vamba demo: --steps is {args.steps}, must be at least 1", file=sys.stderr)
         return 2
     try:
-        results = run_demo(args.output_dir, seed=args.seed, steps=args.steps)
+        results = run_demo(args.output_dir, model=args.model, seed=args.seed, steps=args.steps)
     except OSError as error:
         if getattr(args, "debug", False):
             raise

@@ -24,8 +24,9 @@ from vamba.hub import write_model_card
 from .evaluation import Reply, accuracy, ask_about_videos, ask_without_video, chance
 from .report import draw_report
 from .tiny_checkpoint import make_tiny_qwen2_vl
+from .tiny_mamba2 import make_tiny_clip, make_tiny_mamba2
 from .training import fine_tune, read_examples
-from .videos import ANSWERS, FPS, QUESTIONS, Story, render, stories, write_video
+from .videos import ANSWERS, FPS, QUESTIONS, SIZE, Story, render, stories, write_video
 
 
 STEPS = 550
@@ -44,12 +45,16 @@ MAMBA_CONFIG = {
     "time_step_max": 0.3,
     "A_init_bounds": (0.1, 1.0),
 }
+VAMBA, VIDEO_MA2MBA = "vamba", "video-ma2mba"
+_ANNOUNCED = {VAMBA: "a tiny Qwen2-VL", VIDEO_MA2MBA: "a tiny Mamba-2 and a tiny CLIP"}
+_NAMES = {VAMBA: "Vamba", VIDEO_MA2MBA: "Video-Ma2mba"}
 MAX_THREADS = 4  # more only wait for each other over matrices this small
 
 
 def run(
     output_dir: str | os.PathLike = "runs/demo",
     *,
+    model: str = VAMBA,
     seed: int = 0,
     steps: int | None = None,
     train_videos: int = TRAIN_VIDEOS,
@@ -62,6 +67,7 @@ def run(
     Args:
         output_dir: gets the trained checkpoint, demo.png, demo.json and the held-out videos. An earlier demo's output
             is replaced once the new one is complete.
+        model: "vamba" or "video-ma2mba".
         steps: of the training; None for the default.
 
     Returns:
@@ -72,7 +78,7 @@ def run(
     """
     output = Path(output_dir).expanduser().resolve()
     check_output(output)
-    settings = {"seed": seed, "steps": STEPS if steps is None else steps, "train_videos": train_videos}
+    settings = {"model": model, "seed": seed, "steps": STEPS if steps is None else steps, "train_videos": train_videos}
     settings |= {"test_videos": test_videos, "batch_size": batch_size, "learning_rate": learning_rate}
     with staged_folder(output) as folder, _few_threads():
         results = _run_in(folder, settings)
@@ -101,12 +107,12 @@ def check_output(output: Path) -> None:
 
 def _run_in(folder: Path, settings: dict) -> dict:
     work, held_out = folder / "work", folder / "videos"
-    seed, seconds = settings["seed"], {}
+    seed, kind, seconds = settings["seed"], settings["model"], {}
     with _phase(seconds, "videos", f"writing {settings['train_videos']} + {settings['test_videos']} H.264 videos"):
         paths, told = write_videos(work / "videos", settings["train_videos"], seed=2 * seed)
         test_paths, test_told = write_videos(held_out, settings["test_videos"], seed=2 * seed + 1)
-    with _phase(seconds, "checkpoint", "making a tiny Qwen2-VL and converting it to Vamba"):
-        checkpoint = make_checkpoint(work, seed)
+    with _phase(seconds, "checkpoint", f"making {_ANNOUNCED[kind]} and converting to {_NAMES[kind]}"):
+        checkpoint = make_checkpoint(work, seed, kind)
         model = AutoModelForImageTextToText.from_pretrained(checkpoint)
         processor = AutoProcessor.from_pretrained(checkpoint)
     with _phase(seconds, "reading", "decoding the training videos"):
@@ -117,7 +123,7 @@ def _run_in(folder: Path, settings: dict) -> dict:
         model.save_pretrained(folder)
         processor.video_processor.fps = FPS  # so that it is asked as it was trained, whoever asks
         processor.save_pretrained(folder)
-        write_model_card(folder, model.config, repo_id="vamba-demo", origin="It knows the task of `vamba demo` only.")
+        write_model_card(folder, model.config, repo_id=f"{kind}-demo", origin="It knows the task of `vamba demo` only.")
     with _phase(seconds, "asking", "reloading it and asking about new videos"):
         model = AutoModelForImageTextToText.from_pretrained(folder, device_map=_device()).eval()
         processor = AutoProcessor.from_pretrained(folder)
@@ -142,9 +148,20 @@ def write_videos(folder: Path, count: int, seed: int) -> tuple[list[Path], list[
     return paths, told
 
 
-def make_checkpoint(folder: Path, seed: int) -> Path:
-    """A tiny Qwen2-VL that can spell the demo's sentences, converted to Vamba by the real converter."""
+def make_checkpoint(folder: Path, seed: int, kind: str = VAMBA) -> Path:
+    """A tiny checkpoint that can spell the sentences of the demo, converted to the model by the real converter."""
     sentences = [*QUESTIONS.values(), *(answer for answers in ANSWERS.values() for answer in answers)]
+    if kind == VIDEO_MA2MBA:
+        language = make_tiny_mamba2(
+            folder / "mamba2",
+            sentences,
+            seed=seed,
+            hidden_size=HIDDEN_SIZE,
+            initializer_range=HIDDEN_SIZE**-0.5,
+            mamba_config=MAMBA_CONFIG,
+        )
+        vision = make_tiny_clip(folder / "clip", seed=seed, image_size=SIZE, patch_size=12)
+        return convert(language, folder / kind, vision=vision, seed=seed)
     source = make_tiny_qwen2_vl(
         folder / "qwen2_vl",
         sentences,

@@ -132,14 +132,7 @@ def tiny_config(
 
 def tiny_tokenizer(sentences: Iterable[str]) -> Qwen2Tokenizer:
     """Qwen2's tokenizer with a small vocabulary: the 256 bytes, what BPE merges out of `sentences`, special tokens."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
-    bpe.train_from_iterator(["You are a helpful assistant.", "system\nuser\nassistant\n", *sentences], trainer)
-    vocab, merges = _vocab_and_merges(bpe)
+    vocab, merges = train_bpe(sentences, Qwen2Tokenizer()._tokenizer.pre_tokenizer)
     return Qwen2Tokenizer(
         vocab,
         merges,
@@ -150,7 +143,15 @@ def tiny_tokenizer(sentences: Iterable[str]) -> Qwen2Tokenizer:
     )
 
 
-def _vocab_and_merges(bpe: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def train_bpe(sentences: Iterable[str], pre_tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a byte-level BPE: the 256 bytes and what it merges out of `sentences`."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizer
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    bpe.train_from_iterator(["You are a helpful assistant.", "system\nuser\nassistant\n", *sentences], trainer)
     model = json.loads(bpe.to_str())["model"]
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 

@@ -1,0 +1,148 @@
+"""Configuration of Video-Ma2mba (arXiv 2411.19460).
+
+A Video-Ma2mba is a CLIP vision tower, a projector, and a Mamba-2 language model over one stream of text and video
+tokens. The vision configuration is CLIP's as it is published, though its last layer is not built: its penultimate
+output is what is read. The text configuration is the Mamba-2 block's, shared with Vamba, plus what a language model
+needs. GPT-NeoX's tokenizer has no vision tokens; they take the first of the padded vocabulary's spare ids.
+"""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPVisionConfig, PreTrainedConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from .configuration_vamba import VambaMamba2Config
+
+
+# What a checkpoint's config.json tells `trust_remote_code=True` loaders on machines without this package.
+AUTO_MAP = {
+    "AutoConfig": "configuration_video_ma2mba.VideoMa2mbaConfig",
+    "AutoModel": "modeling_video_ma2mba.VideoMa2mbaModel",
+    "AutoModelForImageTextToText": "modeling_video_ma2mba.VideoMa2mbaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_video_ma2mba.VideoMa2mbaForConditionalGeneration",
+    "AutoProcessor": "processing_video_ma2mba.VideoMa2mbaProcessor",
+}
+# Of the language models state-spaces/mamba2-*; everything else about them is the same.
+SIZES = {
+    "370m": {"num_hidden_layers": 48, "hidden_size": 1024},
+    "1.3b": {"num_hidden_layers": 48, "hidden_size": 2048},
+    "2.7b": {"num_hidden_layers": 64, "hidden_size": 2560},
+}
+
+
+@strict
+class VideoMa2mbaVisionConfig(CLIPVisionConfig):
+    """CLIP's vision tower; the defaults are CLIP-ViT-L/14-336's.
+
+    Beside CLIP's own terms it has those of Qwen2-VL's towers, in which sizes of chunks are reckoned: a frame is a
+    temporal patch by itself, and 2 x 2 patches become one token.
+    """
+
+    model_type = "video_ma2mba_vision"
+    temporal_patch_size: ClassVar[int] = 1
+    spatial_merge_size: ClassVar[int] = 2
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    projection_dim: int = 768
+
+    @property
+    def in_channels(self) -> int:
+        return self.num_channels
+
+
+@strict
+class VideoMa2mbaTextConfig(VambaMamba2Config):
+    """A Mamba-2 language model; the defaults are state-spaces/mamba2-2.7b's.
+
+    Args:
+        vocab_size: rows of the embedding; GPT-NeoX's 50,277 tokens padded to a multiple of 16.
+        residual_in_fp32: the residual stream is float32 whatever the weights are.
+    """
+
+    model_type = "video_ma2mba_text"
+    base_config_key = "text_config"
+
+    vocab_size: int = 50288
+    hidden_size: int = 2560
+    num_hidden_layers: int = 64
+    residual_in_fp32: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = 0
+
+
+@strict
+class VideoMa2mbaConfig(PreTrainedConfig):
+    """Configuration of a Video-Ma2mba model; the defaults are the 2.7B's sizes with CLIP-ViT-L/14-336.
+
+    Args:
+        text_config, vision_config: sub-configurations, as dicts or configuration objects.
+        vision_start_token_id, vision_end_token_id: a media item is written `<|vision_start|><|vision_end|>`; its tokens
+            come between the two.
+        image_token_id, video_token_id: understood by the processor, never seen by the model.
+        image_mean, image_std: of each channel, as the processor has them; the model normalises uint8 patches by them.
+    """
+
+    model_type = "video_ma2mba"
+    sub_configs_defaults: ClassVar[dict] = {
+        "vision_config": VideoMa2mbaVisionConfig,
+        "text_config": VideoMa2mbaTextConfig,
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    vision_start_token_id: int = 50277
+    vision_end_token_id: int = 50278
+    image_token_id: int = 50279
+    video_token_id: int = 50280
+    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+
+    @classmethod
+    def of_size(cls, name: str, **kwargs) -> "VideoMa2mbaConfig":
+        """The configuration of a published language model: "370m", "1.3b" or "2.7b"."""
+        if name not in SIZES:
+            raise ValueError(f"There is no size {name!r}; choose one of {', '.join(SIZES)}.")
+        return cls(text_config=dict(SIZES[name]), **kwargs)
+
+    def validate_vision(self):
+        if self.vision_config.num_hidden_layers < 2 or self.grid_size % 2:
+            raise ValueError(
+                f"vision_config has {self.vision_config.num_hidden_layers} layers and {self.grid_size} patches along "
+                "each side: there must be two layers at least, as the last is not used, and an even number of patches."
+            )
+
+    @property
+    def mamba_config(self) -> VideoMa2mbaTextConfig:
+        """The blocks' configuration under the name it has in `VambaConfig`."""
+        return self.text_config
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along each side of a frame."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return (self.grid_size // 2) ** 2
+
+    def save_pretrained(self, save_directory, **kwargs):
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+# Saving brings the file of a registered class, and what it imports, along with the checkpoint.
+VideoMa2mbaConfig.register_for_auto_class("AutoConfig")
+
+
+__all__ = ["VideoMa2mbaConfig", "VideoMa2mbaTextConfig", "VideoMa2mbaVisionConfig"]

@@ -1,0 +1,93 @@
+"""What `generate` does differently for Video-Ma2mba: the prompt is read once, before rows are repeated.
+
+What is unusual: transformers would pass the media to the first forward pass, on inputs already repeated for beams or
+samples. We use its hook for encoders instead: all of the prompt but its last token goes into a `StateMemory`, and
+generation starts from there. It cannot go on without one, so `use_cache=False` changes nothing.
+"""
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from .media import assign_media, list_media
+from .media_stream import runs_of
+from .state_memory import StateMemory
+
+
+_PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+class VideoMa2mbaGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for a model whose `model` is a `VideoMa2mbaModel`."""
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config
+    ):
+        generation_config.use_cache = True
+        given = {kind: [model_kwargs.pop(name, None) for name in names] for kind, names in _PIXELS.items()}
+        memory = StateMemory.of(model_kwargs.get("past_key_values"), self.config)
+        attention_mask = model_kwargs.get("attention_mask")
+        length = inputs_tensor.shape[1]
+        total = (
+            getattr(generation_config, "_mask_length", length) if attention_mask is None else attention_mask.shape[1]
+        )
+        first = memory.text_length if total == length else 0  # tokens of the prompt that the memory has read
+        if first >= length:
+            raise ValueError(
+                f"The memory has read {first} tokens of text and the prompt has {length}. A prompt is the whole "
+                "conversation: one <|vision_start|><|vision_end|> for each video watched, then the question."
+            )
+        if inputs_tensor.is_floating_point():
+            input_ids, inputs_embeds = None, inputs_tensor
+        else:
+            input_ids, inputs_embeds = inputs_tensor, self.get_input_embeddings()(inputs_tensor.to(self.device))
+        starts_BN = self.model.media_starts(input_ids, inputs_embeds).to(inputs_embeds.device)
+        unread_BN = torch.zeros_like(starts_BN)
+        unread = memory.unread(attention_mask, inputs_embeds[:, first:])
+        unread_BN[:, first:] = True if unread is None else unread.to(unread_BN.device)
+        if total == length:
+            _check_prefix(memory, starts_BN & ~unread_BN)
+        images, videos = (list_media(kind, *tensors) for kind, tensors in given.items())
+        if images or videos:
+            rows = _unread_media(images, videos, starts_BN, unread_BN, model_kwargs.get("mm_token_type_ids"))
+            if starts_BN[:, -1].any():
+                raise ValueError("The prompt ends with <|vision_start|>; write <|vision_end|> after it.")
+            unread_BN, starts_BN = unread_BN[:, :-1], starts_BN[:, :-1]
+            memory.expand_rows(len(rows))
+            memory.check(self.config.text_config, len(rows))
+            pixels = {kind: tensors[0] for kind, tensors in given.items()}
+            self.model.read(memory, inputs_embeds[:, :-1], runs_of(unread_BN, starts_BN, rows), pixels)
+            memory.note_text(unread_BN.sum(1), length - 1 - first)
+            model_kwargs["past_key_values"] = memory
+        return model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+        if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation={kind!r} is for keys and values; this model has a state instead.")
+        generation_config.cache_implementation = None
+        memory = StateMemory.of(model_kwargs.get("past_key_values"), self.config)
+        memory.expand_rows(
+            batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        )
+        model_kwargs["past_key_values"] = memory
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
+
+
+def _unread_media(images, videos, starts_BN: Tensor, unread_BN: Tensor, mm_token_type_ids: Tensor | None) -> list:
+    """The items of each row that the memory has not seen; all of the prompt's may be given, or only those."""
+    if len(images) + len(videos) == int(starts_BN.sum()):
+        rows = assign_media(images, videos, starts_BN, mm_token_type_ids)
+        return [row[len(row) - new :] for row, new in zip(rows, (starts_BN & unread_BN).sum(1).tolist())]
+    return assign_media(images, videos, starts_BN & unread_BN, mm_token_type_ids)
+
+
+def _check_prefix(memory: StateMemory, read_BN: Tensor) -> None:
+    """Raises ValueError unless what the memory has read of a prompt names what it has seen."""
+    seen = [len(row) for row in memory.media]
+    named = read_BN.sum(1).tolist()
+    if any(seen) and named != (seen * len(named) if len(seen) == 1 else seen):
+        raise ValueError(
+            f"The memory has seen {seen} images and videos, and the part of the prompt that it has read names {named}: "
+            "a prompt begins with one <|vision_start|><|vision_end|> for each video watched, as the chat template "
+            "writes them, and then goes on as the conversation did."
+        )

@@ -1,0 +1,481 @@
+"""Video-Ma2mba (arXiv 2411.19460): a Mamba-2 language model over one causal stream of text and video tokens.
+
+What is unusual: there is no attention but the vision tower's, and no cache but one state per layer (`StateMemory`), so
+cost per token and memory do not depend on what came before. Text and media go through one loop, chunk by chunk; outputs
+stand for the text only. Padding, on either side, never enters the stream.
+
+Shapes: B batch, N text tokens, S tokens of one chunk of the stream, F frames, D hidden.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaTextConfig
+from .frame_streaming import MAX_CHUNK_FRAMES, default_chunk_frames, load_ahead, normalized, to_device
+from .generation_video_ma2mba import VideoMa2mbaGenerationMixin
+from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
+from .media import MediaItem, assign_media, chunk_patches, list_media
+from .media_stream import Run, runs_of, split_runs, text_outputs
+from .state_memory import StateMemory
+
+
+class VideoMa2mbaBlock(Mamba2Block):
+    """`Mamba2Block` on a residual stream that may be wider than the weights, as transformers' Mamba-2 has it."""
+
+    def forward(
+        self, hidden_BSD: Tensor, state: Mamba2State | None = None, lengths_B: Tensor | None = None
+    ) -> tuple[Tensor, Mamba2State]:
+        mixed_BSD, state = self.mixer(self.norm(hidden_BSD.to(self.norm.weight.dtype)), state, lengths_B)
+        return hidden_BSD + mixed_BSD, state
+
+
+class VideoMa2mbaProjector(nn.Sequential):
+    """2x2 bilinear pooling, then Linear-GELU-Linear."""
+
+    def __init__(self, vision_width: int, hidden_size: int):
+        super().__init__(nn.Linear(vision_width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, patches_FPD: Tensor) -> Tensor:
+        """(F, G * G, vision width) patches of F frames to (F, G / 2 * G / 2, D)."""
+        grid = round(patches_FPD.shape[1] ** 0.5)
+        grid_FDGG = patches_FPD.transpose(1, 2).unflatten(2, (grid, grid))
+        pooled_FDGG = F.interpolate(grid_FDGG, size=(grid // 2, grid // 2), mode="bilinear", align_corners=False)
+        return super().forward(pooled_FDGG.flatten(2).transpose(1, 2))
+
+
+def vision_tower(config: PreTrainedConfig) -> CLIPVisionModel:
+    """CLIP's tower up to its penultimate layer, whose output is what is read, and without what comes after."""
+    tower = CLIPVisionModel._from_config(config)
+    del tower.encoder.layers[-1]
+    tower.post_layernorm = nn.Identity()  # of the pooled output, which is not read either
+    return tower
+
+
+@auto_docstring
+class VideoMa2mbaPreTrainedModel(PreTrainedModel):
+    config: VideoMa2mbaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VideoMa2mbaBlock", "CLIPVisionEmbeddings", "CLIPEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Mamba2Mixer):
+            init_mamba2_mixer(module, self.config.get_text_config().num_hidden_layers)
+        elif isinstance(module, VideoMa2mbaProjector):
+            for linear in (module[0], module[2]):
+                bound = linear.in_features**-0.5
+                init.uniform_(linear.weight, -bound, bound)
+                init.zeros_(linear.bias)
+                linear._is_hf_initialized = True
+        else:
+            super()._init_weights(module)
+
+
+class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
+    """The Mamba-2 blocks over a stream of tokens, whatever they stand for."""
+
+    config: VideoMa2mbaTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": VideoMa2mbaBlock}
+
+    def __init__(self, config: VideoMa2mbaTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([VideoMa2mbaBlock(config) for _ in range(config.num_hidden_layers)])
+        self.norm = Qwen2VLRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        inputs_embeds: torch.FloatTensor,
+        past_key_values: StateMemory,
+        lengths_B: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        past_key_values (`StateMemory`):
+            The states before the first token; those after each row's last take their place.
+        lengths_B (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Valid tokens of each row, the rest being padding on the right; all are if not given.
+        """
+        hidden_BSD, states = inputs_embeds, past_key_values.states
+        if self.config.residual_in_fp32:
+            hidden_BSD = hidden_BSD.to(torch.promote_types(hidden_BSD.dtype, torch.float32))
+        for index, block in enumerate(self.layers):
+            hidden_BSD, states[index] = block(hidden_BSD, states[index], lengths_B)
+        hidden_BSD = self.norm(hidden_BSD).to(inputs_embeds.dtype)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_BSD, past_key_values=past_key_values)
+
+
+@auto_docstring
+class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
+    def __init__(self, config: VideoMa2mbaConfig):
+        super().__init__(config)
+        self.visual = vision_tower(config.vision_config)
+        self.projector = VideoMa2mbaProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.language_model = VideoMa2mbaTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    # --- media ------------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    @auto_docstring
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.FloatTensor,
+        video_grid_thw: torch.LongTensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        video_grid_thw (`torch.LongTensor` of shape `(num_videos, 3)`):
+            Frames, and height and width in patches, of each video. `pooler_output` holds the tokens of each video,
+            `(frames * tokens_per_frame, hidden_size)`; `last_hidden_state` the tower's penultimate patches, row by row,
+            `(sum of t * h * w, vision width)`.
+        """
+        grid, sizes = self.config.grid_size, video_grid_thw.tolist()
+        for _, h, w in sizes:
+            if (h, w) != (grid, grid):
+                raise ValueError(
+                    f"A frame has {h} x {w} patches and the vision tower takes {grid} x {grid}: frames must be "
+                    f"{self.config.vision_config.image_size} pixels high and wide, as VideoMa2mbaProcessor makes them."
+                )
+        frames = _frames(pixel_values_videos, grid, self.config.vision_config.patch_size)
+        output = self.visual(frames.to(self.visual.dtype), **kwargs)
+        patches_FPD = output.last_hidden_state[:, 1:]  # without the class token
+        output.last_hidden_state = patches_FPD.flatten(0, 1)
+        output.pooler_output = (
+            self.projector(patches_FPD).flatten(0, 1).split([t * self.config.tokens_per_frame for t, _, _ in sizes])
+        )
+        return output
+
+    @can_return_tuple
+    @auto_docstring
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_grid_thw: torch.LongTensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`):
+            1, and height and width in patches, of each image: an image is one frame.
+        """
+        return self.get_video_features(pixel_values, image_grid_thw, return_dict=True, **kwargs)
+
+    def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, N), True at each `<|vision_start|>`; recognised by its embedding where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.vision_start_token_id
+        token = torch.tensor(self.config.vision_start_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def encode_video(
+        self,
+        pixel_values_videos: torch.FloatTensor,
+        video_grid_thw: torch.LongTensor,
+        memory: StateMemory | None = None,
+        *,
+        rows: list[int] | None = None,
+        continue_video: bool | None = None,
+        chunk_frames: int | None = None,
+    ) -> StateMemory:
+        """Reads video into a new `StateMemory`, or after what one has seen; any split of the frames gives the same.
+
+        The memory reads a `<|vision_start|>` before each video, and a `<|vision_end|>` between two: a prompt about it
+        begins with one `<|vision_start|><|vision_end|>` for each, as the chat template writes them.
+
+        Args:
+            pixel_values_videos: patches as the video processor makes them, (sum of t * h * w, patch size); as uint8
+                (`do_rescale=False, do_normalize=False`) they take a quarter of the memory and are normalised here.
+                They may stay on the CPU: each chunk is copied while the one before is computed.
+            video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
+            memory: what was seen before; it is extended in place and returned. None starts anew.
+            rows: for each video the row of the memory it belongs to; None puts all into row 0.
+            continue_video: whether the first video of a row continues its last one; None: if that was the last it saw.
+            chunk_frames: frames that go through the model at once, which bounds the activations; None means
+                64, or fewer where the GPU's free memory asks for it, or all while gradients are recorded.
+        """
+        items = list_media("video", pixel_values_videos, video_grid_thw)
+        rows = [0] * len(items) if rows is None else rows
+        if len(rows) != len(items) or min(rows, default=0) < 0:
+            raise ValueError(f"{rows=} for {len(items)} videos; give one row for each video, counted from 0.")
+        memory = StateMemory.of(memory, self.config)
+        B = max([*rows, memory.batch_size - 1], default=0) + 1
+        by_row: list[list[MediaItem]] = [[] for _ in range(B)]
+        marks: list[list[int]] = [[] for _ in range(B)]
+        for item, row in zip(items, rows):
+            last = memory.last_open(row)
+            if not by_row[row] and continue_video is not False and last is not None and last[0] == "video":
+                item = item._replace(first_frame=last[1])
+            elif not by_row[row] and continue_video and memory.batch_size > row:
+                raise ValueError(
+                    "There is no video to continue: the last that the memory has read is text or an image."
+                )
+            else:
+                marks[row] += [self.config.vision_end_token_id] if by_row[row] or last else []
+                marks[row].append(self.config.vision_start_token_id)
+            by_row[row].append(item)
+        device = self.get_input_embeddings().weight.device
+        ids_BN = nn.utils.rnn.pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in marks], True).to(device)
+        lengths = [len(ids) for ids in marks]
+        lengths_B = torch.tensor(lengths, device=device)
+        unread_BN = torch.arange(ids_BN.shape[1], device=device) < lengths_B.unsqueeze(1)
+        runs = runs_of(unread_BN, self.media_starts(ids_BN, None), by_row)
+        memory.check(self.config.text_config, B)
+        self.read(memory, self.get_input_embeddings()(ids_BN), runs, {"video": pixel_values_videos}, chunk_frames)
+        memory.note_text(lengths_B, min(lengths), is_ragged=memory.is_ragged or min(lengths) < max(lengths))
+        return memory
+
+    # --- the stream ---------------------------------------------------------------------------------------------------
+
+    def read(
+        self,
+        memory: StateMemory,
+        inputs_embeds: Tensor,
+        streams: list[list[Run]],
+        pixels: dict[str, Tensor],
+        chunk_frames: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """The loop everything goes through: text and frames -> tokens -> Mamba-2 blocks, chunk by chunk.
+
+        Args:
+            memory: extended in place. inputs_embeds: the text, (B, N, D). streams: see `runs_of`.
+            pixels: the patches of all images and of all videos, by kind. chunk_frames: see `encode_video`.
+
+        Returns:
+            the outputs for the text, (B, N, D), zero for what is in no stream.
+        """
+        per_frame, device = self.config.tokens_per_frame, self.visual.device
+        if chunk_frames is None and not torch.is_grad_enabled():
+            chunk_frames = default_chunk_frames(self, len(streams) * self.config.grid_size**2)
+        tokens = None if chunk_frames is None else max(1, chunk_frames) * per_frame
+
+        def patches(chunk: list[list[Run]]) -> list[Tensor]:
+            items = [[run.item for run in stream if run.item] for stream in chunk]
+            return [to_device(part, device) for part in chunk_patches(items, pixels)]
+
+        levels: list[Tensor | None] = []
+        for chunk, parts in load_ahead(split_runs(streams, tokens, per_frame), patches, device):
+            stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, parts)
+            output = self.language_model(
+                inputs_embeds=stream_BSD, past_key_values=memory, lengths_B=lengths_B, **kwargs
+            )
+            new_levels = [output.last_hidden_state, *(output.hidden_states or ())]
+            levels = levels or [None if new is None else new.new_zeros(inputs_embeds.shape) for new in new_levels]
+            rows, places, positions = (index.to(inputs_embeds.device) for index in text_outputs(chunk, per_frame))
+            for level, new in zip(levels, new_levels):
+                if new is not None:  # a level that was not asked for
+                    level[rows, positions] = new[rows, places]
+            memory.note_chunk(chunk)
+        last, *hidden_states = levels or [inputs_embeds.new_zeros(inputs_embeds.shape)]
+        return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=tuple(hidden_states) or None)
+
+    def _stream_tokens(
+        self, chunk: list[list[Run]], inputs_embeds: Tensor, patches: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens of one chunk, rows padded on the right, (B, S, D), and the rows' lengths if they differ.
+
+        `patches` holds those of its media in order, wherever they are cut.
+        """
+        grids = [[run.item.t, run.item.h, run.item.w] for stream in chunk for run in stream if run.item]
+        media = iter(())
+        if grids:
+            pixels = torch.cat([normalized(part, self.config) for part in patches])
+            media = iter(self.get_video_features(pixels, torch.tensor(grids), return_dict=True).pooler_output)
+        by_row = []
+        for text_ND, stream in zip(inputs_embeds, chunk):
+            parts = [text_ND[run.positions.to(text_ND.device)] if run.item is None else next(media) for run in stream]
+            by_row.append(torch.cat([text_ND[:0], *(part.to(text_ND) for part in parts)]))
+        lengths = [len(row) for row in by_row]
+        lengths_B = torch.tensor(lengths, device=inputs_embeds.device) if len(set(lengths)) > 1 else None
+        return nn.utils.rnn.pad_sequence(by_row, batch_first=True), lengths_B
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPast:
+        r"""
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            0 at padding, on either side, for the tokens given or for all text since the memory's first.
+        mm_token_type_ids (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        B, N = inputs_embeds.shape[:2]
+        memory = StateMemory.of(past_key_values, self.config)
+        memory.expand_rows(B)
+        memory.check(self.config.text_config, B)
+        unread_BN = memory.unread(attention_mask, inputs_embeds)
+        pixels = {"image": pixel_values, "video": pixel_values_videos}
+        items = [list_media(*of) for of in zip(pixels, pixels.values(), (image_grid_thw, video_grid_thw))]
+        at_once = torch.is_grad_enabled() or N <= MAX_CHUNK_FRAMES * self.config.tokens_per_frame
+        if not any(items) and at_once and (N == 1 or unread_BN is None):  # decoding asks nothing of the device
+            lengths_B = None if unread_BN is None else unread_BN.sum(1)
+            output = self.language_model(
+                inputs_embeds=inputs_embeds, past_key_values=memory, lengths_B=lengths_B, **kwargs
+            )
+            memory.is_open = [False] * B
+        else:
+            starts_BN = self.media_starts(input_ids, inputs_embeds)
+            unread_BN = torch.ones_like(starts_BN) if unread_BN is None else unread_BN
+            rows = assign_media(*items, starts_BN & unread_BN, mm_token_type_ids) if any(items) else [[]] * B
+            output = self.read(memory, inputs_embeds, runs_of(unread_BN, starts_BN, rows), pixels, **kwargs)
+            lengths_B = unread_BN.sum(1)
+        memory.note_text(torch.full((B,), N, device=inputs_embeds.device) if lengths_B is None else lengths_B, N)
+        return BaseModelOutputWithPast(
+            last_hidden_state=output.last_hidden_state,
+            past_key_values=None if use_cache is False else memory,
+            hidden_states=output.hidden_states,
+        )
+
+
+def _frames(patches: Tensor, grid: int, size: int) -> Tensor:
+    """(F, 3, pixels, pixels) frames of patches in the order of Qwen2-VL's processors: 2 x 2 neighbours together."""
+    half = grid // 2
+    patches = patches.view(-1, half, half, 2, 2, 3, size, size)
+    return patches.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(-1, 3, grid * size, grid * size)
+
+
+@auto_docstring
+class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, VideoMa2mbaGenerationMixin, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: VideoMa2mbaConfig):
+        super().__init__(config)
+        self.model = VideoMa2mbaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.FloatTensor, video_grid_thw: torch.LongTensor, **kwargs):
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    @torch.no_grad()
+    def encode_video(self, *args, **kwargs) -> StateMemory:
+        """`VideoMa2mbaModel.encode_video` without gradients."""
+        return self.model.encode_video(*args, **kwargs)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | CausalLMOutputWithPast:
+        r"""
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            0 at padding, on either side, for the tokens given or for all text since the memory's first.
+        mm_token_type_ids (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
+
+        Example:
+
+        ```python
+        >>> import vamba
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        >>> model = AutoModelForImageTextToText.from_pretrained("path/to/video-ma2mba")
+        >>> processor = AutoProcessor.from_pretrained("path/to/video-ma2mba")
+        >>> messages = [{"role": "user", "content": [
+        ...     {"type": "video", "video": "talk.mp4", "fps": 1.0}, {"type": "text", "text": "Who speaks third?"}]}]
+        >>> inputs = processor.apply_chat_template(
+        ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        >>> answer = model.generate(**inputs, max_new_tokens=64)
+        >>> processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ```
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+VideoMa2mbaModel.register_for_auto_class("AutoModel")
+VideoMa2mbaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = [
+    "VideoMa2mbaForConditionalGeneration",
+    "VideoMa2mbaModel",
+    "VideoMa2mbaPreTrainedModel",
+    "VideoMa2mbaTextModel",
+]

@@ -1,0 +1,330 @@
+"""Gradient checkpointing over layers and sequence at once (multi-axis checkpointing, section 3.2 of arXiv 2411.19460).
+
+What is unusual: layers x sequence are cut into cells of `layer_interval` layers by `sequence_interval` tokens, and one
+cell is one `torch.utils.checkpoint` call, so that autograd chains them and DDP, FSDP2 and autocast know nothing of it.
+Forward keeps what crosses the borders of cells, backward recomputes one cell at a time. Groups of layers are run on
+demand (`LazyLevels`): autograd runs backward what ran last, so what a consumer of the levels (Vamba's text layers)
+sends back exists for one group at a time. Hidden states stay a list of blocks, which no `cat` doubles.
+
+Shapes: B batch, S tokens of one block, D hidden.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from .mamba2 import Mamba2State
+from .multi_axis_memory import MemoryCosts, choose_intervals, memory_budget
+
+
+@dataclass
+class CutSequence:
+    """One sequence on its way through the layers; `LazyLevels` moves it on in place.
+
+    Attributes:
+        blocks: the hidden states of each block, (B, S, D).
+        states: for each layer the `Mamba2State` before its next block, None for an empty one.
+        context: what `step` gets besides for each block.
+    """
+
+    blocks: list[Tensor]
+    states: list[Mamba2State | None]
+    context: list[tuple]
+
+    @classmethod
+    def cut(
+        cls,
+        hidden_BSD: Tensor,
+        states: Iterable[Mamba2State | None],
+        sequence_interval: int | list[int],
+        lengths_B: Tensor | None = None,
+        *along: Tensor,
+    ) -> "CutSequence":
+        """Cuts after every `sequence_interval` tokens, or into blocks of the given sizes, which are views of one row.
+
+        Args:
+            lengths_B: valid tokens of each row, (B,) int64, the rest being padding on the right; None for all.
+            along: tensors whose dimension 1 runs along the sequence, (B, S, ...), cut alike.
+
+        The context of a block is its own lengths (or None), then its slice of each tensor of `along`.
+        """
+        # Dense, as what is brought back from the CPU is: operations choose their way by strides, in backward the same.
+        blocks = [block.contiguous() for block in hidden_BSD.split(sequence_interval, dim=1)]
+        lengths, start = [], 0
+        for block in blocks:
+            lengths.append(None if lengths_B is None else (lengths_B - start).clamp(0, block.shape[1]))
+            start += block.shape[1]
+        return cls(blocks, list(states), list(zip(lengths, *(t.split(sequence_interval, dim=1) for t in along))))
+
+
+class LazyLevels:
+    """Runs sequences through layers, a group of layers when it is asked for, each group block by block.
+
+    Args:
+        step: one layer on one block, `step(index, hidden_BSD, state, *context) -> (hidden_BSD, state, emitted)`, with
+            `emitted` a tuple of tensors. It is called a second time in backward.
+        sequences: the sequences, independent of each other, with one state per layer.
+        layer_interval: layers of a group.
+        offload: keep in (pinned) CPU memory what crosses the borders of cells.
+    """
+
+    def __init__(
+        self, step: Callable[..., tuple], sequences: list[CutSequence], layer_interval: int, offload: bool = False
+    ):
+        self.step, self.sequences = step, sequences
+        self.layer_interval, self.offload = layer_interval, offload
+        self.num_levels = len(sequences[0].states)
+        self._reached = 0
+        self._emitted: dict[int, list[tuple[Tensor, ...]]] = {}
+
+    def take(self, index: int) -> list[tuple[Tensor, ...]]:
+        """What layer `index` emits for each block of each sequence, in order; it is forgotten here.
+
+        Raises:
+            KeyError: it was taken before.
+        """
+        while self._reached <= index:
+            self._run_group()
+        if index not in self._emitted:
+            raise KeyError(f"What level {index} emitted was taken before; keep it if it is needed twice.")
+        return self._emitted.pop(index)
+
+    def finish(self) -> None:
+        """Runs the layers that are left."""
+        while self._reached < self.num_levels:
+            self._run_group()
+
+    def _run_group(self) -> None:
+        levels = range(self._reached, min(self._reached + self.layer_interval, self.num_levels))
+        self._emitted.update({index: [] for index in levels})
+        for sequence in self.sequences:
+            for position in range(len(sequence.blocks)):
+                self._run_cell(sequence, position, levels)
+        self._reached = levels.stop
+
+    def _run_cell(self, sequence: CutSequence, position: int, levels: range) -> None:
+        states = [state or (None, None) for state in sequence.states[levels.start : levels.stop]]
+        # Tensors are arguments of their own: only those does `checkpoint` save where hooks on saved tensors see them.
+        inputs = [sequence.blocks[position], *(tensor for state in states for tensor in state)]
+        cell = functools.partial(_run_layers, self.step, levels, sequence.context[position])
+        with offload_saved(*inputs) if self.offload else contextlib.nullcontext():
+            hidden_BSD, states, emitted = checkpoint(cell, *inputs, use_reentrant=False)
+        sequence.blocks[position] = hidden_BSD
+        sequence.states[levels.start : levels.stop] = states
+        for index, tensors in zip(levels, emitted):
+            self._emitted[index].append(tensors)
+
+
+def _run_layers(step, levels: range, context: tuple, hidden_BSD: Tensor, *states: Tensor | None):
+    left, emitted = [], []
+    for index, conv_BTC, ssm_BHPK in zip(levels, states[::2], states[1::2]):
+        state = None if conv_BTC is None else Mamba2State(conv_BTC, ssm_BHPK)
+        hidden_BSD, state, tensors = step(index, hidden_BSD, state, *context)
+        left.append(state)
+        emitted.append(tensors)
+    return hidden_BSD, left, emitted
+
+
+def run_cells(
+    layers: nn.ModuleList,
+    hidden_BSD: Tensor,
+    states: Iterable[Mamba2State | None] | None = None,
+    lengths_B: Tensor | None = None,
+    *,
+    layer_interval: int,
+    sequence_interval: int | list[int],
+    offload: bool = False,
+) -> tuple[list[Tensor], list[Mamba2State]]:
+    """A stack of Mamba-2 blocks, `layer(hidden_BSD, state, lengths_B) -> (hidden_BSD, state)`, in checkpointed cells.
+
+    Returns:
+        The last layer's hidden states as a list of blocks along the sequence, (B, S, D) each, and each layer's state
+        after the last token. `torch.cat(blocks, 1)` is the whole; `read_blocks` takes tokens out without it.
+    """
+
+    def step(index, hidden_BSD, state, lengths_B):
+        return *layers[index](hidden_BSD, state, lengths_B), ()
+
+    states = [None] * len(layers) if states is None else states
+    sequence = CutSequence.cut(hidden_BSD, states, sequence_interval, lengths_B)
+    LazyLevels(step, [sequence], layer_interval, offload).finish()
+    return sequence.blocks, sequence.states
+
+
+def read_blocks(blocks: list[Tensor], rows: Tensor, places: Tensor) -> Tensor:
+    """`torch.cat(blocks, 1)[rows, places]`, (n, D), without joining (B, S, D) blocks; rows and places int64 (n,)."""
+    picked, order, start = [], [], 0
+    for block in blocks:
+        inside = ((places >= start) & (places < start + block.shape[1])).nonzero().flatten()
+        picked.append(block[rows[inside], places[inside] - start])
+        order.append(inside)
+        start += block.shape[1]
+    return torch.cat(picked)[torch.cat(order).argsort()]
+
+
+class offload_saved(saved_tensors_hooks):  # noqa: N801, a context manager like its base
+    """Within, autograd keeps the given tensors (and their views) in CPU memory between forward and backward.
+
+    Of all that is saved only these are moved, so that weights stay where they are. Memory is pinned, and copies are
+    enqueued on the current stream, where they wait for nobody. A tensor whose values are copied before they are saved,
+    as keys that a kernel wants repeated or in another layout, is not recognised and stays.
+    """
+
+    def __init__(self, *tensors: Tensor | None):
+        storages = {t.untyped_storage().data_ptr() for t in tensors if t is not None}
+
+        def pack(tensor: Tensor):
+            return _OnCPU(tensor) if tensor.untyped_storage().data_ptr() in storages else tensor
+
+        def unpack(saved):
+            return saved.load() if isinstance(saved, _OnCPU) else saved
+
+        super().__init__(pack, unpack)
+
+
+class _OnCPU:
+    """A copy of a tensor in pinned memory, in pieces: PyTorch rounds a pinned allocation up to a power of two."""
+
+    piece_bytes = 64 * 2**20
+
+    @torch.no_grad()
+    def __init__(self, tensor: Tensor):
+        # Strides are kept, for in backward an operation goes the way that it went in forward; gaps are not.
+        self.like = torch.empty_like(tensor, device="meta")
+        self.device = tensor.device
+        dense = tensor if tensor.stride() == self.like.stride() else tensor.contiguous()
+        self.pieces = []
+        for part in self._flat(dense):
+            piece = torch.empty_like(part, device="cpu", pin_memory=tensor.is_cuda)
+            self.pieces.append(piece.copy_(part, non_blocking=True))
+
+    @torch.no_grad()
+    def load(self) -> Tensor:
+        tensor = torch.empty_like(self.like, device=self.device)
+        for part, piece in zip(self._flat(tensor), self.pieces):
+            part.copy_(piece, non_blocking=True)
+        return tensor
+
+    def _flat(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The tensor's numbers as they lie in memory, in pieces."""
+        return tensor.as_strided((tensor.numel(),), (1,)).split(self.piece_bytes // tensor.itemsize)
+
+
+class MultiAxisSettings(NamedTuple):
+    """What `enable_multi_axis_checkpointing` was asked for."""
+
+    layer_interval: int | str = "auto"
+    sequence_interval: int | str = "auto"
+    offload: bool = False
+
+    def intervals(
+        self, costs: MemoryCosts, num_layers: int, hidden_BSD: Tensor, module: nn.Module
+    ) -> tuple[int, list[int]]:
+        """Layers of a cell, and the tokens of each block of this input; "auto" is filled in from what memory is free.
+
+        `costs` are those of one row, `module` holds the layers. Where its weights are sharded (FSDP2, ZeRO-3) every
+        call of a layer gathers them from all ranks, so ranks must run the same cells: they agree on the number of
+        blocks that the longest sequence needs, and each cuts its own evenly.
+
+        Raises:
+            ValueError: fewer tokens than blocks.
+        """
+        B, S, _ = hidden_BSD.shape
+        budget = memory_budget(hidden_BSD.device)
+        budget, longest = None if budget is None else budget // B, S
+        sharded = weights_are_sharded(module)
+        if sharded:
+            budget, longest = _agree(budget, longest, hidden_BSD.device)
+        layer, sequence = (None if value == "auto" else value for value in self[:2])
+        layer, sequence = choose_intervals(
+            costs, num_layers, longest, budget,
+            offload=self.offload, layer_interval=layer, sequence_interval=sequence,
+        )  # fmt: skip
+        blocks = ceil(longest / sequence)
+        if S < blocks:
+            raise ValueError(f"{S} tokens cannot be cut into {blocks} blocks, which another rank needs for {longest}.")
+        if sharded:
+            return layer, [S // blocks + (index < S % blocks) for index in range(blocks)]
+        return layer, [sequence] * (blocks - 1) + [S - sequence * (blocks - 1)]
+
+
+def weights_are_sharded(module: nn.Module) -> bool:
+    """Whether ranks hold parts of the weights and gather them for each call: FSDP2, or DeepSpeed's ZeRO-3."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in module.parameters())
+
+
+def _agree(budget: int | None, tokens: int, device: torch.device) -> tuple[int | None, int]:
+    """The smallest budget and the longest sequence of all ranks."""
+    numbers = torch.tensor([0 if budget is None else -budget, tokens], device=device)
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    smallest, longest = numbers.tolist()
+    return (None if budget is None else -smallest), longest
+
+
+class MultiAxisCheckpointingMixin:
+    """For a `PreTrainedModel`: switches the cells of its modules that have an attribute `multi_axis_checkpointing`.
+
+    Such a module keeps `MultiAxisSettings` or None there and its recurrent layers in `layers`. Those leave ordinary
+    gradient checkpointing to the cells, all other layers follow `gradient_checkpointing_enable` as ever.
+    """
+
+    def enable_multi_axis_checkpointing(
+        self, layer_interval: int | str = "auto", sequence_interval: int | str = "auto", *, offload: bool = False
+    ) -> None:
+        """Trains with multi-axis gradient checkpointing (arXiv 2411.19460): memory for seconds, gradients unchanged.
+
+        Args:
+            layer_interval, sequence_interval: layers and tokens of a cell; "auto" chooses them for each input from the
+                free memory.
+            offload: keep what crosses the borders of cells in pinned CPU memory until backward.
+
+        Raises:
+            ValueError: an interval that is neither "auto" nor a positive integer, or a model without such layers.
+        """
+        for name, value in (("layer_interval", layer_interval), ("sequence_interval", sequence_interval)):
+            if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a positive number or 'auto'.")
+        self._set_multi_axis_checkpointing(MultiAxisSettings(layer_interval, sequence_interval, offload))
+
+    def disable_multi_axis_checkpointing(self) -> None:
+        """Back to plain autograd, or to ordinary gradient checkpointing where that is enabled."""
+        self._set_multi_axis_checkpointing(None)
+
+    def _set_multi_axis_checkpointing(self, settings: MultiAxisSettings | None) -> None:
+        modules = [module for module in self.modules() if hasattr(module, "multi_axis_checkpointing")]
+        if not modules:
+            raise ValueError(f"{type(self).__name__} has no layers for multi-axis checkpointing.")
+        for module in modules:
+            module.multi_axis_checkpointing = settings
+            for layer in module.layers:
+                layer.gradient_checkpointing = settings is None and module.gradient_checkpointing
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
+        super()._set_gradient_checkpointing(enable, **kwargs)
+        for module in self.modules():
+            if getattr(module, "multi_axis_checkpointing", None) is not None:
+                for layer in module.layers:  # a cell recomputes its layers already
+                    layer.gradient_checkpointing = False
+
+
+__all__ = [
+    "CutSequence",
+    "LazyLevels",
+    "MultiAxisCheckpointingMixin",
+    "MultiAxisSettings",
+    "offload_saved",
+    "read_blocks",
+    "run_cells",
+]

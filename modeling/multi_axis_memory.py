@@ -1,0 +1,135 @@
+"""How much memory multi-axis checkpointing takes, and which cells fit (appendix C of arXiv 2411.19460).
+
+What is unusual: the paper's memory model (equation 12) and ours are one formula with two sets of constants, both made
+from a Mamba-2 configuration: the paper's count the numbers its fused layer keeps, ours the bytes autograd saves with
+this package's kernels on a GPU. All are per row of a batch; every term grows with the rows alike.
+"""
+
+from math import ceil
+from typing import NamedTuple
+
+import torch
+
+from .configuration_vamba import VambaMamba2Config
+
+
+# Near the least memory the length of cells hardly changes it, but short ones are slow.
+SLACK = 1.1
+
+
+class MemoryCosts(NamedTuple):
+    """Bytes of one row of a stack of Mamba-2 layers in training.
+
+    Attributes:
+        border: per token, hidden states that enter a group of layers (the paper's C_L-ckpt).
+        state: per layer, the Mamba state that enters a block of tokens (C_S-ckpt).
+        layer: per token and layer, what autograd saves inside the cell that backward is at (C_grid).
+        work: per token of that cell, what backward through one layer needs besides (C_state).
+        emitted: per token and layer, what the layers give away (Vamba: keys and values); its gradient is as large.
+        always: per token, whatever the cells (the gradient of the hidden states).
+    """
+
+    border: int
+    state: int
+    layer: int
+    work: int = 0
+    emitted: int = 0
+    always: int = 0
+
+    def total(self, num_layers: int, tokens: int, layer_interval: int, sequence_interval: int, offload: bool = False):
+        """Bytes at the peak of backward. With `offload` borders, states and what is emitted wait in CPU memory."""
+        groups, blocks = ceil(num_layers / layer_interval), ceil(tokens / sequence_interval)
+        layers = min(layer_interval, num_layers)
+        cell = min(sequence_interval, tokens) * (layers * self.layer + self.work)
+        if offload:  # on the GPU are one border, one group's states and gradients, and what one layer emitted
+            kept = tokens * self.border + layers * self.state
+            emitted = tokens * (layers + 1) * self.emitted
+        else:  # the gradient of what a layer emitted takes the place of that, but while it is made
+            kept = tokens * groups * self.border + num_layers * blocks * self.state
+            emitted = tokens * (num_layers + 1) * self.emitted
+        return kept + emitted + cell + tokens * self.always
+
+
+def choose_intervals(
+    costs: MemoryCosts,
+    num_layers: int,
+    tokens: int,
+    budget: int | None = None,
+    *,
+    offload: bool = False,
+    layer_interval: int | None = None,
+    sequence_interval: int | None = None,
+    multiple: int = 256,
+    longest: int = 32768,
+) -> tuple[int, int]:
+    """(layers, tokens) of a cell: the longest cells within `budget` bytes, or within a tenth over the least there is.
+
+    Longer cells run faster, as each kernel has more to do, until a GPU is full (`longest`); how many layers a cell has
+    does not change the speed, so it is what takes least memory. `layer_interval` and `sequence_interval` are fixed
+    where given. A cell's tokens are a multiple of `multiple`, the chunk of the scan, so that no chunk is cut.
+    """
+    layers = range(1, num_layers + 1) if layer_interval is None else [layer_interval]
+    lengths = [sequence_interval]
+    if sequence_interval is None:
+        most = min(ceil(tokens / multiple), max(longest // multiple, 1))
+        lengths = range(multiple, (most + 1) * multiple, multiple)
+    cells = [min((costs.total(num_layers, tokens, l, s, offload), l, s) for l in layers) for s in lengths]
+    allowed = max(budget or 0, SLACK * min(cells)[0])
+    _, l, s = max((cell for cell in cells if cell[0] <= allowed), key=lambda cell: cell[2])
+    return l, s
+
+
+def memory_budget(device: torch.device, share: float = 0.5) -> int | None:
+    """Bytes that cells may take on a GPU: a share of what is free now; None where that cannot be known.
+
+    The rest is for what comes later in the step: the text, gradients of the weights, and the optimizer's first step.
+    """
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(share * (free + cached))
+
+
+def mamba2_costs(
+    config: VambaMamba2Config, dtype: torch.dtype, emitted: int = 0, residual_dtype: torch.dtype | None = None
+) -> MemoryCosts:
+    """The costs of `Mamba2Block`s computed in `dtype` with this package's Triton kernels.
+
+    `layer` is what autograd saves (tests compare it with what is measured); `work` is an estimate: the gradients of
+    the layer's intermediate tensors and the states between the scan's chunks of 64 tokens, there and back.
+
+    Args:
+        emitted: numbers per token and layer that go elsewhere, such as keys and values.
+        residual_dtype: of the hidden states between layers, where it is another.
+    """
+    size, inner, heads = dtype.itemsize, config.intermediate_size, config.num_heads
+    rows = inner + config.conv_dim + heads  # of in_proj
+    exact = max(size, 4)  # dt and the states are computed in float32
+    state = exact * inner * config.state_size + size * (config.conv_kernel - 1) * config.conv_dim
+    layer = 2 * size * config.hidden_size + exact  # before and after the norm, and its scale
+    layer += size * rows + exact * 2 * heads  # in_proj's gate, inputs and dt; dt again before and after the softplus
+    layer += size * (config.conv_dim + 2 * inner)  # after the convolution, the scan, and the gated norm
+    work = size * (rows + 2 * config.conv_dim + 3 * inner) + 2 * size * inner * config.state_size // 64
+    border = (residual_dtype or dtype).itemsize * config.hidden_size
+    return MemoryCosts(border, state, layer, work, emitted * size, always=border)
+
+
+def paper_costs(config: VambaMamba2Config, dtype: torch.dtype = torch.bfloat16) -> MemoryCosts:
+    """The constants of the paper's table 7, which hold for mamba-ssm's fused layer, in bytes.
+
+    Its C_state is per token (equation 16), though the states that backward recomputes are one per chunk; with it the
+    model comes close to the paper's measurements (table 3), which are 1.0 to 1.8 times what it says.
+    """
+    inner, conv_dim = config.intermediate_size, config.conv_dim
+    state = inner * config.state_size
+    numbers = MemoryCosts(
+        border=config.hidden_size,
+        state=state + (config.conv_kernel - 1) * conv_dim,
+        layer=inner + conv_dim + config.num_heads + inner,
+        work=state + conv_dim,
+    )
+    return MemoryCosts(*(dtype.itemsize * number for number in numbers))
+
+
+__all__ = ["MemoryCosts", "choose_intervals", "mamba2_costs", "memory_budget", "paper_costs"]

@@ -1,0 +1,110 @@
+"""The processor of Video-Ma2mba: Vamba's, with frames of one size for CLIP and tokens for Mamba's tokenizer.
+
+What is unusual: every picture becomes the square that the tower takes, whole: it is squeezed, not cropped, as what
+happens at the edge of a wide picture may be asked about. GPT-NeoX's tokenizer gets the tokens it lacks when the
+processor is made, after its own 50,277: in the rows that pad Mamba's embedding. The chat template puts the media that
+a message begins with before its first word, so that a video can be watched before anything is asked.
+"""
+
+import math
+from typing import Any
+
+from tokenizers import AddedToken
+from transformers import BatchFeature, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+from transformers.image_transforms import to_pil_image
+from transformers.processing_utils import MultiModalData
+
+from .configuration_video_ma2mba import VideoMa2mbaConfig
+from .processing_vamba import VambaProcessor, VambaProcessorKwargs, _factor, _is_frames
+
+
+# In this order after GPT-NeoX's own, from id 50,277 on.
+SPECIAL_TOKENS = (
+    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>",
+)  # fmt: skip
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% set header = '<|im_start|>' + message['role'] + '\n' %}"
+    "{% if message['content'] is string %}{{ header + message['content'] }}"
+    "{% else %}{% set begun = namespace(value=false) %}{% for content in message['content'] %}"
+    "{% if content['type'] in ('image', 'video', 'image_url') or 'image' in content or 'image_url' in content "
+    "or 'video' in content %}<|vision_start|><|vision_end|>"
+    "{% elif 'text' in content %}{% if not begun.value %}{% set begun.value = true %}{{ header }}{% endif %}"
+    "{{ content['text'] }}{% endif %}"
+    "{% endfor %}{% if not begun.value %}{{ header }}{% endif %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SIZES = {"min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "factor"}
+
+
+class VideoMa2mbaProcessorKwargs(VambaProcessorKwargs, total=False):
+    """The same options."""
+
+
+class VideoMa2mbaProcessor(VambaProcessor):
+    """Turns chat messages, text, images and videos into model inputs; see `VambaProcessor`.
+
+    Frames and images have one size, whatever `min_pixels`, `max_pixels` and the like a message asks for.
+    """
+
+    valid_processor_kwargs = VideoMa2mbaProcessorKwargs
+
+    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
+        known = tokenizer.get_vocab()
+        missing = [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS if t not in known]
+        tokenizer.add_tokens(missing, special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        template = CHAT_TEMPLATE if chat_template is None else chat_template
+        super().__init__(image_processor, tokenizer, video_processor, chat_template=template, **kwargs)
+
+    @classmethod
+    def for_model(cls, config: VideoMa2mbaConfig, tokenizer) -> "VideoMa2mbaProcessor":
+        """The processor of a model of this configuration, with GPT-NeoX's tokenizer or another."""
+        area = config.vision_config.image_size**2
+        sizes: dict[str, Any] = {
+            "patch_size": config.vision_config.patch_size,
+            "merge_size": 2,
+            "temporal_patch_size": 1,
+            "size": {"shortest_edge": area, "longest_edge": area},
+        }
+        return cls(Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes))
+
+    def _square(self, kwargs: dict) -> dict:
+        """The reader's options for frames of the tower's size."""
+        side = math.isqrt(self.video_processor.size["longest_edge"])
+        return {"resized_height": side, "resized_width": side, "factor": _factor(self.video_processor, kwargs)}
+
+    def _frame_size(self, kwargs: dict) -> dict:
+        return self._square(kwargs)
+
+    def _process_image(self, item: dict, **kwargs) -> BatchFeature:
+        side = math.isqrt(self.image_processor.size["longest_edge"])
+        image = to_pil_image(item["image"])
+        return super()._process_image({"image": image, "resized_height": side, "resized_width": side}, **kwargs)
+
+    def _process_video(self, item: dict, **kwargs) -> BatchFeature:
+        item = {key: value for key, value in item.items() if key not in _SIZES}
+        if _is_frames(item["video"]):
+            item["video"], _ = self.read_frames(item["video"], **self._square(kwargs))
+        return super()._process_video(item, **kwargs)
+
+    def video_reader(self, source, **options):
+        """`read_video` at this processor's frame size and sampling. Raises ValueError where another size is asked."""
+        if asked := _SIZES & options.keys():
+            size = self._square({})
+            raise ValueError(
+                f"{', '.join(sorted(asked))}: this model takes frames of {size['resized_width']} x "
+                f"{size['resized_height']} pixels only; leave it out."
+            )
+        return super().video_reader(source, **options)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
+        side = math.isqrt(self.video_processor.size["longest_edge"])
+        images = None if image_sizes is None else [(side, side)] * len(image_sizes)
+        videos = None if video_sizes is None else [(frames, side, side) for frames, _, _ in video_sizes]
+        return super()._get_num_multimodal_tokens(images, videos, **kwargs)
+
+
+VideoMa2mbaProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["VideoMa2mbaProcessor"]

@@ -1,0 +1,100 @@
+"""The decoder layer's fused kernels against plain operations, on a GPU and in Triton's interpreter."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
+from triton_interpreter import DEVICE, on_a_gpu, run_interpreted
+
+from vamba.modeling.text_triton import fusible, mix_norm_triton, rotate_triton, silu_mul_triton, three_linears_triton
+
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def random(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def assert_near(actual, expected, dtype):
+    assert actual.dtype == dtype
+    assert (actual.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@on_a_gpu
+@dtypes
+def test_rotation(dtype):
+    queries, keys = random(2, 3, 7, 24, dtype=dtype), random(2, 3, 2, 24, dtype=dtype, seed=1)
+    angles = random(2, 3, 12, dtype=torch.float64, seed=2).repeat(1, 1, 2)
+    expected = apply_rotary_pos_emb(queries.double(), keys.double(), angles.cos(), angles.sin(), unsqueeze_dim=2)
+    rotate_triton(queries, keys, angles.cos().to(dtype), angles.sin().to(dtype))
+    for actual, reference in zip((queries, keys), expected):
+        assert_near(actual, reference, dtype)
+
+
+@on_a_gpu
+@dtypes
+@pytest.mark.parametrize("alpha", [None, 0.3, -0.2, 1.7])
+def test_mix_and_norm(alpha, dtype):
+    residual, attended, crossed = (random(2, 3, 72, dtype=dtype, seed=seed) for seed in range(3))
+    weight = random(72, dtype=dtype, seed=3)
+    parameter = None if alpha is None else torch.tensor([alpha], device=DEVICE, dtype=dtype)
+    mixed, normed = mix_norm_triton(residual, attended, crossed, parameter, weight, 1e-6)
+    shares = (1.0, 1.0) if alpha is None else (min(max(alpha, 0), 1), 1 - min(max(alpha, 0), 1))
+    expected = residual.double() + shares[0] * attended.double() + shares[1] * crossed.double()
+    assert_near(mixed, expected, dtype)
+    assert_near(normed, F.rms_norm(mixed.double(), (72,), weight.double(), 1e-6), dtype)
+
+
+@on_a_gpu
+@dtypes
+def test_gate(dtype):
+    gate, up = random(3, 5, 333, dtype=dtype), random(3, 5, 333, dtype=dtype, seed=1)
+    expected = F.silu(gate.double()) * up.double()
+    assert_near(silu_mul_triton(gate, up), expected, dtype)
+
+
+@on_a_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 300), (2, 3, 64)])
+def test_projections(shape, bias):
+    x = random(*shape, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    modules = [torch.nn.Linear(shape[-1], size, bias=bias).to(DEVICE, torch.bfloat16) for size in (72, 8, 40)]
+    for actual, module in zip(three_linears_triton(x, modules), modules):
+        assert_near(actual, module.double()(x.double()), torch.bfloat16)
+
+
+@on_a_gpu
+@torch.no_grad()
+def test_adapters_hooks_and_long_texts_are_called():
+    modules = [torch.nn.Linear(64, 16).to(DEVICE, torch.bfloat16) for _ in range(3)]
+    x = random(1, 1, 64, dtype=torch.bfloat16)
+    assert three_linears_triton(x, modules) is not None
+    assert three_linears_triton(random(1, 17, 64, dtype=torch.bfloat16), modules) is None
+    assert three_linears_triton(x.float(), modules) is None
+    handle = modules[1].register_forward_hook(lambda *_: None)
+    assert three_linears_triton(x, modules) is None
+    handle.remove()
+    modules[2].forward = modules[2].forward  # as accelerate's hooks do
+    assert three_linears_triton(x, modules) is None
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    modules[2] = Adapted(64, 16).to(DEVICE, torch.bfloat16)
+    assert three_linears_triton(x, modules) is None
+
+
+@on_a_gpu
+def test_gradients_and_mixed_dtypes_take_the_plain_path():
+    x = random(3, dtype=torch.float32)
+    assert not fusible(x)
+    with torch.no_grad():
+        assert fusible(x, x) and not fusible(x, x.bfloat16()) and not fusible(x.double())
+
+
+def test_in_the_interpreter():
+    run_interpreted(__file__)

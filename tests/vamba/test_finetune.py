@@ -1,0 +1,375 @@
+"""`vamba finetune`: what trains, what is logged, and that nothing that happens to a run is lost or goes unnoticed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+
+from vamba import VideoChat
+from vamba.cli import main
+from vamba.data import Collator, ConversationEncoder, Source
+from vamba.training import parse_recipe
+from vamba.training import trainer as trainer_module
+from vamba.training.finetune import finetune, make_trainer
+from vamba.training.preparation import prepare
+from vamba.training.trainer import NonFiniteLossError, VambaTrainer, last_checkpoint
+
+from training_data import recipe_values, write_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("dataset"), 12)
+
+
+@pytest.fixture
+def values(checkpoint, dataset, tmp_path):
+    return recipe_values(checkpoint, dataset, tmp_path / "out")
+
+
+def run(values: dict, resume: bool = False, **train):
+    values = values | {"train": values["train"] | train}
+    return finetune(parse_recipe(values), resume=resume)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_and_the_model_can_be_asked(values, dataset, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert (
+        main(["finetune", str(path), "--set", "train.max_steps=25", "--set", "train.per_device_train_batch_size=8"])
+        == 0
+    )
+    assert "trained 25 steps; the model is in" in capsys.readouterr().out
+    final = tmp_path / "out" / "final"
+    model, processor = AutoModelForImageTextToText.from_pretrained(final), AutoProcessor.from_pretrained(final)
+    assert processor.video_processor.fps == 8  # it is asked as it was trained
+    chat = VideoChat(model.eval(), processor)
+    chat.watch(str(dataset.parent / "0.mp4"), progress=False)
+    assert chat.ask("Which colour flashed first?", max_new_tokens=4)
+    card = (final / "README.md").read_text()
+    assert "Fine-tuned from" in card and (final / "modeling_vamba.py").is_file()
+    assert yaml.safe_load((final / "recipe.yaml").read_text())["train"]["max_steps"] == 25
+    assert not (final / "training_args.bin").exists() and not (tmp_path / "out" / ".saving").exists()
+
+
+def test_only_the_stage_trains(values, checkpoint):
+    folder = run(values | {"trainable": "stage1"}, max_steps=2).folder
+    before, after = weights(checkpoint), weights(folder)
+    for name in before:
+        trained = any(part in name for part in ("cross_attn", "video_encoder", "alpha"))
+        assert trained or torch.equal(before[name], after[name]), name
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("cross_attn.k_proj" in name for name in moved) and any("A_log" in name for name in moved)
+
+
+def test_learning_rates_by_pattern(values):
+    values |= {"groups": [{"pattern": "visual", "learning_rate": 1e-6}, {"pattern": "alpha|A_log", "learning_rate": 0}]}
+    trainer = make_trainer(prepare(parse_recipe(values)))
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    found = {}
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = group["lr"], group["weight_decay"] > 0
+    assert found.keys() == set(names.values())
+    for name, (rate, decays) in found.items():
+        assert rate == (1e-6 if "visual" in name else 0 if "alpha" in name or "A_log" in name else 2e-3)
+        assert not decays  # the recipe asks for none
+    trainer.optimizer, trainer.args.weight_decay = None, 0.1
+    decaying = {
+        names[id(p)]
+        for group in trainer.create_optimizer().param_groups
+        if group["weight_decay"]
+        for p in group["params"]
+    }
+    assert not any(part in name for name in decaying for part in ("norm", "bias", "A_log", "alpha", ".D"))
+    assert any("in_proj" in name for name in decaying) and any("lm_head" in name for name in decaying)
+
+
+def test_half_precision_trains_float32_weights(values, checkpoint):
+    values |= {"trainable": "stage1", "model": values["model"] | {"dtype": "bfloat16"}}
+    trainer = make_trainer(prepare(parse_recipe(values | {"train": values["train"] | {"bf16": True}})))
+    for parameter in trainer.model.parameters():
+        kept = parameter.requires_grad
+        assert parameter.dtype == (torch.float32 if kept else torch.bfloat16)
+    result = run(values, bf16=True, max_steps=12)
+    exact = run(values | {"model": {"path": str(checkpoint), "dtype": "float32"}},
+                max_steps=12, output_dir=f"{values['train']['output_dir']}2")  # fmt: skip
+    assert result.losses[12] < result.losses[1] - 0.1
+    assert all(abs(result.losses[step] - exact.losses[step]) < 0.1 for step in (1, 6, 12))
+    saved = AutoModelForImageTextToText.from_pretrained(result.folder, dtype="auto").state_dict()
+    assert {value.dtype for name, value in saved.items() if "A_log" not in name} >= {torch.bfloat16}
+    assert saved["model.language_model.layers.0.cross_attn.k_proj.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("checkpointing", ["gradient", "multi_axis"])
+def test_checkpointing_changes_nothing_but_memory(values, checkpointing, tmp_path):
+    plain = run(values, max_steps=3).losses
+    if not hasattr(
+        AutoModelForImageTextToText.from_pretrained(values["model"]["path"]), "enable_multi_axis_checkpointing"
+    ):
+        pytest.skip("the model has no multi-axis checkpointing")
+    saving = run(values | {"checkpointing": checkpointing}, max_steps=3, output_dir=str(tmp_path / "saving")).losses
+    assert all(abs(plain[step] - saving[step]) < 1e-4 for step in plain)
+
+
+def test_the_log_tells_of_speed(values, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Trainer, "log", lambda self, logs, start_time=None: logged.append(logs))
+    run(values | {"peak_tflops": 1e-3}, max_steps=2, logging_steps=2)
+    entry = next(logs for logs in logged if "loss" in logs)
+    assert entry["video_tokens_per_second"] > 0 and entry["text_tokens_per_second"] > 0
+    assert 0 < entry["mfu"] < 100 and entry["skipped_samples"] == 0
+    assert entry["video_tokens_per_second"] / entry["text_tokens_per_second"] == pytest.approx(108 / 45, rel=0.5)
+
+
+def test_tensorboard_gets_the_log(values, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    run(values, max_steps=1, report_to="tensorboard")
+    assert any(b"video_tokens_per_second" in file.read_bytes() for file in (tmp_path / "board").rglob("events*"))
+
+
+def test_several_gpus_in_one_process_use_one(values, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 4)))
+    assert prepare(parse_recipe(values)).arguments._n_gpu <= 1
+
+
+# --- what happens to a run --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(checkpoint, dataset, tmp_path_factory):
+    """A run of six steps with a checkpoint after each: two workers, accumulation, a dropout that needs its seed."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "out"
+    values = recipe_values(checkpoint, dataset, output, save_strategy="steps", save_steps=1, dataloader_num_workers=2)
+    values["train"]["per_device_train_batch_size"] = 2
+    values |= {"global_batch_size": 4, "trainable": "lora", "lora": {"r": 4, "dropout": 0.3}}
+    return values, run(values), output
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_resumed_is_uninterrupted(uninterrupted, step, tmp_path):
+    values, expected, output = uninterrupted
+    shutil.copytree(output / f"checkpoint-{step}", tmp_path / "out" / f"checkpoint-{step}")
+    found = run(values, resume=True, output_dir=str(tmp_path / "out"))
+    assert found.losses == expected.losses and found.steps == 6
+    before, after = weights(expected.folder), weights(found.folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+KILLED = """
+import os, signal, sys
+from vamba.cli import main
+from vamba.training.trainer import VambaTrainer
+saved = VambaTrainer._save_rng_state
+def killed(self, folder):
+    if self.state.global_step == 4:
+        assert os.listdir(folder)  # in the middle of a save
+        os.kill(os.getpid(), signal.SIGKILL)
+    saved(self, folder)
+VambaTrainer._save_rng_state = killed
+main(["finetune", sys.argv[1]])
+"""
+
+
+def test_killed_in_the_middle_of_a_save(uninterrupted, tmp_path):
+    values, expected, _ = uninterrupted
+    output = tmp_path / "out"
+    values = values | {"train": values["train"] | {"output_dir": str(output), "save_steps": 2}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "r.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    assert sorted(path.name for path in output.iterdir()) == [".saving", "checkpoint-2"]
+    assert last_checkpoint(output).name == "checkpoint-2"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = run(values, resume=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert found.losses.keys() == expected.losses.keys() and not (output / ".saving").exists()
+    assert [found.losses[step] for step in (1, 2)] == pytest.approx(
+        [expected.losses[step] for step in (1, 2)], rel=1e-5
+    )
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)  # another number of threads may round otherwise
+
+
+def test_a_signal_saves_and_stops(uninterrupted, tmp_path, monkeypatch):
+    values, expected, _ = uninterrupted
+    values = values | {"train": values["train"] | {"output_dir": str(tmp_path / "out"), "save_steps": 100}}
+    before = signal.getsignal(signal.SIGTERM)
+    step = VambaTrainer.training_step
+
+    def interrupted(self, *args):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VambaTrainer, "training_step", interrupted)
+        stopped = run(values)
+    assert stopped.folder is None and stopped.steps == 3 and signal.getsignal(signal.SIGTERM) == before
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert run(values, resume=True).losses == expected.losses
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints(values, tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(thing, path, *args, **kwargs):
+        if "checkpoint-4" in str(path) and "optimizer" in str(path):
+            raise OSError(28, "No space left on device")
+        save(thing, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="checkpoint-4 could not be written .*No space left.*the earlier checkpoints"):
+        run(values, save_strategy="steps", save_steps=2, save_total_limit=1)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    found = run(values, resume=True, save_strategy="steps", save_steps=2, save_total_limit=1)
+    assert found.steps == 6 and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint-6", "final"]
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path):
+    for name, files in {"checkpoint-3": 2, "checkpoint-10": 1, "checkpoint-x": 2, ".saving/checkpoint-12": 2}.items():
+        (tmp_path / name).mkdir(parents=True)
+        for file in ("trainer_state.json", "data_position_0.json")[:files]:
+            (tmp_path / name / file).write_text("{}")
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
+    assert last_checkpoint(tmp_path / "checkpoint-3") is None
+
+
+def test_another_number_of_workers_cannot_go_on(uninterrupted, tmp_path):
+    values, _, output = uninterrupted
+    shutil.copytree(output / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(ValueError, match="1 processes with 2 data workers each; resume with as many"):
+        run(values, resume=True, output_dir=str(tmp_path / "out"), dataloader_num_workers=1)
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_batch(values, tmp_path, monkeypatch):
+    step = VambaTrainer.training_step
+
+    def poisoned(self, model, inputs, *args):
+        if self.state.global_step == 3:
+            inputs["pixel_values_videos"][0, 0] = float("inf")
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(VambaTrainer, "training_step", poisoned)
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss of step 4 is nan for the samples train.jsonl#v\d+, train"
+    ) as error:
+        run(values, save_strategy="steps", save_steps=2)
+    assert str(error.value).count("#v") == 4
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+
+
+@pytest.fixture
+def broken(dataset, tmp_path):
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    rows[3]["messages"][0]["content"][0]["video"] = "gone.mp4"
+    path = tmp_path / "broken.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": str(path), "media_root": str(dataset.parent)}
+
+
+def test_broken_examples_are_skipped_logged_and_counted(values, broken, monkeypatch):
+    told, logged = [], []
+    monkeypatch.setattr(trainer_module.logger, "warning", told.append)
+    monkeypatch.setattr(Trainer, "log", lambda self, logs, start_time=None: logged.append(logs))
+    values |= {"data": values["data"] | {"train": broken}}
+    run(values, max_steps=6)
+    assert told and all("skipped broken.jsonl#v3" in line and "gone.mp4" in line for line in told)
+    assert logged[5]["skipped_samples"] == len(told)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_example_stops_the_run_if_asked(values, broken, workers, tmp_path, capsys):
+    values |= {"data": values["data"] | {"train": broken, "on_error": "raise"}}
+    values["train"] |= {"dataloader_num_workers": workers}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    assert main(["finetune", str(tmp_path / "r.yaml")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("vamba: broken.jsonl#v3: ") and "gone.mp4" in line
+
+
+def test_push_to_hub_uploads_all_of_it(values, monkeypatch):
+    uploaded = {}
+
+    class StandIn:
+        """Of huggingface_hub.HfApi: the two calls an upload makes."""
+
+        def __init__(self, token=None):
+            uploaded["token"] = token
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            uploaded["private"] = private
+            return type("RepoUrl", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+            uploaded.update(repo_id=repo_id, files=files)
+            return "https://hub/commit/1"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", StandIn)
+    result = run(values, max_steps=1, push_to_hub=True, hub_model_id="me/tuned", hub_private_repo=True, hub_token="t")
+    assert (uploaded["repo_id"], uploaded["private"], uploaded["token"]) == ("me/tuned", True, "t")
+    wanted = {"config.json", "model.safetensors", "modeling_vamba.py", "processor_config.json", "tokenizer.json"}
+    assert wanted <= uploaded["files"].keys() and b"Fine-tuned from" in uploaded["files"]["README.md"]
+    assert uploaded["files"]["model.safetensors"] == (result.folder / "model.safetensors").read_bytes()
+    assert "hub_token" not in (result.folder / "recipe.yaml").read_text()
+
+
+# --- the collator with others' trainers -------------------------------------------------------------------------------
+
+
+def arguments(folder, kind=TrainingArguments, **options):
+    return kind(
+        output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=2e-3, use_cpu=True,
+        remove_unused_columns=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, **options,
+    )  # fmt: skip
+
+
+def test_a_plain_trainer(checkpoint, dataset, tmp_path):
+    source = Source(dataset)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(checkpoint),
+        AutoProcessor.from_pretrained(checkpoint),
+    )
+    collator = Collator(ConversationEncoder(processor, fps=8, media_root=source.media_root))
+    options = arguments(tmp_path, dataloader_num_workers=1)
+    trainer = Trainer(model, options, data_collator=collator, train_dataset=source.rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[2] < losses[0]
+
+
+def test_trls_trainer(checkpoint, dataset, tmp_path):
+    trl = pytest.importorskip("trl")
+    source = Source(dataset)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(checkpoint),
+        AutoProcessor.from_pretrained(checkpoint),
+    )
+    collator = Collator(ConversationEncoder(processor, fps=8, media_root=source.media_root))
+    options = arguments(tmp_path, trl.SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, bf16=False)
+    trainer = trl.SFTTrainer(
+        model, options, data_collator=collator, train_dataset=source.rows, processing_class=processor
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[2] < losses[0]

@@ -1,0 +1,45 @@
+"""What the tests of training share: a folder of the demo's videos with questions and answers, and recipes for it."""
+
+import json
+from pathlib import Path
+
+from vamba.demo.videos import QUESTIONS, render, stories, write_video
+
+
+def write_dataset(folder: Path, count: int, seed: int = 0, questions: int = 3) -> Path:
+    """`count` videos and train.jsonl: a conversation about each, with 1 to `questions` questions in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
+        for index, story in enumerate(stories(count, seed)):
+            write_video(folder / f"{index}.mp4", render(story))
+            file.write(json.dumps({"id": f"v{index}", "messages": turns(story, index % questions + 1, index)}) + "\n")
+    return folder / "train.jsonl"
+
+
+def turns(story, count: int, index: int) -> list[dict]:
+    messages = []
+    for kind, question in list(QUESTIONS.items())[:count]:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": story.answer(kind)})
+    messages[0]["content"].insert(0, {"type": "video", "video": f"{index}.mp4"})
+    return messages
+
+
+def recipe_values(model: Path, data: Path, output: Path, **train) -> dict:
+    """A recipe that runs on a CPU in seconds."""
+    return {
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": str(data), "fps": 8},
+        "train": {
+            "output_dir": str(output),
+            "max_steps": 6,
+            "learning_rate": 2e-3,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            **train,
+        },
+    }

@@ -1,0 +1,205 @@
+"""Where the time goes: the model's parts in one chunk and one prompt, a Mamba-2 block's kernels, decoding of files.
+
+What is unusual: a part is a set of modules, timed by hooks while the model runs as always; what a module does beside
+the modules inside it is a part as well, the difference of the two.
+"""
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from vamba.modeling import read_video
+
+from .measure import Clock, Ours, Stopwatch, now
+from .models import linear_weights
+
+
+@dataclass
+class Part:
+    """Modules, less those inside them; floors by operations and by bytes, whichever are more."""
+
+    name: str
+    modules: list[nn.Module]
+    operations: int = 0
+    size: int = 0
+    less: list[nn.Module] = field(default_factory=list)
+
+
+def measure_parts(ours: Ours, rates: dict) -> list[dict]:
+    """Rows (part, calls, ms, floor_ms) of encoding one chunk and of reading one prompt about it."""
+    frames = ours.args.chunk_frames
+    memory, clock = ours.encode(frames), Clock(ours.device)
+    ours.generate(ours.prompt(), clock, past_key_values=memory.fork())  # kernels are compiled
+    parts = [*_vision_parts(ours), *_encoder_parts(ours), *_prompt_parts(ours)]
+
+    def run():
+        memory = ours.encode(frames)
+        ours.model(ours.prompt(), past_key_values=memory.fork(), use_cache=True, logits_to_keep=1)
+
+    times = time_modules({module for part in parts for module in (*part.modules, *part.less)}, run, ours.device)
+    rows = []
+    for part in parts:
+        calls = sum(len(times[module]) for module in part.modules)
+        seconds = sum(sum(times[m]) for m in part.modules) - sum(sum(times[m]) for m in part.less)
+        floor = max(part.operations / rates["matrix_per_s"], part.size / rates["copied_bytes_per_s"])
+        if calls:  # a kernel may have taken the place of a module
+            rows.append({"part": part.name, "calls": calls, "ms": 1e3 * seconds, "floor_ms": 1e3 * floor})
+    return rows
+
+
+def time_modules(modules: Iterable[nn.Module], run: Callable, device: torch.device) -> dict[nn.Module, list[float]]:
+    """Seconds of each call of each module while `run` runs."""
+    watch, calls = Stopwatch(device), {module: [] for module in modules}
+
+    def before(module, args):
+        watch.mark()
+        calls[module].append([len(watch.marks) - 1])
+
+    def after(module, args, output):
+        watch.mark()
+        calls[module][-1].append(len(watch.marks) - 1)
+
+    hooks = [m.register_forward_pre_hook(before) for m in calls] + [m.register_forward_hook(after) for m in calls]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    now(device)
+    return {m: [watch.between(watch.marks[a], watch.marks[b]) for a, b in spans] for m, spans in calls.items()}
+
+
+def _vision_parts(ours: Ours) -> list[Part]:
+    """The tower as a whole, and, of Qwen2-VL's, its parts over all blocks."""
+    model, config, frames = ours.model.model, ours.model.config.vision_config, ours.args.chunk_frames
+    whole = Part("vision tower", [model.visual], ours.vision_operations(frames))
+    if config.model_type != "qwen2_vl_vision":
+        return [whole]
+    h, w = ours.args.patches
+    T, M, blocks = ours.steps(frames) * h * w, ours.tokens(frames), list(model.visual.blocks)
+    row = T * config.embed_dim * ours.model.dtype.itemsize * len(blocks)  # bytes of the stream, through all blocks
+
+    def products(name: str, modules: list[nn.Module], tokens: int = T) -> Part:
+        return Part(f"vision tower: {name}", modules, 2 * tokens * linear_weights(*modules))
+
+    qkv, proj = [block.attn.qkv for block in blocks], [block.attn.proj for block in blocks]
+    attention = 4 * T * h * w * config.embed_dim * len(blocks)
+    return [
+        whole,
+        products("patch embedding", [model.visual.patch_embed]),
+        Part("vision tower: norm", [block.norm1 for block in blocks], size=2 * row),
+        products("qkv", qkv),
+        Part("vision tower: rotation and attention", [block.attn for block in blocks], attention, less=[*qkv, *proj]),
+        products("output of attention", proj),
+        Part("vision tower: residual and norm", [block.norm2 for block in blocks], size=4 * row),
+        products("fc1", [block.mlp.fc1 for block in blocks]),
+        Part("vision tower: activation", [block.mlp.act for block in blocks], size=int(2 * row * config.mlp_ratio)),
+        products("fc2", [block.mlp.fc2 for block in blocks]),
+        products("merger", [model.visual.merger], M),
+    ]
+
+
+def _encoder_parts(ours: Ours) -> list[Part]:
+    model, config, M = ours.model.model, ours.model.config.mamba_config, ours.tokens(ours.args.chunk_frames)
+    blocks, layers = list(model.video_encoder.layers), list(model.language_model.layers)
+    mixers = [block.mixer for block in blocks]
+    row = M * ours.model.dtype.itemsize * len(blocks)  # bytes of one number per token, through all blocks
+    inside = [module for mixer in mixers for module in (mixer.in_proj, mixer.norm, mixer.out_proj)]
+    keys_values = [module for layer in layers for module in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)]
+    inner, conv = config.intermediate_size, config.conv_dim
+    return [
+        Part("Mamba-2 blocks", blocks, 2 * M * linear_weights(*blocks)),
+        Part("Mamba-2 blocks: norm", [block.norm for block in blocks], size=2 * row * config.hidden_size),
+        Part(
+            "Mamba-2 blocks: in_proj", [m.in_proj for m in mixers], 2 * M * linear_weights(*(m.in_proj for m in mixers))
+        ),
+        Part("Mamba-2 blocks: convolution and scan", mixers, size=row * (conv + config.num_heads + inner), less=inside),
+        Part("Mamba-2 blocks: gated norm", [mixer.norm for mixer in mixers], size=3 * row * inner),
+        Part(
+            "Mamba-2 blocks: out_proj",
+            [m.out_proj for m in mixers],
+            2 * M * linear_weights(*(m.out_proj for m in mixers)),
+        ),
+        Part("video keys and values", keys_values, 2 * M * linear_weights(*keys_values)),
+    ]
+
+
+def _prompt_parts(ours: Ours) -> list[Part]:
+    language, N = ours.model.model.language_model, ours.args.prompt_tokens
+    weights = linear_weights(language) - ours.key_value_weights()
+    cross = [layer.cross_attn for layer in language.layers]
+    text = ours.model.config.text_config
+    reading = 4 * N * ours.tokens(ours.args.chunk_frames) * text.hidden_size * len(cross)
+    queries = linear_weights(*cross) - ours.key_value_weights()
+    item = ours.model.dtype.itemsize
+    return [
+        Part("prompt", [language], 2 * N * weights + reading, weights * item),
+        Part("prompt: reading the video", cross, 2 * N * queries + reading, queries * item),
+    ]
+
+
+def measure_kernels(ours: Ours) -> list[dict]:
+    """Rows (kernel, calls, ms) of one Mamba-2 block over one chunk; operators where there is no GPU."""
+    block, config = ours.model.model.video_encoder.layers[0], ours.model.config.mamba_config
+    shape = (1, ours.tokens(ours.args.chunk_frames), config.hidden_size)
+    vision_BSD = torch.randn(shape, device=ours.device).to(ours.model.dtype)
+    _, state = block(vision_BSD, None, None)
+    cuda = ours.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[activity], acc_events=True) as profiler:
+        block(vision_BSD, state, None)
+        now(ours.device)
+    field = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, field))
+    rows = [{"kernel": e.key, "calls": e.count, "ms": getattr(e, field) / 1e3} for e in events]
+    return [row for row in rows if row["ms"] > 0][:16]
+
+
+def measure_videos(files: list[str] | None, vision) -> list[dict]:
+    """How fast files are read and resized, at 1 frame per second and every frame; a clip made here for None."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = files or [make_clip(Path(folder) / "synthetic_720p30.mp4")]
+        return [_read(file, every, vision) for file, every in itertools.product(files, (False, True))]
+
+
+def _read(file: str | Path, every: bool, vision) -> dict:
+    factor = vision.patch_size * vision.spatial_merge_size
+    with read_video(file, factor=factor, max_pixels=640 * 364) as reader:
+        info = reader.metadata
+    start = time.perf_counter()
+    with read_video(file, factor=factor, max_pixels=640 * 364, fps=info.fps if every else 1.0) as reader:
+        kept = sum(len(chunk) for chunk in reader)
+    seconds = time.perf_counter() - start
+    duration = info.duration or kept / (info.fps if every else 1.0)
+    return {
+        "video": Path(file).name,
+        "kept": "every frame" if every else "1 a second",
+        "frames": kept,
+        "seconds": seconds,
+        "decoded_frames_per_s": duration * info.fps / seconds,
+        "times_real_time": duration / seconds,
+    }
+
+
+def make_clip(path: Path, seconds: int = 20, fps: int = 30, width: int = 1280, height: int = 720) -> Path:
+    """H.264 of a moving texture, a picture that a codec has some work with."""
+    import av
+    import numpy as np
+
+    texture = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    texture = texture.repeat(8, 0).repeat(8, 1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for index in range(seconds * fps):
+            picture = np.roll(texture, 3 * index, 1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path

@@ -94,6 +94,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         video_scales: tuple[Tensor | None, Tensor | None] = (None, None),
         video_mask_BM: Tensor | None = None,
         video_rows: list[int] | None = None,
+        packed_videos: list[tuple[int, VideoLevel | None]] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -109,8 +110,12 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
             position_embeddings=position_embeddings,
             **kwargs,
         )
+        # How samples are packed is the self-attention's business; the cross-attention is called for each of them.
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith(("cu_seq_lens", "max_length"))}
         crossed = None
-        if video_keys_BHMP is not None:
+        if packed_videos is not None:
+            crossed = self._cross_packed(hidden_states, packed_videos, query_position_embeddings, **kwargs)
+        elif video_keys_BHMP is not None:
             crossed, _ = self.cross_attn(
                 hidden_states,
                 VideoLevel(video_keys_BHMP, video_values_BHMP, *video_scales),
@@ -121,6 +126,25 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
             )
         hidden_states, normed = self._mix(residual, attended, crossed)
         return hidden_states + self.mlp(normed)
+
+    def _cross_packed(
+        self,
+        hidden_BND: Tensor,
+        videos: list[tuple[int, VideoLevel | None]],
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Each sample of a packed row reads its own video, or zeros if it has none."""
+        outputs, start = [], 0
+        for length, video in videos:
+            part = hidden_BND[:, start : start + length]
+            positions = position_embeddings and tuple(t[:, start : start + length] for t in position_embeddings)
+            crossed = torch.zeros_like(part)
+            if video is not None:
+                crossed, _ = self.cross_attn(part, video, None, None, positions, **kwargs)
+            outputs.append(crossed)
+            start += length
+        return torch.cat(outputs, 1)
 
     def _mix(self, residual: Tensor, attended: Tensor, crossed: Tensor | None) -> tuple[Tensor, Tensor]:
         """T' of equation 4, and its norm."""

@@ -8,12 +8,12 @@ video token; text positions count text only.
 Shapes: B batch, M video tokens, N text tokens, S video tokens of one chunk, D hidden, H heads, P head dim.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import CompileConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import (
@@ -35,84 +35,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .cross_attention import VambaCrossAttention
 from .decoder_layer import VambaDecoderLayer
-from .frame_streaming import default_chunk_frames, load_ahead, normalized, to_device
+from .frame_streaming import MAX_CHUNK_FRAMES, default_chunk_frames, load_ahead, normalized, to_device
 from .generation_vamba import VambaGenerationMixin
 from .graphed_decoding import GraphedDecoding
-from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
 from .media import MediaItem, assign_media, chunk_patches, list_media, media_positions, split_frames
-from .video_memory import VideoMemory
+from .multi_axis_checkpointing import offload_saved
+from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder
+from .video_memory import VideoLevel, VideoMemory
 from .vision_tower import VambaVisionTower, vision_tower
-
-
-@auto_docstring
-class VambaPreTrainedModel(PreTrainedModel):
-    config: VambaConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["VambaDecoderLayer", "Mamba2Block", "Qwen2_5_VLVisionBlock"]
-    _skip_keys_device_placement = ["past_key_values", "video_memory"]
-    _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Mamba2Mixer):
-            init_mamba2_mixer(module, self.config.get_text_config().num_hidden_layers)
-        elif isinstance(module, VambaDecoderLayer):
-            if module.alpha is not None:
-                init.constant_(module.alpha, 0.5)
-        else:
-            super()._init_weights(module)
-
-
-class VambaVideoEncoder(VambaPreTrainedModel):
-    """The Mamba-2 blocks between the levels V_0 … V_{L-1} of the video stream; V_L is never read, so L - 1 blocks."""
-
-    input_modalities = ("image", "video")
-    _can_record_outputs = {"hidden_states": Mamba2Block}
-
-    def __init__(self, config: VambaConfig):
-        super().__init__(config)
-        self.layers = nn.ModuleList(
-            [Mamba2Block(config.mamba_config) for _ in range(config.text_config.num_hidden_layers - 1)]
-        )
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def forward(
-        self,
-        memory: VideoMemory,
-        vision_BSD: Tensor,
-        text_layers: nn.ModuleList,
-        lengths_B: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-    ) -> VideoMemory:
-        """Extends `memory` by the next S video tokens, after whatever it holds.
-
-        Args:
-            vision_BSD: V_0, the vision tower's tokens, (B, S, D); the rows of the memory's video.
-            text_layers: the decoder layers, whose cross-attention makes the keys and values of each level.
-            lengths_B: valid tokens of each row, (B,), the rest being padding on the right; None for all.
-            position_embeddings: cos and sin (B, S, P) of the tokens, where the keys are to carry positions.
-        """
-        B, S, _ = vision_BSD.shape
-        for index, layer in enumerate(text_layers):
-            vision_BSD, keys, values = layer.video_key_value(vision_BSD, position_embeddings)
-            memory.append(index, keys, values)
-            if index < len(self.layers):
-                state = memory.states[index]
-                if state is not None and state.ssm_BHPK.device != vision_BSD.device:  # of a memory read from a file
-                    state = Mamba2State(*(t.to(vision_BSD.device) for t in state))
-                vision_BSD, memory.states[index] = self.layers[index](vision_BSD, state, lengths_B)
-        valid = None
-        if lengths_B is not None:
-            valid = torch.arange(S, device=lengths_B.device) < lengths_B.unsqueeze(1)
-        memory.append_mask(S, valid)
-        return memory
 
 
 class VambaTextModel(VambaPreTrainedModel):
@@ -146,14 +76,20 @@ class VambaTextModel(VambaPreTrainedModel):
         past_key_values: VideoMemory | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        packed: list[tuple[int, VideoMemory]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
+        r"""
+        packed (`list` of `(int, VideoMemory)`, *optional*):
+            The samples that one row of text consists of: their lengths, and the memories of their videos.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         memory = VideoMemory.of(past_key_values, self.config)
-        memory.check(self.config, inputs_embeds.shape[0], inputs_embeds.dtype)
+        for _, checked in packed or [(0, memory)]:
+            checked.check(self.config, inputs_embeds.shape[0], inputs_embeds.dtype)
         text_cache = memory if use_cache or memory.get_seq_length() else None
         position_ids = text_position_ids(position_ids, attention_mask, inputs_embeds, memory.get_seq_length())
         if isinstance(attention_mask, dict):  # made by `generate` for a static cache
@@ -164,28 +100,43 @@ class VambaTextModel(VambaPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=text_cache,
+                position_ids=position_ids[0] if packed else None,  # that start anew tell the samples apart
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         query_positions = position_embeddings if self.config.cross_attn_use_position_embeddings else None
-        video_mask, hidden_states = memory.video_mask(), inputs_embeds
+        samples = packed or [(inputs_embeds.shape[1], memory)]
+        hidden_states = inputs_embeds
         for index, layer in enumerate(self.layers):
-            keys, values, *scales = memory.level(index, inputs_embeds.device) if memory.video_length else (None, None)
-            hidden_states = layer(
-                hidden_states,
-                keys,
-                values,
-                video_scales=tuple(scales) or (None, None),
-                video_mask_BM=video_mask,
-                video_rows=memory.video_rows,
-                attention_mask=causal_mask,
-                past_key_values=text_cache,
-                position_embeddings=position_embeddings,
-                query_position_embeddings=query_positions,
-                **kwargs,
-            )
+            videos = [
+                (length, seen.level(index, inputs_embeds.device) if seen.video_length else None)
+                for length, seen in samples
+            ]
+            keys, values, *scales = (None if packed else videos[0][1]) or (None, None)
+            with _saving([(seen, video) for (_, seen), (_, video) in zip(samples, videos)]):
+                hidden_states = layer(
+                    hidden_states,
+                    keys,
+                    values,
+                    video_scales=tuple(scales) or (None, None),
+                    video_mask_BM=memory.video_mask(),
+                    video_rows=memory.video_rows,
+                    packed_videos=videos if packed else None,
+                    attention_mask=causal_mask,
+                    past_key_values=text_cache,
+                    position_embeddings=position_embeddings,
+                    query_position_embeddings=query_positions,
+                    **kwargs,
+                )
+            del keys, values, videos  # of deferred levels only autograd keeps them
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=text_cache
         )
+
+
+def _saving(videos: list[tuple[VideoMemory, VideoLevel | None]]) -> contextlib.AbstractContextManager:
+    """Within, autograd keeps keys and values where their deferred levels keep what they save, which may be the CPU."""
+    moved = [t for memory, video in videos if video is not None and memory.offloads_saved for t in video[:2]]
+    return offload_saved(*moved) if moved else contextlib.nullcontext()
 
 
 def text_position_ids(
@@ -301,6 +252,7 @@ class VambaModel(VambaPreTrainedModel):
         pixels: dict[str, Tensor],
         memory: VideoMemory,
         chunk_frames: int | None = None,
+        read_once: bool = False,
     ) -> VideoMemory:
         """The loop all media go through: frames -> vision tower -> Mamba-2 blocks and video memory, chunk by chunk.
 
@@ -318,7 +270,9 @@ class VambaModel(VambaPreTrainedModel):
         device = self.visual.device
         for chunk, patches in load_ahead(
             split_frames(rows, frames),
-            lambda chunk: [to_device(part, device) for part in chunk_patches(chunk, pixels)],
+            lambda chunk: [
+                part if frames is None else to_device(part, device) for part in chunk_patches(chunk, pixels)
+            ],
             device,
         ):
             vision_BSD, lengths_B = self._vision_tokens(chunk, patches)
@@ -326,7 +280,8 @@ class VambaModel(VambaPreTrainedModel):
             if self.config.text_config.cross_attn_use_position_embeddings:
                 positions_3BS = media_positions(chunk, self.config.vision_config.spatial_merge_size)
                 positions = self.language_model.rotary_emb(vision_BSD, positions_3BS.to(vision_BSD.device))
-            self.video_encoder(memory, vision_BSD, self.language_model.layers, lengths_B, positions)
+            read_once = read_once and frames is None
+            self.video_encoder(memory, vision_BSD, self.language_model.layers, lengths_B, positions, read_once)
             memory.note_media(chunk)
         return memory
 
@@ -335,20 +290,25 @@ class VambaModel(VambaPreTrainedModel):
 
         `parts` holds the patches of its items in order, wherever they are cut.
         """
-        items = [item for row in chunk for item in row]
-        parts = [normalized(part, self.config) for part in parts]
+        if len({part.dtype for part in parts}) > 1:
+            parts = [normalized(part, self.config) for part in parts]
         patches = parts[0] if len(parts) == 1 else torch.cat(parts)
-        grid = torch.tensor([[item.t, item.h, item.w] for item in items])
-        if not isinstance(self.visual, VambaVisionTower):  # ours would have to wait for the GPU to read it there
-            grid = grid.to(patches.device)
-        tokens = self.get_video_features(patches, grid, return_dict=True).pooler_output
-        empty, position, by_row = tokens[0][:0], 0, []
-        for row in chunk:
-            by_row.append(torch.cat([empty, *tokens[position : position + len(row)]]))
-            position += len(row)
-        lengths = [len(row) for row in by_row]
-        lengths_B = torch.tensor(lengths, device=patches.device) if len(set(lengths)) > 1 else None
-        return nn.utils.rnn.pad_sequence(by_row, batch_first=True), lengths_B
+        # A chunk may be of any size where gradients are recorded: the tower, mostly frozen then, takes it in passes.
+        frames = MAX_CHUNK_FRAMES // self.config.vision_config.temporal_patch_size
+        passes = [items for (items,) in split_frames([[item for row in chunk for item in row]], frames)]
+        tokens, start = [], 0
+        for items in passes:
+            end = start + sum(item.num_patches for item in items)
+            grid = torch.tensor([[item.t, item.h, item.w] for item in items])
+            if not isinstance(self.visual, VambaVisionTower):  # ours would have to wait for the GPU to read it there
+                grid = to_device(grid, self.visual.device)
+            taken = to_device(patches[start:end], self.visual.device)
+            tokens += self.get_video_features(taken, grid, return_dict=True).pooler_output
+            start = end
+        merged = self.config.vision_config.spatial_merge_size**2
+        lengths = [sum(item.num_patches for item in row) // merged for row in chunk]
+        lengths_B = torch.tensor(lengths, device=tokens[0].device) if len(set(lengths)) > 1 else None
+        return nn.utils.rnn.pad_sequence(torch.cat(tokens).split(lengths), batch_first=True), lengths_B
 
     def _rotate_video_keys(self, memory: VideoMemory, rotated: bool) -> None:
         """Puts M-RoPE on a memory's keys or takes it off, once."""
@@ -382,6 +342,33 @@ class VambaModel(VambaPreTrainedModel):
         images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in ("image", "video"))
         return assign_media(images, videos, self.media_starts(input_ids, inputs_embeds), mm_token_type_ids)
 
+    def packed_samples(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        mm_token_type_ids: Tensor | None,
+        pixels: dict[str, Tensor | None],
+        grids: dict[str, Tensor | None],
+        lengths: list[int],
+    ) -> list[tuple[int, VideoMemory]]:
+        """Length and encoded media of each sample packed into one row of text. Arguments as of `media_rows`.
+
+        Raises:
+            ValueError: more than one row, or lengths that do not add up to it.
+        """
+        B, N, _ = inputs_embeds.shape
+        if B != 1 or sum(lengths) != N or min(lengths) < 1:
+            raise ValueError(f"packed_lengths={lengths} must be positive and add up to one row of text, not {B} x {N}.")
+
+        def by_sample(t_1N: Tensor) -> Tensor:
+            return nn.utils.rnn.pad_sequence(t_1N[0].split(lengths), batch_first=True)
+
+        images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in ("image", "video"))
+        types = None if mm_token_type_ids is None else by_sample(mm_token_type_ids)
+        rows = assign_media(images, videos, by_sample(self.media_starts(input_ids, inputs_embeds)), types)
+        memories = [self.encode_media([row], pixels, VideoMemory(self.config), read_once=True) for row in rows]
+        return list(zip(lengths, memories))
+
     def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, N), True at each `<|vision_start|>`; recognised by its embedding where there are no ids."""
         if input_ids is not None:
@@ -404,12 +391,15 @@ class VambaModel(VambaPreTrainedModel):
         image_grid_thw: torch.LongTensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
+        packed_lengths: list[int] | torch.LongTensor | None = None,
         unrotate_video_keys: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPastAndCrossAttentions:
         r"""
         mm_token_type_ids (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
             1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
+        packed_lengths (`list[int]` or `torch.LongTensor` of shape `(number of samples,)`, *optional*):
+            One row of text consists of samples of these lengths, which see neither each other nor each other's media.
         unrotate_video_keys (`bool`, *optional*, defaults to `False`):
             Read the video without positions although `cross_attn_use_position_embeddings` is set; see
             `VambaForConditionalGeneration.prepare_inputs_for_generation`.
@@ -418,19 +408,28 @@ class VambaModel(VambaPreTrainedModel):
             if input_ids is None:
                 raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        memory = VideoMemory.of(past_key_values, self.config.text_config)
-        if any(media is not None for media in (pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw)):
+        memory, packed = VideoMemory.of(past_key_values, self.config.text_config), None
+        if packed_lengths is not None:
+            pixels = {"image": pixel_values, "video": pixel_values_videos}
+            grids = {"image": image_grid_thw, "video": video_grid_thw}
+            lengths = torch.as_tensor(packed_lengths).tolist()
+            packed = self.packed_samples(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids, lengths)
+            if position_ids is None:
+                position_ids = torch.cat([torch.arange(n, device=inputs_embeds.device) for n in lengths])[None]
+            attention_mask = None  # there is no padding within, and the samples' borders are in the positions
+        elif any(media is not None for media in (pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw)):
             pixels = {"image": pixel_values, "video": pixel_values_videos}
             grids = {"image": image_grid_thw, "video": video_grid_thw}
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)
-            memory = self.encode_media(rows, pixels, memory)
+            memory = self.encode_media(rows, pixels, memory, read_once=not use_cache)
         self._rotate_video_keys(memory, not unrotate_video_keys)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=memory,
-            use_cache=use_cache,
+            use_cache=use_cache if packed is None else False,
+            packed=packed,
             **kwargs,
         )
 
@@ -479,12 +478,16 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin, 
         image_grid_thw: torch.LongTensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
+        packed_lengths: list[int] | torch.LongTensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CausalLMOutputWithCrossAttentions:
         r"""
         mm_token_type_ids (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
             1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
+        packed_lengths (`list[int]` or `torch.LongTensor` of shape `(number of samples,)`, *optional*):
+            One row of text consists of samples of these lengths, which see neither each other nor each other's media;
+            the first label of each should be -100. Loss and gradients are those of the samples in a batch.
 
         Example:
 
@@ -514,6 +517,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin, 
             image_grid_thw=image_grid_thw,
             video_grid_thw=video_grid_thw,
             mm_token_type_ids=mm_token_type_ids,
+            packed_lengths=packed_lengths,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

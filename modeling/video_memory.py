@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from .mamba2 import Mamba2State
 from .media import MediaItem
+from .multi_axis_checkpointing import LazyLevels
 
 
 FORMAT = "vamba.video_memory.1"
@@ -108,6 +109,7 @@ class VideoMemory(Cache):
         self.media: list[list[list]] = []
         self.video_rows: list[int] | None = None
         self.keys_are_rotated = True
+        self._deferred: LazyLevels | None = None
 
     @classmethod
     def of(cls, cache: Cache | None, config: PreTrainedConfig) -> "VideoMemory":
@@ -142,6 +144,8 @@ class VideoMemory(Cache):
 
     @property
     def num_video_rows(self) -> int:
+        if self._deferred is not None:
+            return self._deferred.sequences[0].blocks[0].shape[0]
         return self._levels[0][0].keys_BHMP.shape[0] if self._levels[0] else 0
 
     @property
@@ -176,6 +180,15 @@ class VideoMemory(Cache):
         t = t.to(self.video_device)
         return t.pin_memory() if t.device.type == "cpu" and torch.cuda.is_available() else t
 
+    def defer(self, levels: LazyLevels) -> None:
+        """The keys and values of further tokens, made when a layer is read; from then on each can be read once."""
+        self._deferred = levels
+
+    @property
+    def offloads_saved(self) -> bool:
+        """Whether what autograd saves of deferred levels goes to the CPU."""
+        return self._deferred is not None and self._deferred.offload
+
     def append_mask(self, length: int, valid_BS: Tensor | None = None) -> None:
         """Counts S further tokens in; `valid_BS` (bool) marks padding in rows shorter than S, None means no padding."""
         self._valid.append((valid_BS, length))
@@ -194,6 +207,9 @@ class VideoMemory(Cache):
     def level(self, layer_idx: int, device: torch.device | None = None) -> VideoLevel:
         """One layer as it is stored, on `device`; of a memory on the CPU the next layer is then on its way as well."""
         parts = self._levels[layer_idx]
+        if self._deferred is not None:
+            new = [*parts, *(VideoLevel(*keys_values) for keys_values in self._deferred.take(layer_idx))]
+            return VideoLevel(*(None if t[0] is None else torch.cat(t, dim=2) for t in zip(*new)))
         if len(parts) > 1:  # joined on first use: appending n chunks copies each token once, not n times
             parts[:] = [VideoLevel(*(None if t[0] is None else _join(t) for t in zip(*parts)))]
         level = parts[0]
@@ -325,6 +341,7 @@ class VideoMemory(Cache):
         self._levels = [[] for _ in self._levels]
         self._fetched.clear()
         self._valid, self._mask, self.media, self.video_rows = [], None, [], None
+        self._deferred = None
         self.states = [None] * len(self.states)
 
     # --- files -----------------------------------------------------------------------------------------------------
@@ -410,7 +427,7 @@ class VideoMemory(Cache):
 
     def check(self, config: PreTrainedConfig, batch_size: int, dtype: torch.dtype) -> None:
         """Raises ValueError if this memory was not made by a model of this shape and dtype, or for this many rows."""
-        if not self.video_length:
+        if not self.video_length or self._deferred is not None:  # made in this very forward pass
             return
         keys = self._levels[0][0].keys_BHMP
         made_by = (len(self._levels), keys.shape[1], keys.shape[3])

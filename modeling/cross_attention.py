@@ -24,7 +24,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_vamba import VambaTextConfig
 from .split_key_attention_triton import can_split_keys, split_key_attention
-from .video_memory import VideoLevel
+from .video_level import VideoLevel
 
 
 # Beyond as many queries, text rows that share a video counted together, flash attention fills the GPU by itself.

@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs
 from .configuration_vamba import VambaTextConfig
 from .cross_attention import VambaCrossAttention
 from .text_triton import fusible, mix_norm_triton, rotate_triton, silu_mul_triton, three_linears_triton
-from .video_memory import VideoLevel
+from .video_level import VideoLevel
 
 
 class VambaSelfAttention(Qwen2VLAttention):

@@ -155,11 +155,12 @@ def default_chunk_frames(model: PreTrainedModel, patches: int) -> int:
     if not devices:
         return MAX_CHUNK_FRAMES
     needed = patches * activation_bytes(model.config, model.dtype)
-    fitting = min(map(_free_bytes, devices)) // max(1, 2 * needed)
+    fitting = min(map(free_bytes, devices)) // max(1, 2 * needed)
     return temporal * max(1, min(MAX_CHUNK_FRAMES // temporal, fitting))
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """What could still be allocated on a GPU: what its driver has, and what PyTorch holds unused."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 

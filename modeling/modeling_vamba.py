@@ -41,7 +41,8 @@ from .graphed_decoding import GraphedDecoding
 from .media import MediaItem, assign_media, chunk_patches, list_media, media_positions, split_frames
 from .multi_axis_checkpointing import offload_saved
 from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder
-from .video_memory import VideoLevel, VideoMemory
+from .video_level import VideoLevel
+from .video_memory import VideoMemory
 from .vision_tower import VambaVisionTower, vision_tower
 
 
@@ -267,6 +268,9 @@ class VambaModel(VambaPreTrainedModel):
             chunk_frames = default_chunk_frames(self, sum(largest))
         self._rotate_video_keys(memory, True)  # as the new keys will be
         frames = None if chunk_frames is None else max(1, chunk_frames // self.config.vision_config.temporal_patch_size)
+        merged = self.config.vision_config.spatial_merge_size**2
+        longest = max(sum(item.num_patches for item in row) // merged for row in rows)
+        memory.reserve(max(memory.expected_length, memory.video_length + longest))
         device = self.visual.device
         for chunk, patches in load_ahead(
             split_frames(rows, frames),

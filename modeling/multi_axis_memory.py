@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .configuration_vamba import VambaMamba2Config
+from .frame_streaming import free_bytes
 
 
 # Near the least memory the length of cells hardly changes it, but short ones are slow.
@@ -86,9 +87,7 @@ def memory_budget(device: torch.device, share: float = 0.5) -> int | None:
     """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(share * (free + cached))
+    return int(share * free_bytes(device))
 
 
 def mamba2_costs(

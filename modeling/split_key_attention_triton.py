@@ -66,8 +66,9 @@ def split_key_attention(
     sums = torch.empty(2, B, H, splits, rows, dtype=torch.float32, device=queries_BHNP.device)
     output = torch.empty(B, N, heads, P, dtype=queries_BHNP.dtype, device=queries_BHNP.device)
     mask_BM = mask_BM.contiguous() if mask_BM is not None else None
-    if fp8:
-        key_scales_BHM, value_scales_BHM = key_scales_BHM.contiguous(), value_scales_BHM.contiguous()
+    scale_strides = (0, 0) if not fp8 else key_scales_BHM.stride()[:2]
+    if fp8 and (key_scales_BHM.stride() != value_scales_BHM.stride() or key_scales_BHM.stride(2) != 1):
+        raise ValueError("The scales of keys and values must lie alike, with the tokens of a head next to each other.")
     with on_device_of(queries_BHNP):
         _partial_kernel[(splits, blocks, B * H)](
             queries_BHNP,
@@ -86,6 +87,7 @@ def split_key_attention(
             *queries_BHNP.stride(),
             *keys_BHMP.stride()[:3],
             *values_BHMP.stride()[:3],
+            *scale_strides,
             FP8=fp8,
             P=P,
             BLOCK_ROWS=block_rows,
@@ -141,6 +143,8 @@ if triton is not None:
         stride_vb,
         stride_vh,
         stride_vm,
+        stride_sb,
+        stride_sh,
         FP8: tl.constexpr,
         P: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
@@ -166,10 +170,13 @@ if triton is not None:
         total = tl.zeros([BLOCK_ROWS], tl.float32)
         acc = tl.zeros([BLOCK_ROWS, P], tl.float32)
         highest = -128.0
-        if FP8:  # a value's power of two goes to its weight, relative to the split's highest: float16 has little range
+        if FP8:
+            key_scales += b * stride_sb + h * stride_sh
+            value_scales += b * stride_sb + h * stride_sh
+            # a value's power of two goes to its weight, relative to the split's highest: float16 has little range
             for start in range(first, last, 1024):
                 m = start + tl.arange(0, 1024)
-                exponent = tl.load(value_scales + bh * M + m, mask=m < tl.minimum(last, M), other=-128)
+                exponent = tl.load(value_scales + m, mask=m < tl.minimum(last, M), other=-128)
                 highest = tl.maximum(highest, tl.max(exponent.to(tl.float32), 0))
         for start in range(first, last, BLOCK_KEYS):
             m = start + tl.arange(0, BLOCK_KEYS)
@@ -183,7 +190,7 @@ if triton is not None:
                 tl.float32
             )  # compiled, scale is float64
             if FP8:
-                scores *= tl.exp2(tl.load(key_scales + bh * M + m, mask=inside, other=0).to(tl.float32))[None, :]
+                scores *= tl.exp2(tl.load(key_scales + m, mask=inside, other=0).to(tl.float32))[None, :]
             if mask is not None:
                 inside = inside & tl.load(mask + b * M + m, mask=inside, other=0).to(tl.int1)
             scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -194,7 +201,7 @@ if triton is not None:
             largest = higher
             total = total * rescale + tl.sum(weights, 1)
             if FP8:
-                exponent = tl.load(value_scales + bh * M + m, mask=m < M, other=-128).to(tl.float32)
+                exponent = tl.load(value_scales + m, mask=m < M, other=-128).to(tl.float32)
                 weights *= tl.exp2(exponent - highest)[None, :]
             acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         if FP8:

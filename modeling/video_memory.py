@@ -14,7 +14,7 @@ Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads,
 import functools
 import json
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,52 +23,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
+from .frame_streaming import free_bytes
 from .mamba2 import Mamba2State
 from .media import MediaItem
 from .multi_axis_checkpointing import LazyLevels
+from .video_level import FP8, LevelStore, VideoLevel
 
 
 FORMAT = "vamba.video_memory.1"
-FP8 = torch.float8_e4m3fn
-
-
-class VideoLevel(NamedTuple):
-    """What one layer's cross-attention reads of a video.
-
-    In fp8 a number is its 8 bits times 2**scale, with one scale (int8) per token and head; otherwise there are none.
-    """
-
-    keys_BHMP: Tensor
-    values_BHMP: Tensor
-    key_scales_BHM: Tensor | None = None
-    value_scales_BHM: Tensor | None = None
-
-    def map(self, function) -> "VideoLevel":
-        return VideoLevel(*(None if t is None else function(t) for t in self))
-
-    def stored_as(self, dtype: torch.dtype) -> "VideoLevel":
-        """The same numbers in another dtype; in `FP8` they get scales, and lose all but four significant bits."""
-        if self.keys_BHMP.dtype == dtype:
-            return self
-        if dtype == FP8:
-            (keys, key_scales), (values, value_scales) = _to_fp8(self.keys_BHMP), _to_fp8(self.values_BHMP)
-            return VideoLevel(keys, values, key_scales, value_scales)
-        if self.key_scales_BHM is None:
-            return self.map(lambda t: t.to(dtype))
-        return VideoLevel(
-            *(
-                torch.ldexp(t.to(torch.float32), scales.to(torch.int32).unsqueeze(-1)).to(dtype)
-                for t, scales in zip(self[:2], self[2:])
-            )
-        )
-
-
-def _to_fp8(t_BHSP: Tensor) -> tuple[Tensor, Tensor]:
-    exact = t_BHSP.float()
-    # the smallest power of two that brings the largest number of the head within range
-    mantissas, scales = torch.frexp(exact.abs().amax(-1) / torch.finfo(FP8).max)
-    scales = (scales - (mantissas == 0.5).int()).clamp(-126, 126)
-    return torch.ldexp(exact, -scales.unsqueeze(-1)).to(FP8), scales.to(torch.int8)
 
 
 class VideoMemory(Cache):
@@ -82,6 +44,7 @@ class VideoMemory(Cache):
         video_device: where keys and values are kept, e.g. "cpu"; None leaves them where the model makes them. See `to`.
 
     Attributes:
+        expected_length: video tokens in all for which room is made, see `reserve`.
         states: one `Mamba2State` or None per Mamba-2 block, the state after the last video token of each video row.
         media: for each video row the items seen, `[kind, t, h, w]` in patches as in `grid_thw`, in order.
         video_rows: for each text row the index of its video row; None if they coincide or there is only one.
@@ -100,7 +63,8 @@ class VideoMemory(Cache):
         self._adopt(text_cache if text_cache is not None else _empty_text_cache(L, max_cache_len))
         self.video_dtype = video_dtype
         self.video_device = None if video_device is None else torch.device(video_device)
-        self._levels: list[list[VideoLevel]] = [[] for _ in range(L)]  # the parts of each layer, joined when read
+        self._levels = [LevelStore() for _ in range(L)]
+        self.expected_length = 0  # video tokens in all
         self._model_dtype: torch.dtype | None = None
         self._fetched: dict[int, tuple[VideoLevel, torch.cuda.Event]] = {}
         self._valid: list[tuple[Tensor | None, int]] = []
@@ -146,7 +110,7 @@ class VideoMemory(Cache):
     def num_video_rows(self) -> int:
         if self._deferred is not None:
             return self._deferred.sequences[0].blocks[0].shape[0]
-        return self._levels[0][0].keys_BHMP.shape[0] if self._levels[0] else 0
+        return self._levels[0].parts[0].keys_BHMP.shape[0] if self._levels[0].parts else 0
 
     @property
     def num_video_tokens(self) -> list[int]:
@@ -156,17 +120,29 @@ class VideoMemory(Cache):
 
     @property
     def video_nbytes(self) -> int:
-        """Bytes held by the video's keys, values and states."""
-        parts = [t for parts in self._levels for level in parts for t in level if t is not None]
-        return sum(t.nbytes for t in [*parts, *(t for state in self.states if state for t in state)])
+        """Bytes of the video's keys, values and states, room for more not counted."""
+        held = sum(part.nbytes for store in self._levels for part in store.parts)
+        return held + sum(t.nbytes for state in self.states if state for t in state)
+
+    def reserve(self, tokens: int) -> None:
+        """Announces that the video will be `tokens` long in all, so that room is made once.
+
+        An estimate will do: more can be appended, and what does not fit into the free memory is not set aside.
+        """
+        self.expected_length = tokens
 
     def append(self, layer_idx: int, keys_BHSP: Tensor, values_BHSP: Tensor) -> None:
         """Adds the keys and values of the next S video tokens of one layer; `append_mask` once for all layers."""
-        self._levels[layer_idx].append(self._stored(keys_BHSP, values_BHSP))
+        level = self._stored(keys_BHSP, values_BHSP)
+        if layer_idx == 0 and self.expected_length and level.keys_BHMP.is_cuda:
+            per_token = len(self._levels) * level.nbytes // level.length
+            fitting = int(0.85 * free_bytes(level.keys_BHMP.device)) // per_token
+            self.expected_length = min(self.expected_length, self.video_length + fitting)
+        self._levels[layer_idx].append(level, self.expected_length)
 
     def replace(self, layer_idx: int, keys_BHMP: Tensor, values_BHMP: Tensor) -> None:
         """Puts other keys and values in the place of all video tokens of one layer."""
-        self._levels[layer_idx] = [self._stored(keys_BHMP, values_BHMP)]
+        self._levels[layer_idx].replace(self._stored(keys_BHMP, values_BHMP))
 
     def _stored(self, keys_BHSP: Tensor, values_BHSP: Tensor) -> VideoLevel:
         """New keys and values as this memory keeps them."""
@@ -206,13 +182,11 @@ class VideoMemory(Cache):
 
     def level(self, layer_idx: int, device: torch.device | None = None) -> VideoLevel:
         """One layer as it is stored, on `device`; of a memory on the CPU the next layer is then on its way as well."""
-        parts = self._levels[layer_idx]
+        store = self._levels[layer_idx]
         if self._deferred is not None:
-            new = [*parts, *(VideoLevel(*keys_values) for keys_values in self._deferred.take(layer_idx))]
-            return VideoLevel(*(None if t[0] is None else torch.cat(t, dim=2) for t in zip(*new)))
-        if len(parts) > 1:  # joined on first use: appending n chunks copies each token once, not n times
-            parts[:] = [VideoLevel(*(None if t[0] is None else _join(t) for t in zip(*parts)))]
-        level = parts[0]
+            new = [*store.parts, *(VideoLevel(*keys_values) for keys_values in self._deferred.take(layer_idx))]
+            return LevelStore(new).read()
+        level = store.read()
         if device is None or level.keys_BHMP.device == device:
             return level
         if device.type != "cuda":
@@ -221,11 +195,10 @@ class VideoMemory(Cache):
 
     def _fetch(self, layer_idx: int, device: torch.device) -> VideoLevel:
         if layer_idx not in self._fetched:
-            self._fetched = {layer_idx: _copy_beside(self._levels[layer_idx][0], device)}
+            self._fetched = {layer_idx: _copy_beside(self._levels[layer_idx].read(), device)}
         level, ready = self._fetched.pop(layer_idx)
         following = (layer_idx + 1) % len(self._levels)  # after the last layer comes the first, of the next token
-        if len(self._levels[following]) == 1:
-            self._fetched = {following: _copy_beside(self._levels[following][0], device)}
+        self._fetched = {following: _copy_beside(self._levels[following].read(), device)}
         stream = torch.cuda.current_stream(device)
         stream.wait_event(ready)
         return level.map(lambda t: (t.record_stream(stream), t)[1])
@@ -270,9 +243,7 @@ class VideoMemory(Cache):
         else:
             fork = self.with_text(None)
             fork.layers = [_copy_layer(layer) for layer in self.layers]
-        for layer_idx in range(len(self._levels) if self.video_length else 0):
-            self.level(layer_idx)  # joined here, so that the forks share one copy
-        fork._levels = [list(parts) for parts in self._levels]
+        fork._levels = [store.fork() for store in self._levels]
         fork._valid, fork.states = list(self._valid), list(self.states)
         fork.media = [[list(item) for item in row] for row in self.media]
         fork.video_rows = None if self.video_rows is None else list(self.video_rows)
@@ -291,9 +262,11 @@ class VideoMemory(Cache):
             self.video_dtype = dtype
         if device is not None:
             self.video_device = torch.device(device)
-        for parts in self._levels:
-            parts[:] = [level if dtype is None else level.stored_as(dtype) for level in parts]
-            parts[:] = [level if device is None else level.map(self._place) for level in parts]
+        for store in self._levels:
+            if dtype is not None:
+                store.map(lambda level: level.stored_as(dtype))
+            if device is not None:
+                store.map(lambda level: level.map(self._place))
         return self
 
     # --- rows of text ----------------------------------------------------------------------------------------------
@@ -338,7 +311,7 @@ class VideoMemory(Cache):
     def reset(self) -> None:
         """Forgets the text and the video; `fork()` beforehand to start a new conversation about the same video."""
         super().reset()
-        self._levels = [[] for _ in self._levels]
+        self._levels, self.expected_length = [LevelStore() for _ in self._levels], 0
         self._fetched.clear()
         self._valid, self._mask, self.media, self.video_rows = [], None, [], None
         self._deferred = None
@@ -410,11 +383,12 @@ class VideoMemory(Cache):
         memory = cls(PreTrainedConfig(num_hidden_layers=L))
         if header["video_length"]:
             for i in range(L):
-                memory._levels[i] = [VideoLevel(*(tensors.get(f"video.{i}.{name}") for name in _PARTS))]
-            stored = memory._levels[0][0].keys_BHMP.dtype
+                level = VideoLevel(*(tensors.get(f"video.{i}.{name}") for name in _PARTS))
+                memory._levels[i].replace(level)
+            stored = level.keys_BHMP.dtype
             memory.video_dtype = stored if stored == FP8 else None
             memory._model_dtype = getattr(torch, header.get("dtype") or "", stored)
-            memory.video_device = memory._levels[0][0].keys_BHMP.device
+            memory.video_device = level.keys_BHMP.device
             memory.append_mask(header["video_length"], tensors.get("video.mask"))
         for i in range(L - 1):
             if f"state.{i}.ssm" in tensors:
@@ -429,7 +403,7 @@ class VideoMemory(Cache):
         """Raises ValueError if this memory was not made by a model of this shape and dtype, or for this many rows."""
         if not self.video_length or self._deferred is not None:  # made in this very forward pass
             return
-        keys = self._levels[0][0].keys_BHMP
+        keys = self._levels[0].parts[0].keys_BHMP
         made_by = (len(self._levels), keys.shape[1], keys.shape[3])
         wanted = (
             config.num_hidden_layers,
@@ -453,14 +427,6 @@ class VideoMemory(Cache):
 
 
 _PARTS = ("keys", "values", "key_scales", "value_scales")  # of a VideoLevel, in a file
-
-
-def _join(parts: tuple[Tensor, ...]) -> Tensor:
-    """Parts (B, H, S, ...) of one tensor, joined; pinned if they are."""
-    if not parts[0].is_pinned():
-        return torch.cat(parts, dim=2)
-    shape = [*parts[0].shape[:2], sum(part.shape[2] for part in parts), *parts[0].shape[3:]]
-    return torch.cat(parts, dim=2, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=True))
 
 
 @functools.cache

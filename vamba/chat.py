@@ -34,6 +34,7 @@ class VideoChat:
     Args:
         model: a `VambaForConditionalGeneration` or `VideoMa2mbaForConditionalGeneration`. processor: its processor.
         memory: a `VideoMemory` or `StateMemory` of such a model to start from, e.g. one loaded from a file.
+        memory_options: of the `VideoMemory` that a new video is watched into: video_dtype, video_device.
 
     Example:
         >>> chat = VideoChat(model, processor)
@@ -42,9 +43,14 @@ class VideoChat:
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: ProcessorMixin, memory: VideoMemory | StateMemory | None = None
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        memory: VideoMemory | StateMemory | None = None,
+        **memory_options: Any,
     ):
         self.model, self.processor, self.memory = model, processor, memory
+        self.memory_options = memory_options
 
     def watch(
         self,
@@ -81,6 +87,7 @@ class VideoChat:
             total = reader.num_frames_expected
             bar = stack.enter_context(tqdm(total=total, unit="frame", disable=not progress, desc="watching"))
             chunk_frames = chunk_frames or self._chunk_frames(*reader.frame_size)
+            memory = self._with_room(memory, total or 0, *reader.frame_size)
             device = self.model.device
             chunks = stack.enter_context(
                 contextlib.closing(read_ahead(reader, chunk_frames, pin_memory=device.type == "cuda"))
@@ -92,6 +99,17 @@ class VideoChat:
                 start_anew = False
                 bar.update(len(frames))
         self.memory = memory
+        return memory
+
+    def _with_room(self, memory: VideoMemory | StateMemory | None, frames: int, height: int, width: int):
+        """The memory, or a new one, told how many tokens to expect; only a `VideoMemory` grows with the video."""
+        if MEMORIES[self.model.config.model_type] is not VideoMemory:
+            return memory
+        memory = VideoMemory(self.model.config, **self.memory_options) if memory is None else memory
+        processor = self.processor.video_processor
+        side = processor.patch_size * processor.merge_size
+        tokens = -(-frames // processor.temporal_patch_size) * (height // side) * (width // side)
+        memory.reserve(memory.video_length + tokens)
         return memory
 
     def _chunk_frames(self, height: int, width: int) -> int:

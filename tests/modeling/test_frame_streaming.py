@@ -203,7 +203,7 @@ def test_a_chunk_takes_at_most_half_of_the_free_memory(monkeypatch, free_chunks,
     config, patches = tiny_config(), 1196
     needed = 32 * patches * streaming.activation_bytes(config, torch.bfloat16)
     free = {"cuda:0": 2**60, "cuda:1": int(free_chunks * needed)}
-    monkeypatch.setattr(streaming, "_free_bytes", free.get)
+    monkeypatch.setattr(streaming, "free_bytes", free.get)
     parameters = [SimpleNamespace(is_cuda=True, device=device) for device in free]
     model = SimpleNamespace(config=config, dtype=torch.bfloat16, parameters=lambda: parameters)
     assert streaming.default_chunk_frames(model, patches) == expected

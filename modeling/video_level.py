@@ -1,0 +1,131 @@
+"""Keys and values of a video, as one layer's cross-attention reads them: their numbers, and the buffers they lie in.
+
+What is unusual: chunks are written into a buffer with room for what is expected to come, so that reading needs no
+joining and a long video fills the memory without holes. Forks share a buffer: only one that holds all that was written
+may write on, any other copies first. Where gradients are recorded the chunks stay apart until they are read.
+
+Shapes: B video rows, H key/value heads, M video tokens, S tokens of one append, P head dim.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+FP8 = torch.float8_e4m3fn
+GROWTH = 1.25  # of a buffer that is full, where nobody knows what is to come
+
+
+class VideoLevel(NamedTuple):
+    """What one layer's cross-attention reads of a video.
+
+    In fp8 a number is its 8 bits times 2**scale, with one scale (int8) per token and head; otherwise there are none.
+    """
+
+    keys_BHMP: Tensor
+    values_BHMP: Tensor
+    key_scales_BHM: Tensor | None = None
+    value_scales_BHM: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.keys_BHMP.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self if t is not None)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "VideoLevel":
+        return VideoLevel(*(None if t is None else function(t) for t in self))
+
+    def stored_as(self, dtype: torch.dtype) -> "VideoLevel":
+        """The same numbers in another dtype; in `FP8` they get scales, and lose all but four significant bits."""
+        if self.keys_BHMP.dtype == dtype:
+            return self
+        if dtype == FP8:
+            (keys, key_scales), (values, value_scales) = _to_fp8(self.keys_BHMP), _to_fp8(self.values_BHMP)
+            return VideoLevel(keys, values, key_scales, value_scales)
+        if self.key_scales_BHM is None:
+            return self.map(lambda t: t.to(dtype))
+        return VideoLevel(
+            *(
+                torch.ldexp(t.to(torch.float32), scales.to(torch.int32).unsqueeze(-1)).to(dtype)
+                for t, scales in zip(self[:2], self[2:])
+            )
+        )
+
+
+def _to_fp8(t_BHSP: Tensor) -> tuple[Tensor, Tensor]:
+    exact = t_BHSP.float()
+    # the smallest power of two that brings the largest number of the head within range
+    mantissas, scales = torch.frexp(exact.abs().amax(-1) / torch.finfo(FP8).max)
+    scales = (scales - (mantissas == 0.5).int()).clamp(-126, 126)
+    return torch.ldexp(exact, -scales.unsqueeze(-1)).to(FP8), scales.to(torch.int8)
+
+
+class _Buffer:
+    """Tensors (B, H, capacity, ...), of which the first `used` tokens are written."""
+
+    def __init__(self, like: VideoLevel, capacity: int):
+        def empty(t: Tensor) -> Tensor:
+            shape = (*t.shape[:2], capacity, *t.shape[3:])
+            return torch.empty(shape, dtype=t.dtype, device=t.device, pin_memory=t.is_pinned())
+
+        self.level, self.capacity, self.used = like.map(empty), capacity, 0
+
+    def write(self, level: VideoLevel) -> None:
+        for buffer, t in zip(self.level, level):
+            if t is not None:
+                buffer[:, :, self.used : self.used + level.length] = t
+        self.used += level.length
+
+    def read(self) -> VideoLevel:
+        return self.level.map(lambda t: t[:, :, : self.used])
+
+
+class LevelStore:
+    """All keys and values of one layer, in the order they came."""
+
+    def __init__(self, parts: list[VideoLevel] = (), buffer: _Buffer | None = None):
+        self.parts, self._buffer = list(parts), buffer
+
+    @property
+    def length(self) -> int:
+        return sum(part.length for part in self.parts)
+
+    def append(self, level: VideoLevel, expected: int = 0) -> None:
+        """Adds S tokens; `expected` tokens in all is what a new buffer is made for."""
+        held, length = self.length, self.length + level.length
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for part in [*self.parts, level] for t in part[:2])
+        if recorded or (not self.parts and length >= expected):  # all at once: nothing to copy
+            self.parts.append(level)
+            return
+        buffer = self._buffer
+        if buffer is None or buffer.used != held or buffer.capacity < length:
+            buffer = self._buffer = _Buffer(level, max(length, expected or int(GROWTH * length)))
+            for part in self.parts:
+                buffer.write(part)
+        buffer.write(level)
+        self.parts = [buffer.read()]
+
+    def replace(self, level: VideoLevel) -> None:
+        self.parts, self._buffer = [level], None
+
+    def read(self) -> VideoLevel:
+        """All tokens; parts that gradients kept apart are joined for good."""
+        if len(self.parts) > 1:
+            self.replace(VideoLevel(*(None if t[0] is None else torch.cat(t, dim=2) for t in zip(*self.parts))))
+        return self.parts[0]
+
+    def map(self, function: Callable[[VideoLevel], VideoLevel]) -> None:
+        """Puts something else in the place of what is stored."""
+        if self.parts:
+            self.replace(function(self.read()))
+
+    def fork(self) -> "LevelStore":
+        """A store that shares the tensors, and goes on by itself."""
+        if self.parts:
+            self.read()
+        return LevelStore(self.parts, self._buffer)

@@ -1,8 +1,9 @@
 """Triton kernels for the depthwise causal convolution + SiLU, forward and backward, for token-major views.
 
 What is unusual: x may be a view of wider rows (in_proj's output), so nothing is copied or transposed; the inputs
-before the first token are the state; offsets are 64-bit, for a video's rows exceed 2**31 numbers. The forward reads
-and writes each number once; the backward recomputes the pre-activation and sums dweight and dbias per program.
+before the first token are the state; offsets are 64-bit, for a video's rows exceed 2**31 numbers. A program walks some
+channels down the rows, with the rows that the taps still need in registers, so that each number is read and written
+once; the backward recomputes the pre-activation and sums dweight and dbias per program.
 
 Shapes: B batch, S tokens, C channels, W width of the convolution (at most 4), T = W - 1 remembered inputs.
 """
@@ -21,9 +22,9 @@ except ImportError:
     triton = None
 
 MAX_WIDTH = 4
-# Small tiles: the neighbours of a row come from the L1 cache, and registers bound how many programs run at once.
-_BLOCK_C, _BLOCK_S = 128, 16
-_BLOCK_S_BACKWARD, _TILES_BACKWARD = 8, 16
+# (channels, rows, warps) of a program, each thread 8 bytes of a row: wider loads cost registers, and with them programs
+# in flight. More rows mean fewer read twice, and fewer partial sums.
+_FORWARD, _BACKWARD = (256, 64, 2), (128, 128, 1)
 
 
 def causal_conv1d_triton(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
@@ -51,7 +52,8 @@ class _CausalConv1d(torch.autograd.Function):
         ctx.save_for_backward(x_BSC, weight_CW, bias_C, state_BTC)
         (B, S, C), W = x_BSC.shape, weight_CW.shape[1]
         y_BSC = torch.empty(B, S, C, dtype=x_BSC.dtype, device=x_BSC.device)
-        grid = (triton.cdiv(C, _BLOCK_C) * triton.cdiv(S, _BLOCK_S), B)
+        block, rows, warps = _FORWARD
+        grid = (triton.cdiv(C, block) * triton.cdiv(S, rows), B)
         with torch.cuda.device_of(x_BSC):
             _forward_kernel[grid](
                 x_BSC,
@@ -65,9 +67,9 @@ class _CausalConv1d(torch.autograd.Function):
                 x_BSC.stride(1),
                 W=W,
                 HAS_BIAS=bias_C is not None,
-                BLOCK_S=_BLOCK_S,
-                BLOCK_C=_BLOCK_C,
-                num_warps=4,
+                ROWS=rows,
+                BLOCK_C=block,
+                num_warps=warps,
             )
         return y_BSC
 
@@ -77,12 +79,13 @@ class _CausalConv1d(torch.autograd.Function):
         x_BSC, weight_CW, bias_C, state_BTC = ctx.saved_tensors
         dy_BSC = _unit_stride(dy_BSC)
         (B, S, C), W = x_BSC.shape, weight_CW.shape[1]
-        programs = triton.cdiv(S + W - 1, _BLOCK_S_BACKWARD * _TILES_BACKWARD)
+        block, rows, warps = _BACKWARD
+        programs = triton.cdiv(S + MAX_WIDTH - 1, rows)
         dx_BSC = torch.empty(B, S, C, dtype=x_BSC.dtype, device=x_BSC.device)
         dstate_BTC = torch.empty_like(state_BTC)
         partial = torch.empty(B * programs, 1 + MAX_WIDTH, C, dtype=torch.float32, device=x_BSC.device)
         with torch.cuda.device_of(x_BSC):
-            _backward_kernel[(triton.cdiv(C, _BLOCK_C) * programs, B)](
+            _backward_kernel[(triton.cdiv(C, block) * programs, B)](
                 x_BSC,
                 weight_CW,
                 weight_CW if bias_C is None else bias_C.contiguous(),
@@ -100,10 +103,9 @@ class _CausalConv1d(torch.autograd.Function):
                 dy_BSC.stride(1),
                 W=W,
                 HAS_BIAS=bias_C is not None,
-                BLOCK_S=_BLOCK_S_BACKWARD,
-                BLOCK_C=_BLOCK_C,
-                TILES=_TILES_BACKWARD,
-                num_warps=8,
+                ROWS=rows,
+                BLOCK_C=block,
+                num_warps=warps,
             )
         sums = partial.sum(0)
         dweight_CW = sums[1 + MAX_WIDTH - W :].t().to(weight_CW.dtype)
@@ -117,15 +119,22 @@ def _unit_stride(t: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def _load_input(x, state, t, c, S, C, stride_s, W: tl.constexpr):
-        """Inputs t of the sequence, which begins with the state at -T; zero outside."""
-        c_ok = (c < C)[None, :]
-        rows = t[:, None]
-        inside = (rows >= 0) & (rows < S) & c_ok
-        value = tl.load(x + rows.to(tl.int64) * stride_s + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        before = (rows < 0) & (rows >= 1 - W) & c_ok
-        value += tl.load(state + (rows + W - 1) * C + c[None, :], mask=before, other=0.0).to(tl.float32)
-        return value
+    def _sigmoid(z):
+        """1 / (1 + exp(-z)); the division as a squared reciprocal root halves the instructions, which bind here."""
+        root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * z))
+        return root * root
+
+    @triton.jit
+    def _load_token(x, t, c, S, C, stride_s):
+        """Row t in float32; zero outside the sequence."""
+        return tl.load(x + t * stride_s + c, mask=c < tl.where((t >= 0) & (t < S), C, 0), other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _load_row(x, state, t, c, S, C, stride_s, W: tl.constexpr):
+        """Input t of the sequence, which begins with the state at -T; zero outside."""
+        row = _load_token(x, t, c, S, C, stride_s)
+        before = c < tl.where((t < 0) & (t >= 1 - W), C, 0)
+        return row + tl.load(state + (t + W - 1) * C + c, mask=before, other=0.0).to(tl.float32)
 
     @triton.jit
     def _load_tap(weight, c, C, W: tl.constexpr, TAP: tl.constexpr):
@@ -137,8 +146,16 @@ if triton is not None:
         return tap
 
     @triton.jit
-    def _preactivation(x0, x1, x2, x3, w0, w1, w2, w3, bias):
-        return bias[None, :] + x0 * w0[None, :] + x1 * w1[None, :] + x2 * w2[None, :] + x3 * w3[None, :]
+    def _load_bias(bias, c, C, HAS_BIAS: tl.constexpr):
+        value = tl.zeros_like(c).to(tl.float32)
+        if HAS_BIAS:
+            value += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+        return value
+
+    @triton.jit
+    def _store_silu(y, x0, x1, x2, x3, w0, w1, w2, w3, bias, t, c, S, C):
+        a = bias + x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
+        tl.store(y + t * C + c, (a * _sigmoid(a)).to(y.dtype.element_ty), mask=c < tl.where(t < S, C, 0))
 
     @triton.jit(do_not_specialize=["S"])
     def _forward_kernel(
@@ -153,38 +170,47 @@ if triton is not None:
         stride_xs,
         W: tl.constexpr,
         HAS_BIAS: tl.constexpr,
-        BLOCK_S: tl.constexpr,
+        ROWS: tl.constexpr,
         BLOCK_C: tl.constexpr,
     ):
         blocks_c = tl.cdiv(C, BLOCK_C)
         b = tl.program_id(1).to(tl.int64)
         c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-        t = (tl.program_id(0) // blocks_c) * BLOCK_S + tl.arange(0, BLOCK_S)
+        first = (tl.program_id(0) // blocks_c).to(tl.int64) * ROWS
         x += b * stride_xb
+        y += b * S * C
         state += b * (W - 1) * C
-        x0 = _load_input(x, state, t - 3, c, S, C, stride_xs, W)
-        x1 = _load_input(x, state, t - 2, c, S, C, stride_xs, W)
-        x2 = _load_input(x, state, t - 1, c, S, C, stride_xs, W)
-        x3 = _load_input(x, state, t, c, S, C, stride_xs, W)
-        w0 = _load_tap(weight, c, C, W, 0)
-        w1 = _load_tap(weight, c, C, W, 1)
-        w2 = _load_tap(weight, c, C, W, 2)
-        w3 = _load_tap(weight, c, C, W, 3)
-        bias_C = tl.zeros_like(w3)
-        if HAS_BIAS:
-            bias_C += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
-        a = _preactivation(x0, x1, x2, x3, w0, w1, w2, w3, bias_C)
-        y += b * S * C + t[:, None].to(tl.int64) * C + c[None, :]
-        tl.store(y, (a * tl.sigmoid(a)).to(y.dtype.element_ty), mask=(t < S)[:, None] & (c < C)[None, :])
+        w0, w1 = _load_tap(weight, c, C, W, 0), _load_tap(weight, c, C, W, 1)
+        w2, w3 = _load_tap(weight, c, C, W, 2), _load_tap(weight, c, C, W, 3)
+        bias = _load_bias(bias, c, C, HAS_BIAS)
+        x0 = _load_row(x, state, first - 3, c, S, C, stride_xs, W)
+        x1 = _load_row(x, state, first - 2, c, S, C, stride_xs, W)
+        x2 = _load_row(x, state, first - 1, c, S, C, stride_xs, W)
+        for index in range(0, tl.minimum(ROWS, S - first), 4):
+            t = first + index
+            # All loads come before the stores, across which the compiler would not move them.
+            x3, x4 = _load_token(x, t, c, S, C, stride_xs), _load_token(x, t + 1, c, S, C, stride_xs)
+            x5, x6 = _load_token(x, t + 2, c, S, C, stride_xs), _load_token(x, t + 3, c, S, C, stride_xs)
+            _store_silu(y, x0, x1, x2, x3, w0, w1, w2, w3, bias, t, c, S, C)
+            _store_silu(y, x1, x2, x3, x4, w0, w1, w2, w3, bias, t + 1, c, S, C)
+            _store_silu(y, x2, x3, x4, x5, w0, w1, w2, w3, bias, t + 2, c, S, C)
+            _store_silu(y, x3, x4, x5, x6, w0, w1, w2, w3, bias, t + 3, c, S, C)
+            x0, x1, x2 = x4, x5, x6
 
     @triton.jit
-    def _gradient(x0, x1, x2, x3, w0, w1, w2, w3, bias, dy, t, c, S, C, stride_s):
-        """Of the pre-activation of tokens t; zero outside the sequence."""
-        inside = (t >= 0)[:, None] & (t < S)[:, None] & (c < C)[None, :]
-        dy = tl.load(dy + t[:, None].to(tl.int64) * stride_s + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        a = _preactivation(x0, x1, x2, x3, w0, w1, w2, w3, bias)
-        sigmoid = tl.sigmoid(a)
+    def _gradient(x0, x1, x2, x3, w0, w1, w2, w3, bias, dy):
+        """Of one token's pre-activation."""
+        a = bias + x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
+        sigmoid = _sigmoid(a)
         return dy * sigmoid * (1 + a * (1 - sigmoid))
+
+    @triton.jit
+    def _store_dx(dx, dstate, g0, g1, g2, g3, w0, w1, w2, w3, t, c, S, C, W: tl.constexpr):
+        """Of input t, seen by tokens t to t + 3, whose gradients are g0 to g3; before the first it is the state's."""
+        value = (g0 * w3 + g1 * w2 + g2 * w1 + g3 * w0).to(dx.dtype.element_ty)
+        tl.store(dx + t * C + c, value, mask=c < tl.where((t >= 0) & (t < S), C, 0))
+        if t < 0:
+            tl.store(dstate + (t + W - 1) * C + c, value, mask=c < tl.where(t >= 1 - W, C, 0))
 
     @triton.jit(do_not_specialize=["S", "programs"])
     def _backward_kernel(
@@ -205,63 +231,59 @@ if triton is not None:
         stride_dys,
         W: tl.constexpr,
         HAS_BIAS: tl.constexpr,
-        BLOCK_S: tl.constexpr,
+        ROWS: tl.constexpr,
         BLOCK_C: tl.constexpr,
-        TILES: tl.constexpr,
     ):
+        """Walks tokens t, and with each writes the gradient of the last input that it finishes, t - 3."""
         blocks_c = tl.cdiv(C, BLOCK_C)
         b = tl.program_id(1).to(tl.int64)
         program = tl.program_id(0) // blocks_c
         c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+        first = program.to(tl.int64) * ROWS
         x += b * stride_xb
         dy += b * stride_dyb
         dx += b * S * C
         state += b * (W - 1) * C
         dstate += b * (W - 1) * C
-        w0 = _load_tap(weight, c, C, W, 0)
-        w1 = _load_tap(weight, c, C, W, 1)
-        w2 = _load_tap(weight, c, C, W, 2)
-        w3 = _load_tap(weight, c, C, W, 3)
-        bias_C = tl.zeros_like(w3)
-        if HAS_BIAS:
-            bias_C += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
-        # Whole tiles, summed over their rows once, after the loop.
-        dbias = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        dw0 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        dw1 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        dw2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        dw3 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        for tile in range(TILES):
-            # Rows start at the state's first, whose gradient comes from the first tokens just as dx does.
-            t = (program * TILES + tile) * BLOCK_S + tl.arange(0, BLOCK_S) - (W - 1)
-            x0 = _load_input(x, state, t - 3, c, S, C, stride_xs, W)
-            x1 = _load_input(x, state, t - 2, c, S, C, stride_xs, W)
-            x2 = _load_input(x, state, t - 1, c, S, C, stride_xs, W)
-            x3 = _load_input(x, state, t, c, S, C, stride_xs, W)
-            g = _gradient(x0, x1, x2, x3, w0, w1, w2, w3, bias_C, dy, t, c, S, C, stride_dys)
-            dbias += g
-            dw0 += g * x0
-            dw1 += g * x1
-            dw2 += g * x2
-            dw3 += g * x3
-            dx_tile = g * w3[None, :]
-            x4 = _load_input(x, state, t + 1, c, S, C, stride_xs, W)
-            g = _gradient(x1, x2, x3, x4, w0, w1, w2, w3, bias_C, dy, t + 1, c, S, C, stride_dys)
-            dx_tile += g * w2[None, :]
-            x5 = _load_input(x, state, t + 2, c, S, C, stride_xs, W)
-            g = _gradient(x2, x3, x4, x5, w0, w1, w2, w3, bias_C, dy, t + 2, c, S, C, stride_dys)
-            dx_tile += g * w1[None, :]
-            x6 = _load_input(x, state, t + 3, c, S, C, stride_xs, W)
-            g = _gradient(x3, x4, x5, x6, w0, w1, w2, w3, bias_C, dy, t + 3, c, S, C, stride_dys)
-            dx_tile += g * w0[None, :]
-            rows = t[:, None].to(tl.int64)
-            c_ok = (c < C)[None, :]
-            dx_tile = dx_tile.to(dx.dtype.element_ty)
-            tl.store(dx + rows * C + c[None, :], dx_tile, mask=(rows >= 0) & (rows < S) & c_ok)
-            tl.store(dstate + (rows + W - 1) * C + c[None, :], dx_tile, mask=(rows < 0) & c_ok)
+        w0, w1 = _load_tap(weight, c, C, W, 0), _load_tap(weight, c, C, W, 1)
+        w2, w3 = _load_tap(weight, c, C, W, 2), _load_tap(weight, c, C, W, 3)
+        bias = _load_bias(bias, c, C, HAS_BIAS)
+        dbias, dw0, dw1, dw2, dw3 = bias * 0, bias * 0, bias * 0, bias * 0, bias * 0
+        before0 = _load_row(x, state, first - 6, c, S, C, stride_xs, W)
+        before1 = _load_row(x, state, first - 5, c, S, C, stride_xs, W)
+        before2 = _load_row(x, state, first - 4, c, S, C, stride_xs, W)
+        x0 = _load_row(x, state, first - 3, c, S, C, stride_xs, W)
+        x1 = _load_row(x, state, first - 2, c, S, C, stride_xs, W)
+        x2 = _load_row(x, state, first - 1, c, S, C, stride_xs, W)
+        dy0, dy1 = _load_token(dy, first - 3, c, S, C, stride_dys), _load_token(dy, first - 2, c, S, C, stride_dys)
+        g0 = _gradient(before0, before1, before2, x0, w0, w1, w2, w3, bias, dy0)
+        g1 = _gradient(before1, before2, x0, x1, w0, w1, w2, w3, bias, dy1)
+        g2 = _gradient(before2, x0, x1, x2, w0, w1, w2, w3, bias, _load_token(dy, first - 1, c, S, C, stride_dys))
+        for index in range(0, tl.minimum(ROWS, S + 3 - first), 4):
+            t = first + index
+            # All loads come before the stores, across which the compiler would not move them.
+            x3, x4 = _load_token(x, t, c, S, C, stride_xs), _load_token(x, t + 1, c, S, C, stride_xs)
+            x5, x6 = _load_token(x, t + 2, c, S, C, stride_xs), _load_token(x, t + 3, c, S, C, stride_xs)
+            dy3, dy4 = _load_token(dy, t, c, S, C, stride_dys), _load_token(dy, t + 1, c, S, C, stride_dys)
+            dy5, dy6 = _load_token(dy, t + 2, c, S, C, stride_dys), _load_token(dy, t + 3, c, S, C, stride_dys)
+            g3 = _gradient(x0, x1, x2, x3, w0, w1, w2, w3, bias, dy3)
+            g4 = _gradient(x1, x2, x3, x4, w0, w1, w2, w3, bias, dy4)
+            g5 = _gradient(x2, x3, x4, x5, w0, w1, w2, w3, bias, dy5)
+            g6 = _gradient(x3, x4, x5, x6, w0, w1, w2, w3, bias, dy6)
+            dbias += (g3 + g4) + (g5 + g6)
+            dw0 += g3 * x0 + g4 * x1 + g5 * x2 + g6 * x3
+            dw1 += g3 * x1 + g4 * x2 + g5 * x3 + g6 * x4
+            dw2 += g3 * x2 + g4 * x3 + g5 * x4 + g6 * x5
+            dw3 += g3 * x3 + g4 * x4 + g5 * x5 + g6 * x6
+            _store_dx(dx, dstate, g0, g1, g2, g3, w0, w1, w2, w3, t - 3, c, S, C, W)
+            _store_dx(dx, dstate, g1, g2, g3, g4, w0, w1, w2, w3, t - 2, c, S, C, W)
+            _store_dx(dx, dstate, g2, g3, g4, g5, w0, w1, w2, w3, t - 1, c, S, C, W)
+            _store_dx(dx, dstate, g3, g4, g5, g6, w0, w1, w2, w3, t, c, S, C, W)
+            x0, x1, x2 = x4, x5, x6
+            g0, g1, g2 = g4, g5, g6
         partial += (b * programs + program) * 5 * C + c
-        tl.store(partial, tl.sum(dbias, 0), mask=c < C)
-        tl.store(partial + C, tl.sum(dw0, 0), mask=c < C)
-        tl.store(partial + 2 * C, tl.sum(dw1, 0), mask=c < C)
-        tl.store(partial + 3 * C, tl.sum(dw2, 0), mask=c < C)
-        tl.store(partial + 4 * C, tl.sum(dw3, 0), mask=c < C)
+        tl.store(partial, dbias, mask=c < C)
+        tl.store(partial + C, dw0, mask=c < C)
+        tl.store(partial + 2 * C, dw1, mask=c < C)
+        tl.store(partial + 3 * C, dw2, mask=c < C)
+        tl.store(partial + 4 * C, dw3, mask=c < C)

@@ -23,7 +23,15 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_vamba import VambaTextConfig
 from .cross_attention import VambaCrossAttention
-from .text_triton import fusible, mix_norm_triton, rotate_triton, silu_mul_triton, three_linears_triton
+from .text_triton import (
+    FusedRMSNorm,
+    fusible,
+    mix_norm_triton,
+    rotate_triton,
+    silu_mul_triton,
+    store_token_triton,
+    three_linears_triton,
+)
 from .video_level import VideoLevel
 
 
@@ -49,7 +57,11 @@ class VambaSelfAttention(Qwen2VLAttention):
         rotate_triton(queries, keys, *position_embeddings)
         queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
         if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
+            layer = past_key_values.layers[self.layer_idx] if self.layer_idx < len(past_key_values.layers) else None
+            if store_token_triton(keys, values, layer):
+                keys, values = layer.keys, layer.values
+            else:
+                keys, values = past_key_values.update(keys, values, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         kwargs |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "position_ids": position_ids}
         output, weights = attention(self, queries, keys, values, attention_mask, **kwargs)
@@ -71,7 +83,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
     def __init__(self, config: VambaTextConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         for name in ("input_layernorm", "post_attention_layernorm"):  # torch's is one kernel, Qwen2-VL's eight
-            setattr(self, name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+            setattr(self, name, FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         self.self_attn.__class__, self.mlp.__class__ = VambaSelfAttention, VambaMLP  # the same parameters
         self.cross_attn = VambaCrossAttention(config, layer_idx)
         self.norm_video = config.cross_attn_use_layer_norm

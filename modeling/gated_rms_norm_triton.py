@@ -2,7 +2,7 @@
 
 What is unusual: the gate z may be a view of wider rows (in_proj's output) and is not copied; offsets are 64-bit. One
 program normalises one group of one row, held in registers, in float32; the backward recomputes the norm, and a fixed
-number of programs walks the rows so that dweight is a short sum of partial sums.
+number of programs walks the rows, the next ones on their way, so that dweight is a short sum of partial sums.
 
 Shapes: R rows (all leading dims), N groups, D / N numbers per group.
 """
@@ -94,6 +94,7 @@ class _GatedRMSNorm(torch.autograd.Function):
                 gate_RD.stride(0),
                 dout_RD.stride(0),
                 BLOCK=block,
+                STAGES=_stages(y_RD, block),
                 num_warps=2 * _num_warps(block),
             )
         dweight_D = partial.sum(0).to(weight_D.dtype)
@@ -107,11 +108,25 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
+def _stages(rows: Tensor, block: int) -> int:
+    """Rows in flight per program of the backward, up to 3: of y, gate, dout and weight, in shared memory."""
+    if not rows.is_cuda:
+        return 1
+    room = torch.cuda.get_device_properties(rows.device).shared_memory_per_block_optin - 2**14
+    return 1 + min(2, room // (4 * block * rows.element_size()))
+
+
 def _num_warps(block: int) -> int:
     return min(max(block // 1024, 1), 8)
 
 
 if triton is not None:
+
+    @triton.jit
+    def _sigmoid(z):
+        """1 / (1 + exp(-z)); the division as a squared reciprocal root halves the instructions, which bind here."""
+        root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * z))
+        return root * root
 
     @triton.jit
     def _forward_kernel(y, gate, weight, out, D, width, eps, stride_y, stride_gate, BLOCK: tl.constexpr):
@@ -122,7 +137,7 @@ if triton is not None:
         y = tl.load(y + row * stride_y + start + offset, mask=ok, other=0.0).to(tl.float32)
         gate = tl.load(gate + row * stride_gate + start + offset, mask=ok, other=0.0).to(tl.float32)
         weight = tl.load(weight + start + offset, mask=ok, other=0.0).to(tl.float32)
-        gated = y * gate * tl.sigmoid(gate)
+        gated = y * gate * _sigmoid(gate)
         scale = tl.rsqrt(tl.sum(gated * gated, 0) / width + eps)
         out += row * D + start + offset
         tl.store(out, (gated * scale * weight).to(out.dtype.element_ty), mask=ok)
@@ -144,25 +159,25 @@ if triton is not None:
         stride_gate,
         stride_dout,
         BLOCK: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
         offset = tl.arange(0, BLOCK)
         ok = offset < width
         offset += tl.program_id(1) * width
-        w = tl.load(weight + offset, mask=ok, other=0.0).to(tl.float32)
-        dweight = tl.zeros_like(w)
-        for index in range(tl.program_id(0), R, tl.num_programs(0)):
+        dweight = tl.zeros([BLOCK], tl.float32)
+        for index in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=STAGES):
             row = tl.cast(index, tl.int64)
             y_row = tl.load(y + row * stride_y + offset, mask=ok, other=0.0).to(tl.float32)
             z = tl.load(gate + row * stride_gate + offset, mask=ok, other=0.0).to(tl.float32)
             d = tl.load(dout + row * stride_dout + offset, mask=ok, other=0.0).to(tl.float32)
-            sigmoid = tl.sigmoid(z)
+            sigmoid = _sigmoid(z)
             silu = z * sigmoid
             gated = y_row * silu
             scale = tl.rsqrt(tl.sum(gated * gated, 0) / width + eps)
-            normed = gated * scale
-            dweight += d * normed
-            d *= w
-            dgated = scale * (d - normed * (tl.sum(d * normed, 0) / width))
+            dweight += d * gated * scale
+            d *= tl.load(weight + offset, mask=ok, other=0.0).to(tl.float32)
+            mean = tl.sum(d * gated, 0) * scale * scale / width
+            dgated = scale * (d - gated * mean)
             tl.store(dy + row * D + offset, (dgated * silu).to(dy.dtype.element_ty), mask=ok)
             dz = dgated * y_row * sigmoid * (1 + z * (1 - sigmoid))
             tl.store(dgate + row * D + offset, dz.to(dgate.dtype.element_ty), mask=ok)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from .media import assign_media, list_media
-from .media_stream import runs_of
+from .frame_streaming import to_device
+from .media import list_media
+from .media_stream import media_of_rows, runs_of
 from .state_memory import StateMemory
 
 
@@ -40,7 +41,7 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         if inputs_tensor.is_floating_point():
             input_ids, inputs_embeds = None, inputs_tensor
         else:
-            input_ids, inputs_embeds = inputs_tensor, self.get_input_embeddings()(inputs_tensor.to(self.device))
+            input_ids, inputs_embeds = inputs_tensor, self.get_input_embeddings()(to_device(inputs_tensor, self.device))
         starts_BN = self.model.media_starts(input_ids, inputs_embeds).to(inputs_embeds.device)
         unread_BN = torch.zeros_like(starts_BN)
         unread = memory.unread(attention_mask, inputs_embeds[:, first:])
@@ -66,9 +67,8 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
             raise ValueError(f"cache_implementation={kind!r} is for keys and values; this model has a state instead.")
         generation_config.cache_implementation = None
         memory = StateMemory.of(model_kwargs.get("past_key_values"), self.config)
-        memory.expand_rows(
-            batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        )
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        memory.expand_rows(batch_size, copies)
         model_kwargs["past_key_values"] = memory
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
 
@@ -76,9 +76,9 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
 def _unread_media(images, videos, starts_BN: Tensor, unread_BN: Tensor, mm_token_type_ids: Tensor | None) -> list:
     """The items of each row that the memory has not seen; all of the prompt's may be given, or only those."""
     if len(images) + len(videos) == int(starts_BN.sum()):
-        rows = assign_media(images, videos, starts_BN, mm_token_type_ids)
+        rows = media_of_rows(images, videos, starts_BN, mm_token_type_ids)
         return [row[len(row) - new :] for row, new in zip(rows, (starts_BN & unread_BN).sum(1).tolist())]
-    return assign_media(images, videos, starts_BN & unread_BN, mm_token_type_ids)
+    return media_of_rows(images, videos, starts_BN & unread_BN, mm_token_type_ids)
 
 
 def _check_prefix(memory: StateMemory, read_BN: Tensor) -> None:

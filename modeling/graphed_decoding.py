@@ -75,9 +75,9 @@ def _describe(leaf: Any) -> Any:
 
 def _places(cache: Cache) -> tuple:
     """Where the kernels of a recording find text and video, and how rows of one read rows of the other."""
-    text = [t.data_ptr() for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values)]
-    levels = [cache.level(index) for index in range(len(cache.layers) if cache.video_length else 0)]
-    video = [t.data_ptr() for level in levels for t in level if t is not None]
+    ends = (0, len(cache.layers) - 1)  # what moves one layer moves them all
+    text = [cache.layers[end].keys.data_ptr() for end in ends if cache.layers[end].is_initialized]
+    video = [cache.level(end).keys_BHMP.data_ptr() for end in ends if cache.video_length]
     rows = None if cache.video_rows is None else tuple(cache.video_rows)
     return (*text, *video, cache.video_length, rows, cache.keys_are_rotated)
 

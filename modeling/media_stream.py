@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .media import MediaItem
+from .media import MediaItem, assign_media
 
 
 class Run(NamedTuple):
@@ -21,6 +21,22 @@ class Run(NamedTuple):
 
     positions: Tensor  # in the text, int64; of an item that of its <|vision_start|>, or none if that was seen before
     item: MediaItem | None = None
+
+
+def media_of_rows(
+    images: list[MediaItem], videos: list[MediaItem], starts_BN: Tensor, mm_token_type_ids: Tensor | None
+) -> list[list[MediaItem]]:
+    """`assign_media` where the order matters: raises ValueError if images and videos are mixed and it is not told."""
+    rows = assign_media(images, videos, starts_BN, mm_token_type_ids)
+    if images and videos:
+        kinds = [1 if item.kind == "image" else 2 for row in rows for item in row]
+        told = None if mm_token_type_ids is None else mm_token_type_ids[starts_BN.to(mm_token_type_ids.device)].tolist()
+        if told != kinds:
+            raise ValueError(
+                f"In which order do the {len(images)} images and {len(videos)} videos come? mm_token_type_ids, as the "
+                f"processor returns them, should be 1 and 2 at their <|vision_start|> tokens, and are {told}."
+            )
+    return rows
 
 
 def runs_of(unread_BN: Tensor, starts_BN: Tensor, rows: list[list[MediaItem]]) -> list[list[Run]]:
@@ -109,4 +125,4 @@ def text_outputs(chunk: list[list[Run]], tokens_per_frame: int) -> tuple[Tensor,
     return torch.cat(rows), torch.cat(places), torch.cat(positions)
 
 
-__all__ = ["Run", "runs_of", "split_runs", "text_outputs"]
+__all__ = ["Run", "media_of_rows", "runs_of", "split_runs", "text_outputs"]

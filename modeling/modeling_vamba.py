@@ -40,6 +40,7 @@ from .generation_vamba import VambaGenerationMixin
 from .graphed_decoding import GraphedDecoding
 from .media import MediaItem, assign_media, chunk_patches, list_media, media_positions, split_frames
 from .multi_axis_checkpointing import offload_saved
+from .text_triton import FusedRMSNorm
 from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder
 from .video_level import VideoLevel
 from .video_memory import VideoMemory
@@ -61,7 +62,7 @@ class VambaTextModel(VambaPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([VambaDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen2VLRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()

@@ -25,8 +25,10 @@ from .configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaTextConfig
 from .frame_streaming import MAX_CHUNK_FRAMES, default_chunk_frames, load_ahead, normalized, to_device
 from .generation_video_ma2mba import VideoMa2mbaGenerationMixin
 from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
-from .media import MediaItem, assign_media, chunk_patches, list_media
-from .media_stream import Run, runs_of, split_runs, text_outputs
+from .media import MediaItem, chunk_patches, list_media
+from .media_stream import Run, media_of_rows, runs_of, split_runs, text_outputs
+from .multi_axis_checkpointing import MultiAxisCheckpointingMixin, MultiAxisSettings, read_blocks, run_cells
+from .multi_axis_memory import mamba2_costs
 from .state_memory import StateMemory
 
 
@@ -63,7 +65,7 @@ def vision_tower(config: PreTrainedConfig) -> CLIPVisionModel:
 
 
 @auto_docstring
-class VideoMa2mbaPreTrainedModel(PreTrainedModel):
+class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointingMixin, PreTrainedModel):
     config: VideoMa2mbaConfig
     base_model_prefix = "model"
     input_modalities = ("image", "video", "text")
@@ -86,7 +88,6 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
                 bound = linear.in_features**-0.5
                 init.uniform_(linear.weight, -bound, bound)
                 init.zeros_(linear.bias)
-                linear._is_hf_initialized = True
         else:
             super()._init_weights(module)
 
@@ -97,6 +98,7 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
     config: VideoMa2mbaTextConfig
     input_modalities = ("text",)
     _can_record_outputs = {"hidden_states": VideoMa2mbaBlock}
+    multi_axis_checkpointing: MultiAxisSettings | None = None
 
     def __init__(self, config: VideoMa2mbaTextConfig):
         super().__init__(config)
@@ -114,6 +116,7 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
         inputs_embeds: torch.FloatTensor,
         past_key_values: StateMemory,
         lengths_B: torch.LongTensor | None = None,
+        read_at: tuple[Tensor, Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -121,14 +124,41 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
             The states before the first token; those after each row's last take their place.
         lengths_B (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Valid tokens of each row, the rest being padding on the right; all are if not given.
+        read_at (`tuple` of two `torch.LongTensor` of shape `(n,)`, *optional*):
+            Rows and places of the tokens whose outputs are wanted, `(n, hidden_size)`; all are if not given.
         """
         hidden_BSD, states = inputs_embeds, past_key_values.states
         if self.config.residual_in_fp32:
             hidden_BSD = hidden_BSD.to(torch.promote_types(hidden_BSD.dtype, torch.float32))
-        for index, block in enumerate(self.layers):
-            hidden_BSD, states[index] = block(hidden_BSD, states[index], lengths_B)
+        if self.runs_cells:
+            blocks = self._run_cells(hidden_BSD, states, lengths_B)
+            hidden_BSD = torch.cat(blocks, 1) if read_at is None else read_blocks(blocks, *read_at)
+            del blocks
+        else:
+            for index, block in enumerate(self.layers):
+                hidden_BSD, states[index] = block(hidden_BSD, states[index], lengths_B)
+            hidden_BSD = hidden_BSD if read_at is None else hidden_BSD[read_at]
         hidden_BSD = self.norm(hidden_BSD).to(inputs_embeds.dtype)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BSD, past_key_values=past_key_values)
+
+    @property
+    def runs_cells(self) -> bool:
+        return self.multi_axis_checkpointing is not None and self.training and torch.is_grad_enabled()
+
+    def _run_cells(self, hidden_BSD: Tensor, states: list, lengths_B: Tensor | None) -> list[Tensor]:
+        settings = self.multi_axis_checkpointing
+        costs = mamba2_costs(self.config, self.norm.weight.dtype, residual_dtype=hidden_BSD.dtype)
+        layers, sizes = settings.intervals(costs, len(self.layers), hidden_BSD, self)
+        blocks, states[:] = run_cells(
+            self.layers,
+            hidden_BSD,
+            states,
+            lengths_B,
+            layer_interval=layers,
+            sequence_interval=sizes,
+            offload=settings.offload,
+        )
+        return blocks
 
 
 @auto_docstring
@@ -231,6 +261,23 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             raise ValueError(f"{rows=} for {len(items)} videos; give one row for each video, counted from 0.")
         memory = StateMemory.of(memory, self.config)
         B = max([*rows, memory.batch_size - 1], default=0) + 1
+        by_row, marks = self._open_videos(memory, items, rows, B, continue_video)
+        ids_BN = nn.utils.rnn.pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in marks], batch_first=True)
+        lengths = torch.tensor([len(ids) for ids in marks])
+        unread_BN = torch.arange(ids_BN.shape[1]) < lengths.unsqueeze(1)
+        runs = runs_of(unread_BN, self.media_starts(ids_BN, None), by_row)
+        memory.check(self.config.text_config, B)
+        embed = self.get_input_embeddings()
+        inputs_embeds = embed(to_device(ids_BN, embed.weight.device))
+        self.read(memory, inputs_embeds, runs, {"video": pixel_values_videos}, chunk_frames)
+        fewest, most = int(lengths.min()), int(lengths.max())
+        memory.note_text(lengths.to(inputs_embeds.device), fewest, is_ragged=memory.is_ragged or fewest < most)
+        return memory
+
+    def _open_videos(
+        self, memory: StateMemory, items: list[MediaItem], rows: list[int], B: int, continue_video: bool | None
+    ) -> tuple[list[list[MediaItem]], list[list[int]]]:
+        """The videos of each row, the first perhaps continuing what the memory saw, and the text that opens them."""
         by_row: list[list[MediaItem]] = [[] for _ in range(B)]
         marks: list[list[int]] = [[] for _ in range(B)]
         for item, row in zip(items, rows):
@@ -238,23 +285,12 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             if not by_row[row] and continue_video is not False and last is not None and last[0] == "video":
                 item = item._replace(first_frame=last[1])
             elif not by_row[row] and continue_video and memory.batch_size > row:
-                raise ValueError(
-                    "There is no video to continue: the last that the memory has read is text or an image."
-                )
+                raise ValueError("There is no video to continue: what the memory has read last is no video.")
             else:
                 marks[row] += [self.config.vision_end_token_id] if by_row[row] or last else []
                 marks[row].append(self.config.vision_start_token_id)
             by_row[row].append(item)
-        device = self.get_input_embeddings().weight.device
-        ids_BN = nn.utils.rnn.pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in marks], True).to(device)
-        lengths = [len(ids) for ids in marks]
-        lengths_B = torch.tensor(lengths, device=device)
-        unread_BN = torch.arange(ids_BN.shape[1], device=device) < lengths_B.unsqueeze(1)
-        runs = runs_of(unread_BN, self.media_starts(ids_BN, None), by_row)
-        memory.check(self.config.text_config, B)
-        self.read(memory, self.get_input_embeddings()(ids_BN), runs, {"video": pixel_values_videos}, chunk_frames)
-        memory.note_text(lengths_B, min(lengths), is_ragged=memory.is_ragged or min(lengths) < max(lengths))
-        return memory
+        return by_row, marks
 
     # --- the stream ---------------------------------------------------------------------------------------------------
 
@@ -288,15 +324,16 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         levels: list[Tensor | None] = []
         for chunk, parts in load_ahead(split_runs(streams, tokens, per_frame), patches, device):
             stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, parts)
+            rows, places, positions = (index.to(inputs_embeds.device) for index in text_outputs(chunk, per_frame))
+            read_at = (rows, places) if self.language_model.runs_cells else None
             output = self.language_model(
-                inputs_embeds=stream_BSD, past_key_values=memory, lengths_B=lengths_B, **kwargs
+                inputs_embeds=stream_BSD, past_key_values=memory, lengths_B=lengths_B, read_at=read_at, **kwargs
             )
             new_levels = [output.last_hidden_state, *(output.hidden_states or ())]
             levels = levels or [None if new is None else new.new_zeros(inputs_embeds.shape) for new in new_levels]
-            rows, places, positions = (index.to(inputs_embeds.device) for index in text_outputs(chunk, per_frame))
             for level, new in zip(levels, new_levels):
                 if new is not None:  # a level that was not asked for
-                    level[rows, positions] = new[rows, places]
+                    level[rows, positions] = new[rows, places] if read_at is None else new
             memory.note_chunk(chunk)
         last, *hidden_states = levels or [inputs_embeds.new_zeros(inputs_embeds.shape)]
         return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=tuple(hidden_states) or None)
@@ -364,7 +401,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         else:
             starts_BN = self.media_starts(input_ids, inputs_embeds)
             unread_BN = torch.ones_like(starts_BN) if unread_BN is None else unread_BN
-            rows = assign_media(*items, starts_BN & unread_BN, mm_token_type_ids) if any(items) else [[]] * B
+            rows = media_of_rows(*items, starts_BN & unread_BN, mm_token_type_ids) if any(items) else [[]] * B
             output = self.read(memory, inputs_embeds, runs_of(unread_BN, starts_BN, rows), pixels, **kwargs)
             lengths_B = unread_BN.sum(1)
         memory.note_text(torch.full((B,), N, device=inputs_embeds.device) if lengths_B is None else lengths_B, N)

@@ -102,10 +102,11 @@ class StateMemory(Cache):
                 f"attention_mask is {list(attention_mask.shape)}; it must be (batch, {N}) for the tokens given, or "
                 f"(batch, {self.text_length + N}) with the {self.text_length} before them."
             )
+        attention_mask = attention_mask.to(like_BND.device)
         valid_BN = attention_mask[:, attention_mask.shape[1] - N :].bool()
         if self.text_tokens_B is None or attention_mask.shape[1] != self.text_length + N:
             return valid_BN
-        seen_B = self.text_tokens_B - attention_mask[:, : self.text_length].sum(1)
+        seen_B = self.text_tokens_B.to(like_BND.device) - attention_mask[:, : self.text_length].sum(1)
         return valid_BN & (valid_BN.cumsum(1) > seen_B.unsqueeze(1))
 
     def note_text(self, tokens_B: Tensor, columns: int, is_ragged: bool = False) -> None:
@@ -181,10 +182,10 @@ class StateMemory(Cache):
             self.media = [[list(item) for item in self.media[row]] for row in rows]
             self.is_open = [self.is_open[row] for row in rows]
 
-    def expand_rows(self, batch_size: int) -> None:
-        """Repeats the rows for several questions, beams or samples of each, up to `batch_size`."""
-        if self.batch_size > 0 and batch_size % self.batch_size == 0:
-            self.batch_repeat_interleave(batch_size // self.batch_size)
+    def expand_rows(self, batch_size: int, copies: int = 1) -> None:
+        """Repeats a single row for each of `batch_size` questions, and each row for its beams or samples."""
+        if self.batch_size in (1, batch_size):
+            self.batch_repeat_interleave(batch_size * copies // self.batch_size)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.text_length

@@ -1,9 +1,9 @@
 """Triton kernels for what a decoder layer does between its matrix products, without gradient.
 
 What is unusual: when one token is decoded these steps move almost no bytes, but each launch costs two microseconds, and
-Qwen2-VL's operations make some 20 of them a layer. Here they are four: the projections to queries, keys and values, the
-rotary embedding of queries and keys, the mix of self- and cross-attention with residual and norm (equation 4 of
-arXiv 2503.11579), and the gate of the MLP. All compute in float32.
+Qwen2-VL's operations make some 30 of them a layer. Here they are six: the norm, the projections to queries, keys and
+values, the rotary embedding of queries and keys, the entry into a static cache, the mix of self- and cross-attention
+with residual and norm (equation 4 of arXiv 2503.11579), and the gate of the MLP. All compute in float32.
 
 Shapes: B rows, N tokens, D width, H heads, P head dim, R tokens of all rows, O outputs of a projection.
 """
@@ -13,6 +13,7 @@ import os
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 
 try:
@@ -76,6 +77,36 @@ def rotate_triton(queries_BNHP: Tensor, keys_BNHP: Tensor, cos_BNP: Tensor, sin_
             queries_BNHP, keys_BNHP, cos_BNP.contiguous(), sin_BNP.contiguous(), H, keys_BNHP.shape[2],
             P=P, BLOCK=triton.next_power_of_2(P // 2), num_warps=1,
         )  # fmt: skip
+
+
+def store_token_triton(keys_BHNP: Tensor, values_BHNP: Tensor, layer: CacheLayerMixin) -> bool:
+    """`layer.update` in one launch, for one token of each row and a plain static layer; else False, and call it."""
+    B, H, N, P = keys_BHNP.shape
+    if N != 1 or type(layer) is not StaticLayer or not layer.is_initialized or layer.dtype != keys_BHNP.dtype:
+        return False
+    keys_BHNP, values_BHNP = keys_BHNP.contiguous(), values_BHNP.contiguous()
+    with on_device_of(keys_BHNP):
+        _store_token_kernel[(1,)](
+            keys_BHNP, values_BHNP, layer.keys, layer.values, layer.cumulative_length, B * H, layer.max_cache_len,
+            P=P, BLOCK=triton.next_power_of_2(P), num_warps=4,
+        )  # fmt: skip
+    return True
+
+
+class FusedRMSNorm(nn.RMSNorm):
+    """torch's, which in one kernel takes twice as long as it has to for a single token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not fusible(x, self.weight):
+            return super().forward(x)
+        x = x.contiguous()
+        normed, D = torch.empty_like(x), x.shape[-1]
+        block = triton.next_power_of_2(D)
+        with on_device_of(x):
+            _rms_norm_kernel[(x.numel() // D,)](
+                x, self.weight, normed, self.eps, D=D, BLOCK=block, num_warps=min(max(block // 512, 1), 8)
+            )
+        return normed
 
 
 def mix_norm_triton(
@@ -159,6 +190,29 @@ if triton is not None:
         high = tl.load(high_at, mask=ok, other=0.0).to(tl.float32)
         tl.store(low_at, (low * cos_low - high * sin_low).to(queries.dtype.element_ty), mask=ok)
         tl.store(high_at, (high * cos_high + low * sin_high).to(queries.dtype.element_ty), mask=ok)
+
+    @triton.jit(do_not_specialize=["rows", "capacity"])
+    def _store_token_kernel(
+        keys, values, cached_keys, cached_values, length, rows, capacity, P: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """One program for all rows, as it also counts the token in."""
+        place = tl.load(length)
+        p = tl.arange(0, BLOCK)
+        for row in range(rows):
+            target = (tl.cast(row, tl.int64) * capacity + place) * P + p
+            tl.store(cached_keys + target, tl.load(keys + row * P + p, mask=p < P), mask=p < P)
+            tl.store(cached_values + target, tl.load(values + row * P + p, mask=p < P), mask=p < P)
+        tl.store(length, place + 1)
+
+    @triton.jit
+    def _rms_norm_kernel(x, weight, normed, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+        column = tl.arange(0, BLOCK)
+        ok = column < D
+        offset = tl.program_id(0).to(tl.int64) * D + column
+        value = tl.load(x + offset, mask=ok, other=0.0).to(tl.float32)
+        w = tl.load(weight + column, mask=ok, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+        tl.store(normed + offset, (value * scale * w).to(normed.dtype.element_ty), mask=ok)
 
     @triton.jit
     def _mix_norm_kernel(

@@ -278,6 +278,14 @@ def test_media_and_marks_must_agree(model):
         model(torch.cat([prompt(4), prompt(2, 1)]), **video(1, 1))
 
 
+@pytest.mark.parametrize("types", [None, [2, 2], [1, 0]])
+def test_the_order_of_images_and_videos_must_be_told(model, types):
+    ids = prompt(3, 2)
+    told = None if types is None else torch.tensor([[types[0], 0, types[1], 0, 0, 0, 0]])
+    with pytest.raises(ValueError, match="In which order do the 1 images and 1 videos come"):
+        model(ids, mm_token_type_ids=told, **video(2), **image(1))
+
+
 def test_frames_of_another_size_are_refused(model):
     with pytest.raises(ValueError, match="2 x 8 patches and the vision tower takes 4 x 4: .* 16 pixels"):
         model(prompt(3, 1), pixel_values_videos=torch.zeros(16, 48), video_grid_thw=torch.tensor([[1, 2, 8]]))

@@ -3,10 +3,19 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 from triton_interpreter import DEVICE, on_a_gpu, run_interpreted
 
-from vamba.modeling.text_triton import fusible, mix_norm_triton, rotate_triton, silu_mul_triton, three_linears_triton
+from vamba.modeling.text_triton import (
+    FusedRMSNorm,
+    fusible,
+    mix_norm_triton,
+    rotate_triton,
+    silu_mul_triton,
+    store_token_triton,
+    three_linears_triton,
+)
 
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -45,6 +54,33 @@ def test_mix_and_norm(alpha, dtype):
     expected = residual.double() + shares[0] * attended.double() + shares[1] * crossed.double()
     assert_near(mixed, expected, dtype)
     assert_near(normed, F.rms_norm(mixed.double(), (72,), weight.double(), 1e-6), dtype)
+
+
+@on_a_gpu
+@dtypes
+def test_norm(dtype):
+    x = random(2, 3, 72, dtype=dtype)
+    norm = FusedRMSNorm(72, eps=1e-6).to(DEVICE, dtype)
+    torch.nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        actual = norm(x)
+    assert_near(actual, F.rms_norm(x.double(), (72,), norm.weight.detach().double(), 1e-6), dtype)
+    assert norm(x).requires_grad  # plain
+
+
+@on_a_gpu
+def test_static_cache():
+    layers = [StaticLayer(max_cache_len=9) for _ in range(2)]
+    for step in range(4):
+        keys, values = (random(2, 3, 1, 24, dtype=torch.bfloat16, seed=2 * step + i) for i in range(2))
+        assert store_token_triton(keys, values, layers[0]) == (step > 0)
+        for layer in layers[0 if step == 0 else 1 :]:
+            layer.update(keys, values)
+    for name in ("keys", "values", "cumulative_length"):
+        assert torch.equal(getattr(layers[0], name), getattr(layers[1], name))
+    assert layers[0].cumulative_length == 4
+    assert not store_token_triton(keys.repeat(1, 1, 2, 1), values.repeat(1, 1, 2, 1), layers[0])
+    assert not store_token_triton(keys, values, DynamicLayer())
 
 
 @on_a_gpu

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import vamba.modeling
 import vamba.modeling.gated_rms_norm_triton as gated_rms_norm_module
+import vamba.modeling.ssd_triton as ssd_module
 from vamba.modeling.causal_conv1d_triton import causal_conv1d_triton
 from vamba.modeling.gated_rms_norm_triton import gated_rms_norm_triton
 from vamba.modeling.ssd_triton import ssd_scan_triton
@@ -105,7 +106,7 @@ def test_in_the_interpreter():
 def test_without_triton_the_module_imports_and_says_what_is_missing(file, name, arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     path = Path(vamba.modeling.__file__).parent / f"{file}.py"
-    spec = importlib.util.spec_from_file_location("without_triton", path)
+    spec = importlib.util.spec_from_file_location("vamba.modeling.without_triton", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.raises(ImportError, match="pip install triton"):
@@ -216,6 +217,21 @@ def test_scan(S, H, G, P, K, dtype, tolerance):
         on_views(lambda *t: ssd_scan_triton(*t, chunk_size=32), *sizes),
         on_views(recurrence, *sizes),
         tensors,
+        tolerance,
+    )
+
+
+@on_a_gpu
+@precisions
+@pytest.mark.parametrize("S", [64, 100])
+def test_scan_over_several_segments(S, dtype, tolerance, monkeypatch):
+    """A last segment that is whole, and one that is not and whose last tile is not."""
+    monkeypatch.setattr(ssd_module, "_SEGMENT_TILES", 2)
+    sizes = (2, 1, 16, 16)
+    compare(
+        on_views(lambda *t: ssd_scan_triton(*t, chunk_size=16), *sizes),
+        on_views(recurrence, *sizes),
+        scan_inputs(S, dtype, *sizes, B=2),
         tolerance,
     )
 

@@ -1,4 +1,4 @@
-"""Checkpoint converters: Qwen2-VL and the original Vamba format to ours, and ours back to the original's.
+"""Checkpoint converters: Qwen2-VL and the original Vamba format to ours and back; Mamba-2 and CLIP to Video-Ma2mba.
 
 Imports nothing heavy: `convert` and its helpers are resolved when first used.
 """

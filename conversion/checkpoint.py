@@ -18,10 +18,13 @@ from vamba.modeling.configuration_vamba import VambaConfig
 from . import table as tables
 from .companions import copy_companions, set_generation_flag, write_hub_files
 from .configs import (
+    MAMBA2,
     ORIGINAL,
     QWEN2_VL,
+    STATE_SPACES,
     SUPPORTED,
     VAMBA,
+    VIDEO_MA2MBA,
     config_from_original,
     config_from_qwen2_vl,
     config_from_vamba,
@@ -49,6 +52,8 @@ def convert(
     overwrite: bool = False,
     progress: bool = True,
     mamba_config: dict | None = None,
+    vision: str | Path | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Path:
     """Converts the checkpoint in `source`, whose config.json says what it is.
 
@@ -57,7 +62,9 @@ def convert(
     - Original Vamba → Vamba: the last layer's `vision_mixer`, which nothing reads, is dropped.
     - Vamba → original (`to="original"`): bit for bit the tensors that came from it. The last layer's `vision_mixer` is
       initialised afresh, because the original's loader expects it; no output depends on it.
-    - Vamba → Vamba: another dtype or sharding.
+    - Vamba → Vamba, Video-Ma2mba → Video-Ma2mba: another dtype or sharding.
+    - Mamba-2 (state-spaces' format or transformers' `mamba2`) and a CLIP → Video-Ma2mba: the projector between the two
+      is initialised; CLIP's last layer, which nothing reads, is dropped.
 
     Args:
         source: folder with config.json and safetensors, in one file or sharded with an index.
@@ -70,6 +77,8 @@ def convert(
         overwrite: replace the checkpoint in `destination`, which stays until the new one is complete.
         progress: show a progress bar.
         mamba_config: for a Qwen2-VL source, sizes that differ from `VambaMamba2Config`'s, such as {"head_dim": 16}.
+        vision: for a Mamba-2 source, the folder of the CLIP.
+        tokenizer: for a Mamba-2 source, the folder of its tokenizer; None where it is in the source's.
 
     Returns:
         `destination`, absolute.
@@ -86,24 +95,55 @@ def convert(
         )
     dtype = _checked_dtype(dtype)
     check_destination(destination, source, overwrite)
+    if (kind := format_of(read_config(source))) in (STATE_SPACES, MAMBA2, VIDEO_MA2MBA):
+        from .video_ma2mba import convert_video_ma2mba
+
+        if to is not None or mamba_config:
+            raise ConversionError(f"The source is {kind}: `to` and `mamba_config` are for the Vamba family.")
+        options = {"dtype": dtype, "seed": seed, "max_shard_size": max_shard_size, "progress": progress}
+        convert_video_ma2mba(kind, source, destination, vision=vision, tokenizer=tokenizer, **options)
+        return destination
+    if vision or tokenizer:
+        raise ConversionError(f"The source is {kind}: `vision` and `tokenizer` are for a Mamba-2 checkpoint.")
     kind, config = _source_config(source, to, mamba_config)
     reader = CheckpointReader(source)
     steps = plan_checkpoint(kind, config, reader.specs, to=to, dtype=dtype)
     if config.tie_word_embeddings:
         _check_tied_head(reader)
-    files = split_into_files(steps, max_shard_size)
-    total = sum(map(size_of, steps))
-    check_space(destination, total)
     config.dtype = dtype or dominant_dtype(reader.specs.values())
-    with staged_folder(destination) as folder:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
-            for name, held in files.items():
-                write_file(folder / name, held, lambda step: produce(step, config, seed, reader.read), bar.update)
-        write_index(folder, files)
+
+    def companions(folder: Path) -> None:
         _write_companions(source, folder, config, kind, to)
         if to != "original":
             write_hub_files(source, folder, config, kind, destination.name)
+
+    make = partial(produce, config=config, seed=seed, read=reader.read)
+    write_checkpoint(destination, steps, make, companions, max_shard_size, progress)
     return destination
+
+
+def write_checkpoint(
+    destination: Path,
+    steps: list[Step],
+    make: Callable[[Step], torch.Tensor],
+    companions: Callable[[Path], None],
+    max_shard_size: int | str,
+    progress: bool,
+) -> None:
+    """Writes what was planned into a folder that is renamed to `destination` at the end.
+
+    Args:
+        make: the tensor of a step. companions: writes the files beside the weights into the folder it is given.
+    """
+    files = split_into_files(steps, max_shard_size)
+    total = sum(map(size_of, steps))
+    check_space(destination, total)
+    with staged_folder(destination) as folder:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
+            for name, held in files.items():
+                write_file(folder / name, held, make, bar.update)
+        write_index(folder, files)
+        companions(folder)
 
 
 def plan_checkpoint(
@@ -162,13 +202,17 @@ def produce(step: Step, config: VambaConfig, seed: int, read: Callable[[str], to
     if step.source is None:
         ours = step.key if is_fresh(step.key) else rename(step.key, tables.FROM_ORIGINAL)[0]
         return fresh_tensor(ours, step.shape, config, seed).to(step.dtype)
-    tensor = read(step.source)
+    return cast(read(step.source), step)
+
+
+def cast(tensor: torch.Tensor, step: Step) -> torch.Tensor:
+    """`tensor` in the step's dtype. Raises ConversionError where a finite value does not fit it."""
     if tensor.dtype == step.dtype:
         return tensor
-    cast = tensor.to(step.dtype)
-    if step.dtype == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
+    converted = tensor.to(step.dtype)
+    if step.dtype == torch.float16 and not converted.isfinite().all() and tensor.isfinite().all():
         raise ConversionError(f"{step.source} has values beyond float16's range; choose bfloat16.")
-    return cast
+    return converted
 
 
 def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

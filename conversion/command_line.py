@@ -6,8 +6,10 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the converter's arguments to `parser`."""
-    parser.add_argument("source", metavar="SRC", help="folder of a Qwen2-VL, original Vamba or Vamba checkpoint")
+    parser.add_argument("source", metavar="SRC", help="folder of a Qwen2-VL, Vamba or Mamba-2 checkpoint")
     parser.add_argument("destination", metavar="DST", help="folder to write; must not exist or be empty")
+    parser.add_argument("--vision", metavar="CLIP", help="of a Mamba-2 SRC: folder of the CLIP it gets its eyes from")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="of a Mamba-2 SRC, where its folder has none")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the source's")
     parser.add_argument("--to", choices=("vamba", "original"), help="format to write; default: vamba")
     parser.add_argument("--seed", type=int, default=0, help="of the freshly initialised tensors; default: 0")
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,
         progress=not args.no_progress,
+        vision=args.vision,
+        tokenizer=args.tokenizer,
     )
     print(destination)
     return 0

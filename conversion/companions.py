@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vamba.modeling.configuration_vamba import AUTO_MAP, VambaConfig
 
-from .configs import QWEN2_VL, read_json
+from .configs import MAMBA2, QWEN2_VL, STATE_SPACES, read_json
 
 
 VERBATIM = (
@@ -74,11 +74,11 @@ def write_hub_files(source: Path, folder: Path, config: VambaConfig, kind: str, 
     Args:
         source: the folder converted from; its card says under which license.
         folder: the folder being written, under its temporary name. name: the name it will have.
-        kind: what the source is; a Qwen2-VL has to be trained before it is of use as a Vamba.
+        kind: what the source is; a Qwen2-VL or a Mamba-2 has to be trained before it is of use with video.
     """
     from vamba.hub import write_model_card, write_remote_code
 
-    write_remote_code(folder)
+    write_remote_code(folder, config.model_type)
     write_model_card(
         folder,
         config,
@@ -86,7 +86,7 @@ def write_hub_files(source: Path, folder: Path, config: VambaConfig, kind: str, 
         base_model=_base_model(source),
         license=_license(source),
         origin=f"Converted from {source.name} ({kind}).",
-        state="converted" if kind == QWEN2_VL else "trained",
+        state="converted" if kind in (QWEN2_VL, STATE_SPACES, MAMBA2) else "trained",
     )
 
 

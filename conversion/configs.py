@@ -18,10 +18,13 @@ from .table import ConversionError
 
 
 QWEN2_VL, ORIGINAL, VAMBA = "a Qwen2-VL checkpoint", "an original Vamba checkpoint", "a Vamba checkpoint"
+STATE_SPACES, MAMBA2 = "a state-spaces Mamba-2 checkpoint", "a transformers Mamba-2 checkpoint"
+VIDEO_MA2MBA = "a Video-Ma2mba checkpoint"
 SUPPORTED = (
     "Supported: a Qwen2-VL checkpoint (model_type qwen2_vl) to vamba, an original Vamba checkpoint (model_type "
     "qwen2_vl with vision_mamba_mixer_config) to vamba, and a Vamba checkpoint (model_type vamba) to original "
-    "or, for another dtype or sharding, to vamba."
+    "or, for another dtype or sharding, to vamba; a Mamba-2 language model (model_type mamba2, or with ssm_cfg as "
+    "state-spaces has it) and a CLIP to video_ma2mba."
 )
 
 # Ours → the original's, in vision_mamba_mixer_config.
@@ -67,12 +70,14 @@ def read_json(path: Path) -> dict:
 
 
 def format_of(config: dict) -> str:
-    """QWEN2_VL, ORIGINAL or VAMBA. Raises ConversionError naming the values that fit none of them."""
+    """One of the formats named above. Raises ConversionError naming the values that fit none of them."""
     if config.get("quantization_config"):
         raise ConversionError("The source has a quantization_config; convert the unquantized checkpoint.")
     model_type, mixer = config.get("model_type"), config.get("vision_mamba_mixer_config")
-    if model_type == "vamba":
-        return VAMBA
+    if model_type in (known := {"vamba": VAMBA, "mamba2": MAMBA2, "video_ma2mba": VIDEO_MA2MBA}):
+        return known[model_type]
+    if isinstance(config.get("ssm_cfg"), dict):
+        return STATE_SPACES
     if model_type == "qwen2_vl" and mixer is None:
         return QWEN2_VL
     if model_type == "qwen2_vl" and isinstance(mixer, dict) and mixer.get("enable", True):
@@ -156,7 +161,7 @@ def config_to_original(config: VambaConfig) -> dict:
     refused = [f"{name} = {have!r}, must be {must!r}" for name, (have, must) in fixed.items() if have != must]
     if refused:
         raise ConversionError("The original's format cannot hold this model: " + "; ".join(refused) + ".")
-    flat = {key: value for key, value in _own_values(text).items() if key not in ("layer_types", "rope_parameters")}
+    flat = {key: value for key, value in own_values(text).items() if key not in ("layer_types", "rope_parameters")}
     rope = dict(text.rope_parameters)
     mixer = {theirs: getattr(mamba, ours) for ours, theirs in MAMBA_FIELDS.items()}
     mixer |= {key: list(mixer[key]) for key in ("dt_limit", "A_init_range")}
@@ -170,7 +175,7 @@ def config_to_original(config: VambaConfig) -> dict:
         "torch_dtype": str(dtype).removeprefix("torch.") if dtype is not None else None,
         "vision_config": {
             key: value
-            for key, value in _own_values(vision).items()
+            for key, value in own_values(vision).items()
             if key not in ("rope_parameters", "initializer_range")
         }
         | {"model_type": "qwen2_vl"},
@@ -187,7 +192,7 @@ def _qwen2_vl(source: dict) -> Qwen2VLConfig:
 
 
 def _vamba_config(qwen: Qwen2VLConfig, mamba: dict, switches: dict) -> VambaConfig:
-    text = _own_values(qwen.text_config)
+    text = own_values(qwen.text_config)
     text["rope_parameters"] = {key: value for key, value in text["rope_parameters"].items() if key != "type"}
     vision = {key: getattr(qwen.vision_config, key) for key in (f.name for f in _own_fields(Qwen2VLVisionConfig))}
     try:
@@ -210,7 +215,8 @@ def _own_fields(kind: type[PreTrainedConfig]):
     return [field for field in fields(kind) if field.name not in common]
 
 
-def _own_values(config: PreTrainedConfig) -> dict:
+def own_values(config: PreTrainedConfig) -> dict:
+    """The values of `_own_fields`."""
     return {field.name: getattr(config, field.name) for field in _own_fields(type(config))}
 
 

@@ -42,13 +42,18 @@ def is_fresh(key: str) -> bool:
     return FRESH.fullmatch(key) is not None
 
 
+def seeded(key: str, seed: int) -> torch.Generator:
+    """The generator of one tensor."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
 def fresh_tensor(key: str, shape: tuple[int, ...], config: VambaConfig, seed: int) -> torch.Tensor:
     """The initial float32 value of our key `key`; the same for the same key and seed, whatever else is written."""
     match = FRESH.fullmatch(key)
     if match is None:
         raise KeyError(f"no rule initialises {key}")
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    generator = seeded(key, seed)
     tensor = torch.empty(shape, dtype=torch.float32)
     if match[2] == "alpha":
         tensor.fill_(0.5)

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -88,6 +89,31 @@ class CheckpointReader:
                 }
         except SafetensorError as error:
             raise ConversionError(f"{path} is damaged or incomplete: {error}") from error
+
+
+class TorchReader:
+    """The tensors of a pytorch_model.bin, mapped rather than read, with an unpickler that runs no code.
+
+    Raises ConversionError where the file is damaged or holds anything but tensors.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            self.state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self.specs = {key: TensorSpec(tuple(t.shape), t.dtype) for key, t in self.state.items()}
+        except (RuntimeError, UnpicklingError, EOFError, AttributeError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise ConversionError(f"{path} is damaged, or no file of tensors by their names: {first}") from error
+
+    def read(self, key: str) -> torch.Tensor:
+        return self.state[key]
+
+
+def open_checkpoint(folder: Path) -> CheckpointReader | TorchReader:
+    """A reader of the weights in `folder`: safetensors, or a pytorch_model.bin where there are none."""
+    if (folder / "pytorch_model.bin").is_file() and not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return TorchReader(folder / "pytorch_model.bin")
+    return CheckpointReader(folder)
 
 
 def split_into_files(steps: Iterable[Step], max_shard_size: int | str) -> dict[str, list[Step]]:

@@ -32,6 +32,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .chunked_loss import chunked_causal_lm_loss
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .cross_attention import VambaCrossAttention
 from .decoder_layer import VambaDecoderLayer
@@ -485,6 +486,7 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin, 
         mm_token_type_ids: torch.IntTensor | None = None,
         packed_lengths: list[int] | torch.LongTensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CausalLMOutputWithCrossAttentions:
         r"""
@@ -493,6 +495,8 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin, 
         packed_lengths (`list[int]` or `torch.LongTensor` of shape `(number of samples,)`, *optional*):
             One row of text consists of samples of these lengths, which see neither each other nor each other's media;
             the first label of each should be -100. Loss and gradients are those of the samples in a batch.
+        skip_logits (`bool`, *optional*, defaults to `False`):
+            With `labels`: compute the loss in chunks of positions, whose logits are never all held, and return none.
 
         Example:
 
@@ -525,11 +529,19 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin, 
             packed_lengths=packed_lengths,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        hidden_states, vocab_size, logits, loss = (
+            outputs.last_hidden_state,
+            self.config.text_config.vocab_size,
+            None,
+            None,
+        )
+        if skip_logits and labels is not None:
+            items = kwargs.get("num_items_in_batch")
+            loss = chunked_causal_lm_loss(self.lm_head, hidden_states, labels, vocab_size, items)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,

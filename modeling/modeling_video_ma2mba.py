@@ -21,6 +21,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .chunked_loss import chunked_causal_lm_loss
 from .configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaTextConfig
 from .frame_streaming import MAX_CHUNK_FRAMES, default_chunk_frames, load_ahead, normalized, to_device
 from .generation_video_ma2mba import VideoMa2mbaGenerationMixin
@@ -457,6 +458,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, VideoMa2mb
         video_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CausalLMOutputWithPast:
         r"""
@@ -464,6 +466,8 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, VideoMa2mb
             0 at padding, on either side, for the tokens given or for all text since the memory's first.
         mm_token_type_ids (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
             1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
+        skip_logits (`bool`, *optional*, defaults to `False`):
+            With `labels`: compute the loss in chunks of positions, whose logits are never all held, and return none.
 
         Example:
 
@@ -494,11 +498,19 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, VideoMa2mb
             mm_token_type_ids=mm_token_type_ids,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        hidden_states, vocab_size, logits, loss = (
+            outputs.last_hidden_state,
+            self.config.text_config.vocab_size,
+            None,
+            None,
+        )
+        if skip_logits and labels is not None:
+            items = kwargs.get("num_items_in_batch")
+            loss = chunked_causal_lm_loss(self.lm_head, hidden_states, labels, vocab_size, items)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -273,8 +273,7 @@ class VambaProcessor(Qwen2VLProcessor):
             factor = _factor(self.image_processor, kwargs)
             sides = {key: options.get(key) for key in ("resized_height", "resized_width")}
             height, width = target_size(1, 1, factor=factor, min_pixels=0, max_pixels=np.inf, **sides)
-            image = image if hasattr(image, "mode") else to_pil_image(image)
-            image, kwargs["do_resize"] = image.convert("RGB").resize((width, height)), False
+            image, kwargs["do_resize"] = to_pil_image(image).convert("RGB").resize((width, height)), False
         return self.image_processor([image], **kwargs)
 
     def _process_videos(self, videos: list[dict], **kwargs):

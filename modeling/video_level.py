@@ -104,7 +104,7 @@ class LevelStore:
             return
         buffer = self._buffer
         if buffer is None or buffer.used != held or buffer.capacity < length:
-            buffer = self._buffer = _Buffer(level, max(length, expected or int(GROWTH * length)))
+            buffer = self._buffer = _Buffer(level, expected if expected > length else int(GROWTH * length))
             for part in self.parts:
                 buffer.write(part)
         buffer.write(level)

@@ -27,7 +27,9 @@ _HOMES = {
     "load_video": ".modeling",
     "read_video": ".modeling",
     "conversion": None,
+    "data": None,
     "modeling": None,
+    "training": None,
 }
 
 __all__ = list(_HOMES)

@@ -26,6 +26,7 @@ def test_every_argument_arrives(monkeypatch):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     line = "a b --dtype float16 --to original --seed 3 --max-shard-size 1MB --overwrite --no-progress"
+    line += " --vision c --tokenizer d"
     assert run(parser.parse_args(line.split())) == 0
     assert seen.pop("args") == ("a", "b")
     assert seen == {
@@ -35,6 +36,8 @@ def test_every_argument_arrives(monkeypatch):
         "max_shard_size": "1MB",
         "overwrite": True,
         "progress": False,
+        "vision": "c",
+        "tokenizer": "d",
     }
 
 

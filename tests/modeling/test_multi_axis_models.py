@@ -1,12 +1,12 @@
 """Both models trained in cells: loss, logits and every gradient equal plain autograd's, with all that may be beside."""
 
 import pytest
-import tiny_video_ma2mba
 import torch
 
 import vamba.modeling.multi_axis_checkpointing as cells_module
 
 import tiny_vamba
+import tiny_video_ma2mba
 
 
 CELLS = [(1, 10, False), (2, 7, True), ("auto", "auto", False)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tiny_vamba import media, prompt, tiny_model
 
 

@@ -16,12 +16,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 from vamba import VideoChat
 from vamba.cli import main
 from vamba.data import Collator, ConversationEncoder, Source
-from vamba.training import parse_recipe
+from vamba.demo.tiny_mamba2 import tiny_neox_tokenizer
+from vamba.modeling import VambaForConditionalGeneration, VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
+from vamba.training import load_recipe, parse_recipe
 from vamba.training import trainer as trainer_module
 from vamba.training.finetune import finetune, make_trainer
 from vamba.training.preparation import prepare
 from vamba.training.trainer import NonFiniteLossError, VambaTrainer, last_checkpoint
 
+from tiny_video_ma2mba import tiny_config
 from training_data import recipe_values, write_dataset
 
 
@@ -61,6 +64,7 @@ def test_the_loss_falls_and_the_model_can_be_asked(values, dataset, tmp_path, ca
     chat = VideoChat(model.eval(), processor)
     chat.watch(str(dataset.parent / "0.mp4"), progress=False)
     assert chat.ask("Which colour flashed first?", max_new_tokens=4)
+    assert getattr(model.config, "use_cache", True)
     card = (final / "README.md").read_text()
     assert "Fine-tuned from" in card and (final / "modeling_vamba.py").is_file()
     assert yaml.safe_load((final / "recipe.yaml").read_text())["train"]["max_steps"] == 25
@@ -118,13 +122,17 @@ def test_half_precision_trains_float32_weights(values, checkpoint):
 
 @pytest.mark.parametrize("checkpointing", ["gradient", "multi_axis"])
 def test_checkpointing_changes_nothing_but_memory(values, checkpointing, tmp_path):
-    plain = run(values, max_steps=3).losses
-    if not hasattr(
-        AutoModelForImageTextToText.from_pretrained(values["model"]["path"]), "enable_multi_axis_checkpointing"
-    ):
+    if checkpointing == "multi_axis" and not hasattr(VambaForConditionalGeneration, "enable_multi_axis_checkpointing"):
         pytest.skip("the model has no multi-axis checkpointing")
+    plain = run(values, max_steps=3).losses
     saving = run(values | {"checkpointing": checkpointing}, max_steps=3, output_dir=str(tmp_path / "saving")).losses
     assert all(abs(plain[step] - saving[step]) < 1e-4 for step in plain)
+
+
+def test_packs_train(values):
+    values["data"] |= {"packing": True, "max_video_tokens": 270, "batch_video_tokens": 270}
+    losses = run(values, max_steps=8, per_device_train_batch_size=1, lr_scheduler_type="constant").losses
+    assert losses[8] < 0.9 * losses[1]
 
 
 def test_the_log_tells_of_speed(values, monkeypatch):
@@ -146,6 +154,33 @@ def test_tensorboard_gets_the_log(values, tmp_path, monkeypatch):
 def test_several_gpus_in_one_process_use_one(values, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 4)))
     assert prepare(parse_recipe(values)).arguments._n_gpu <= 1
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory):
+    """A tiny Video-Ma2mba."""
+    folder = tmp_path_factory.mktemp("other")
+    tokenizer = tiny_neox_tokenizer(["Which colour flashed first?"])
+    config = tiny_config(vocab_size=len(tokenizer) + 16)
+    VideoMa2mbaProcessor.for_model(config, tokenizer).save_pretrained(folder)  # which adds the vision tokens
+    for name in ("vision_start", "vision_end", "image", "video"):
+        token = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
+        setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    VideoMa2mbaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage1_5", "stage2"])
+def test_shipped_recipes_train_the_other_model(stage, other_checkpoint, values, tmp_path):
+    overrides = [f"model.path={other_checkpoint}", "model.dtype=float32", f"data.train={values['data']['train']}"]
+    overrides += ["train.bf16=false", "train.use_cpu=true", "train.report_to=none", "train.dataloader_num_workers=0"]
+    overrides += ["global_batch_size=2", "train.max_steps=4", f"train.output_dir={tmp_path / 'out'}"]
+    overrides += ["train.learning_rate=1e-2", "train.lr_scheduler_type=constant", "train.save_strategy=no"]
+    result = finetune(load_recipe(f"video_ma2mba_{stage}", overrides))
+    before, after = weights(other_checkpoint), weights(result.folder)
+    moved = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert "projector" in moved and ("language_model" in moved) == ("visual" in moved) == (stage != "stage1")
+    assert "Fine-tuned from" in (result.folder / "README.md").read_text()
 
 
 # --- what happens to a run --------------------------------------------------------------------------------------------
@@ -338,10 +373,9 @@ def test_push_to_hub_uploads_all_of_it(values, monkeypatch):
 
 
 def arguments(folder, kind=TrainingArguments, **options):
-    return kind(
-        output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=2e-3, use_cpu=True,
-        remove_unused_columns=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, **options,
-    )  # fmt: skip
+    common = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "use_cpu": True}
+    common |= {"remove_unused_columns": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
+    return kind(output_dir=str(folder), disable_tqdm=True, **common, **options)
 
 
 def test_a_plain_trainer(checkpoint, dataset, tmp_path):

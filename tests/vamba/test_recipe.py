@@ -57,7 +57,7 @@ def test_shipped_recipes_are_the_papers():
         recipe = recipes[f"video_ma2mba_{name}"]
         assert recipe.global_batch_size == batch and recipe.train["weight_decay"] == 0.05
         assert [group.learning_rate for group in recipe.groups] == ([] if name == "stage1" else [4e-6])
-    assert recipes["vamba_lora"].lora.target_modules[-2:] == ["in_proj", "out_proj"]
+    assert recipes["vamba_lora"].lora.r == 64 and recipes["vamba_lora"].lora.target_modules is None
 
 
 def test_presets_are_what_the_stages_train(checkpoint):
@@ -167,9 +167,7 @@ def test_a_wrong_recipe_is_one_line_before_the_model_is_loaded(mistake, values, 
 def test_data_that_teach_nothing(values, dataset, tmp_path):
     path = tmp_path / "silent.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "Is anybody there?"}]}\n' * 3)
-    with pytest.raises(
-        RecipeError, match=r"data\.train\[1\]\.path is .*silent.jsonl, where none of 3 examples"
-    ):
+    with pytest.raises(RecipeError, match=r"data\.train\[1\]\.path is .*silent.jsonl, where none of 3 examples"):
         prepare(parse_recipe(changed(values, data__train=[str(dataset), str(path)])))
 
 
@@ -181,6 +179,20 @@ def test_a_teacher_of_another_kind(values, checkpoint):
 def test_stages_are_vambas(values, checkpoint):
     with pytest.raises(RecipeError, match="trainable is stage1, made for a vamba and not a qwen2_vl"):
         prepare(parse_recipe(changed(values, trainable="stage1", model__path=str(checkpoint.parent / "qwen"))))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data__packing", True, "data.packing is true, which Qwen2VLForConditionalGeneration cannot; accepted: false"),
+        ("checkpointing", "multi_axis", "checkpointing is multi_axis, which Qwen2VL.* lacks; accepted: none, gradient"),
+    ],
+)
+def test_what_the_model_cannot_do(key, value, message, values, checkpoint):
+    values = changed(values, data__max_video_tokens=900, data__batch_video_tokens=900)
+    values = changed(values, model__path=str(checkpoint.parent / "qwen"), train__per_device_train_batch_size=1)
+    with pytest.raises(RecipeError, match=message):
+        prepare(parse_recipe(changed(values, **{key: value})))
 
 
 def test_an_output_folder_in_use_is_not_overwritten(values, tmp_path):

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from vamba.modeling import VideoMemory
+
 from .models import linear_weights, load_ours, load_peer
 
 
@@ -126,7 +128,9 @@ class Ours:
 
     def encode(self, frames: int, mark: Callable = lambda: None):
         """The memory of so many frames; `mark` is called after each chunk."""
-        memory, left, chunk = None, self.steps(frames), self.steps(self.args.chunk_frames)
+        memory = VideoMemory(self.model.config)
+        memory.reserve(self.tokens(frames))  # as `VideoChat.watch` does
+        left, chunk = self.steps(frames), self.steps(self.args.chunk_frames)
         while left:
             pixels, grid = self.patches(min(left, chunk))
             memory = self.model.encode_video(pixels, grid, memory=memory, chunk_frames=self.args.chunk_frames)

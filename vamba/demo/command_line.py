@@ -8,7 +8,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=("vamba", "video-ma2mba"), default="vamba", help="default: vamba")
     parser.add_argument("--output-dir", default="runs/demo", metavar="FOLDER", help="default: runs/demo")
     parser.add_argument("--seed", type=int, default=0, help="of the videos, the weights and the training; default: 0")
-    parser.add_argument("--steps", type=int, help="of the training; the default takes about two minutes on two cores")
+    parser.add_argument("--steps", type=int, help="of the training; the default takes two or three minutes")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -48,6 +48,8 @@ MAMBA_CONFIG = {
 VAMBA, VIDEO_MA2MBA = "vamba", "video-ma2mba"
 _ANNOUNCED = {VAMBA: "a tiny Qwen2-VL", VIDEO_MA2MBA: "a tiny Mamba-2 and a tiny CLIP"}
 _NAMES = {VAMBA: "Vamba", VIDEO_MA2MBA: "Video-Ma2mba"}
+# Its state has to last until the questions are asked, so decay is slower still.
+MA2MBA_CONFIG = {**MAMBA_CONFIG, "chunk_size": 16, "A_init_bounds": (0.01, 0.2)}
 MAX_THREADS = 4  # more only wait for each other over matrices this small
 
 
@@ -158,9 +160,9 @@ def make_checkpoint(folder: Path, seed: int, kind: str = VAMBA) -> Path:
             seed=seed,
             hidden_size=HIDDEN_SIZE,
             initializer_range=HIDDEN_SIZE**-0.5,
-            mamba_config=MAMBA_CONFIG,
+            mamba_config=MA2MBA_CONFIG,
         )
-        vision = make_tiny_clip(folder / "clip", seed=seed, image_size=SIZE, patch_size=12)
+        vision = make_tiny_clip(folder / "clip", seed=seed, image_size=SIZE, patch_size=12, depth=4)
         return convert(language, folder / kind, vision=vision, seed=seed)
     source = make_tiny_qwen2_vl(
         folder / "qwen2_vl",

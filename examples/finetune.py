@@ -1,0 +1,25 @@
+"""Fine-tuning by a recipe: what `vamba finetune` does, to read and to change.
+
+    python examples/finetune.py vamba_lora model.path=vamba-7b data.train=talks.jsonl train.output_dir=runs/talks
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/finetune.py vamba_stage2 model.path=...
+    python examples/finetune.py my_recipe.yaml --resume
+
+A recipe is a YAML file or the name of a shipped one (vamba/recipes); `key=value` overrides what it says.
+"""
+
+import sys
+
+from vamba.training import load_recipe, prepare
+from vamba.training.finetune import make_trainer, save
+
+
+name, *rest = sys.argv[1:]
+recipe = load_recipe(name, [argument for argument in rest if argument != "--resume"])
+
+prepared = prepare(recipe, resume="--resume" in rest)  # all checks, before the model is loaded
+trainer = make_trainer(prepared)  # a transformers Trainer
+trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+
+if trainer.stopping.received:
+    sys.exit("stopped by SIGTERM, after a save; go on with --resume")
+print("the trained model is in", save(trainer, prepared))

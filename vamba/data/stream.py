@@ -1,0 +1,210 @@
+"""An endless stream of batches that skips what is broken and knows its place in the data.
+
+What is unusual: batches are made in the DataLoader's workers, each of which is a shard with every n-th draw of the
+mixture. A shard plans a window of draws at a time (headers only), fills batches by length, and decodes them one by one;
+its position is (window, batch), and it travels with every batch. So a resumed run goes on with the very next batch,
+whatever the workers had prepared ahead when the first one ended.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from .collator import Collator, fill_packs
+from .conversations import ExampleError
+from .encoding import GRIDS, IGNORED, Plan
+from .sources import Mixture
+
+
+WINDOW = 64  # draws among which samples of a batch are chosen
+ABOUT = "about"  # the key under which a batch says what it is
+BROKEN_IN_A_ROW = 512  # draws after which there is no point in going on
+# What a bad example or file comes up with; anything else is a bug and stops the run.
+EXAMPLE_ERRORS = (ValueError, OSError)  # ExampleError and VideoReadError are ValueErrors
+
+
+class SampleSize(NamedTuple):
+    """Text tokens, labelled tokens and the (t, h, w) of the media of one sample."""
+
+    text: int
+    labels: int
+    grids: list[tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, sample: dict) -> "SampleSize":
+        grids = [tuple(grid) for name in GRIDS if name in sample for grid in sample[name].tolist()]
+        return cls(len(sample["labels"]), int((sample["labels"] != IGNORED).sum()), grids)
+
+
+@dataclass
+class About:
+    """What a batch is: its samples, where the data go on after it, and what was skipped on the way to it."""
+
+    samples: list[str]
+    shard: int
+    window: int
+    batch: int
+    skipped: list[str] = field(default_factory=list)
+    sizes: list["SampleSize"] = field(default_factory=list)
+    error: str | None = None
+
+
+class TrainingStream(IterableDataset):
+    """Batches for ever; see `loader`.
+
+    Args:
+        mixture: what to draw from. collator: makes a batch of samples; its encoder plans and decodes.
+        rows: samples in a batch at most; None for as many as fit (packing).
+        max_video_tokens, max_text_tokens: of a batch; None for no limit.
+        needs_media: leave out batches of text alone, which would call fewer modules than the batches of other processes
+            do; where weights are shared out among the processes, they would wait for each other for ever.
+        on_error: "skip" leaves a broken example out and says so, "raise" stops.
+        seed: of the order of batches within a window.
+        rank, world_size: this process's shards among those of all processes.
+        position: `{"next": worker, "shards": {shard: [window, batch]}, ...}` as `Position.state` returns it.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        collator: Collator,
+        *,
+        rows: int | None = None,
+        max_video_tokens: int | None = None,
+        max_text_tokens: int | None = None,
+        needs_media: bool = False,
+        on_error: str = "skip",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        position: dict | None = None,
+    ):
+        self.mixture, self.collator = mixture, collator
+        self.rows, self.limits = rows, (max_video_tokens, max_text_tokens)
+        self.needs_media, self.on_error, self.seed = needs_media, on_error, seed
+        self.rank, self.world_size = rank, world_size
+        self.position = position or {"next": 0, "shards": {}}
+        self.window = WINDOW if rows is None else rows * max(1, WINDOW // rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        # the loader asks worker 0 first, and it is another shard's turn where the last run ended elsewhere
+        shard = self.rank * workers + (worker + self.position["next"]) % workers
+        return self._batches(shard, workers * self.world_size)
+
+    def loader(self, num_workers: int = 0, **options: Any) -> DataLoader:
+        """A DataLoader of this stream's batches as they are; it draws nothing from the global random numbers, which a
+        resumed run has put back where they were."""
+        fixed = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator()}
+        return DataLoader(self, num_workers=num_workers, **fixed, **options)
+
+    def samples_per_batch(self, shards: int = 1) -> float:
+        """The average over the first window of the first shard."""
+        _, plans, _ = next(self._windows(0, shards, 0))
+        return len(plans) / max(1, len(self._fill(plans, 0, 0)))
+
+    def _batches(self, shard: int, shards: int) -> Iterator[dict[str, Any]]:
+        first, done = self.position["shards"].get(str(shard), (0, 0))
+        skipped: list[str] = []
+        try:
+            for window, plans, unplanned in self._windows(shard, shards, first):
+                done = done if window == first else 0
+                skipped += [] if done else unplanned  # the batches before have told of them
+                for index, pack in enumerate(self._fill(plans, shard, window)[done:], start=done + 1):
+                    samples, failed = self._encode(pack)
+                    skipped += failed
+                    if samples:
+                        names, samples = zip(*samples)
+                        sizes = [SampleSize.of(sample) for sample in samples]
+                        about = About(list(names), shard, window, index, skipped, sizes)
+                        yield self.collator(samples) | {ABOUT: about}
+                        skipped = []
+                if len(skipped) >= BROKEN_IN_A_ROW:
+                    raise ExampleError(f"{len(skipped)} examples in a row were broken, the last: {skipped[-1]}")
+        except EXAMPLE_ERRORS as error:  # told by the main process, without the worker's traceback around it
+            yield {ABOUT: About([], shard, 0, 0, error=f"{error}")}
+
+    def _windows(self, shard: int, shards: int, first: int) -> Iterator[tuple[int, list[tuple[str, Plan]], list[str]]]:
+        draws = islice(self.mixture.draws(), first * self.window * shards + shard, None, shards)
+        window = first
+        while True:
+            plans, skipped = [], []
+            for source, draw in islice(draws, self.window):
+                name, example = self.mixture.sources[source][draw]
+                root = self.mixture.sources[source].media_root
+                plan = self._try(name, skipped, self.collator.encoder.plan, example, root)
+                if plan is not None:
+                    plans.append((name, plan))
+            yield window, plans, skipped
+            window += 1
+
+    def _fill(self, plans: list[tuple[str, Plan]], shard: int, window: int) -> list[list[tuple[str, Plan]]]:
+        sizes = [(plan.video_tokens, plan.text_tokens) for _, plan in plans]
+        packs = fill_packs(sizes, self.limits, self.rows)
+        random.Random(f"{self.seed} {shard} {window}").shuffle(packs)  # they come largest first
+        return [[plans[index] for index in pack] for pack in packs]
+
+    def _encode(self, pack: list[tuple[str, Plan]]) -> tuple[list[tuple[str, dict]], list[str]]:
+        """The samples of a pack with their names, and what is wrong with those that are left out."""
+        samples, failed = [], []
+        for name, plan in pack:
+            sample = self._try(name, failed, self.collator.encoder.encode, plan)
+            if sample is not None:
+                samples.append((name, sample))
+        if samples and self.needs_media and not any(grid in sample for _, sample in samples for grid in GRIDS):
+            failed += [f"{name}: a batch of text alone cannot train weights that are shared out" for name, _ in samples]
+            samples = []
+        return samples, failed
+
+    def _try(self, name: str, failed: list[str], function, *arguments):
+        try:
+            return function(*arguments)
+        except EXAMPLE_ERRORS as error:
+            message = f"{name}: {' '.join(str(error).split())}"
+            if self.on_error == "raise":
+                raise ExampleError(message) from error
+            failed.append(message)
+            return None
+
+
+class Position:
+    """Follows a stream's batches as they are trained on; `state()` is where the next run goes on.
+
+    Args:
+        stream: the stream that is read. workers: of its loader, at least 1.
+    """
+
+    def __init__(self, stream: TrainingStream, workers: int):
+        self.layout = {"workers": workers, "world_size": stream.world_size}
+        self.shards = dict(stream.position["shards"])
+        self.next = stream.position["next"]
+        self.skipped = stream.position.get("skipped", 0)
+
+    def advance(self, about: About) -> None:
+        workers = self.layout["workers"]
+        self.shards[str(about.shard)] = [about.window, about.batch]
+        self.next = (about.shard % workers + 1) % workers
+        self.skipped += len(about.skipped)
+
+    def state(self) -> dict[str, Any]:
+        return {"next": self.next, "skipped": self.skipped, "shards": dict(self.shards), **self.layout}
+
+
+def check_layout(position: dict, workers: int, world_size: int) -> None:
+    """Raises ValueError if a position was left by another number of processes or workers."""
+    layout = {"workers": workers, "world_size": world_size}
+    if {key: position[key] for key in layout} != layout:
+        raise ValueError(
+            f"The checkpoint's place in the data is that of {position['world_size']} processes with "
+            f"{position['workers']} data workers each; resume with as many (now {world_size} and {workers})."
+        )
+
+
+def _unchanged(batch: dict) -> dict:
+    return batch

@@ -1,0 +1,284 @@
+"""All that can be wrong with a run, found before the model is loaded: files, budgets, data, names of parameters.
+
+What is unusual: the model is built on the meta device, without weights, to look at the names of its parameters; and
+each source is read up to its first example that has something to learn.
+"""
+
+import inspect
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.utils import is_bitsandbytes_available, logging
+
+from vamba.data import Collator, ConversationEncoder, ExampleError, Mixture, Source, TrainingStream, check_layout
+from vamba.data.encoding import tokens_of_pixels
+
+from .distillation import teacher_mismatch
+from .recipe import Recipe
+from .strict import RecipeError
+from .trainer import last_checkpoint, read_position
+
+
+# What the two stages of Vamba's paper train, as regular expressions of parameter names.
+PRESETS = {
+    "stage1": [r"\.cross_attn\.", r"\.video_encoder\.", r"\.alpha$"],
+    "stage2": [r"\.visual\.merger\.", r"\.video_encoder\.", r"\.language_model\.", r"^lm_head\."],
+    "all": [""],
+    "lora": [],
+}
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Prepared:
+    """What `finetune` needs besides the weights."""
+
+    recipe: Recipe
+    arguments: TrainingArguments
+    config: PreTrainedConfig
+    processor: Any
+    stream: TrainingStream
+    checkpoint: Path | None
+
+
+def prepare(recipe: Recipe, resume: bool = False) -> Prepared:
+    """Checks a recipe against the world.
+
+    Args:
+        resume: go on from the last whole checkpoint in `train.output_dir`; from the start if there is none.
+
+    Raises:
+        RecipeError: with the key and what is accepted. OSError: a file that cannot be read.
+    """
+    config = _load(AutoConfig, recipe.model.path, "model.path")
+    _check_parameters(recipe, config)
+    if recipe.distillation:
+        mismatch = teacher_mismatch_or_missing(recipe.distillation.teacher, config)
+        if mismatch:
+            raise RecipeError(f"distillation.teacher is {mismatch}")
+    processor = _load(AutoProcessor, recipe.model.path, "model.path")
+    encoder = _encoder(recipe, config, processor)
+    mixture = _mixture(recipe, encoder)
+    checkpoint = _checkpoint(recipe, resume)
+    _check_saving(recipe)
+    arguments = _arguments(recipe)
+    stream = _stream(recipe, mixture, encoder, arguments, checkpoint)
+    _set_steps(recipe, arguments, stream)
+    return Prepared(recipe, arguments, config, processor, stream, checkpoint)
+
+
+def trainable_patterns(recipe: Recipe) -> list[str]:
+    """Regular expressions of the names of the parameters that train (besides adapters)."""
+    return PRESETS[recipe.trainable] if isinstance(recipe.trainable, str) else recipe.trainable
+
+
+def _load(auto, path: str, key: str):
+    if not Path(path).exists() and len(Path(path).parts) != 2:
+        raise RecipeError(f"{key} is {path}, which does not exist; accepted: a checkpoint folder or an id on the Hub")
+    try:
+        return auto.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{key} is {path}, no checkpoint that can be read: {' '.join(str(error).split())}") from error
+
+
+def teacher_mismatch_or_missing(path: str, config: PreTrainedConfig) -> str | None:
+    """Why `path` is no teacher for a model of this configuration; None if it is one."""
+    if not Path(path).exists() and len(Path(path).parts) != 2:
+        return f"{path}, which does not exist; accepted: a Qwen2-VL checkpoint folder or an id on the Hub"
+    return teacher_mismatch(path, config)
+
+
+def _check_parameters(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Do the patterns name parameters, and can this model do what is asked of it?"""
+    if recipe.trainable in ("stage1", "stage2") and config.model_type != "vamba":
+        raise RecipeError(
+            f"trainable is {recipe.trainable}, made for a vamba and not a {config.model_type}; accepted: lora, all, or "
+            "regular expressions of parameter names"
+        )
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    names = [name for name, _ in model.named_parameters()]
+    patterns = [("trainable", pattern) for pattern in recipe.trainable] if isinstance(recipe.trainable, list) else []
+    patterns += [(f"groups[{i}].pattern", group.pattern) for i, group in enumerate(recipe.groups)]
+    for key, pattern in patterns:
+        if not _matches(key, pattern, names):
+            parts = sorted({".".join(name.split(".")[:2]) for name in names})
+            raise RecipeError(f"{key}: {pattern!r} matches no parameter; accepted: names under {', '.join(parts)}")
+    if recipe.checkpointing == "multi_axis" and not hasattr(model, "enable_multi_axis_checkpointing"):
+        raise RecipeError(f"checkpointing is multi_axis, which {type(model).__name__} lacks; accepted: none, gradient")
+    forwards = [inspect.signature(module.forward).parameters for module in model.modules()]
+    if recipe.data.packing and not any("packed_lengths" in parameters for parameters in forwards):
+        raise RecipeError(f"data.packing is true, which {type(model).__name__} cannot; accepted: false")
+    if recipe.lora:
+        _check_lora(recipe, model)
+
+
+def _check_lora(recipe: Recipe, model: nn.Module) -> None:
+    if recipe.model.quantization and not is_bitsandbytes_available():
+        raise RecipeError(f"model.quantization is {recipe.model.quantization}; accepted without bitsandbytes: null")
+    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = [name for name, _ in model.named_modules()]
+    for index, name in enumerate(recipe.lora.target_modules or ()):
+        if name.split(".")[-1] not in linear:
+            raise RecipeError(
+                f"lora.target_modules[{index}] is {name!r}, no linear layer; accepted: {', '.join(sorted(linear))}"
+            )
+    for index, name in enumerate(recipe.lora.extra_modules):
+        if not any(module == name or module.endswith(f".{name}") for module in modules):
+            raise RecipeError(f"lora.extra_modules[{index}] is {name!r}; accepted: a module such as {modules[1]}")
+
+
+def _matches(key: str, pattern: str, names: list[str]) -> bool:
+    try:
+        return any(re.search(pattern, name) for name in names)
+    except re.error as error:
+        raise RecipeError(f"{key} is {pattern!r}; accepted: a regular expression ({error})") from error
+
+
+def _encoder(recipe: Recipe, config: PreTrainedConfig, processor) -> ConversationEncoder:
+    data = recipe.data
+    least = tokens_of_pixels(processor.video_processor, data.min_pixels)
+    if data.max_video_tokens is not None and data.max_video_tokens < least:
+        raise RecipeError(
+            f"data.max_video_tokens is {data.max_video_tokens}; accepted: at least {least}, two frames of the least "
+            "size (data.min_pixels)"
+        )
+    names = ("fps", "max_frames", "min_pixels", "max_pixels", "max_video_tokens", "max_length")
+    dtype = str(config.dtype).split(".")[-1] if recipe.model.dtype == "auto" else recipe.model.dtype
+    return ConversationEncoder(
+        processor,
+        **{name: getattr(data, name) for name in names},
+        pixel_dtype=torch.bfloat16 if dtype == "bfloat16" and recipe.train.get("bf16") else None,
+    )
+
+
+def _mixture(recipe: Recipe, encoder: ConversationEncoder) -> Mixture:
+    """The opened sources; each has something to learn."""
+    data, sources = recipe.data, []
+    for index, source in enumerate(data.train):
+        key = f"data.train[{index}]"
+        if source.media_root is not None and not Path(source.media_root).is_dir():
+            raise RecipeError(f"{key}.media_root is {source.media_root}, no folder; accepted: a folder of media")
+        try:
+            opened = Source(
+                source.path,
+                split=source.split,
+                streaming=data.streaming,
+                media_root=source.media_root,
+                shuffle=data.shuffle,
+                seed=recipe.train.get("data_seed") or recipe.train.get("seed", 42),
+            )
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{key}.path: {' '.join(str(error).split())}") from error
+        _check_source(key, opened, encoder)
+        sources.append(opened)
+    weights = [source.weight for source in data.train]
+    return Mixture(sources, None if None in weights else weights)
+
+
+def _check_source(key: str, source: Source, encoder: ConversationEncoder) -> None:
+    """Raises RecipeError if no example of a source can be learnt from, going by its text alone."""
+    count, reason = 0, "it is empty"
+    for example in source.rows:
+        try:
+            encoder.check_text(example)
+            return
+        except ExampleError as error:
+            count, reason = count + 1, str(error)
+    raise RecipeError(
+        f"{key}.path is {source.path}, where none of {count} examples can be learnt from (the last: {reason}); "
+        "accepted: `messages` or `conversations` with an assistant turn"
+    )
+
+
+def _checkpoint(recipe: Recipe, resume: bool) -> Path | None:
+    output = Path(recipe.train["output_dir"])
+    if output.exists() and not output.is_dir():
+        raise RecipeError(f"train.output_dir is {output}, a file; accepted: a folder, new or empty")
+    checkpoint = last_checkpoint(output)
+    if resume:
+        return checkpoint
+    if checkpoint is not None:
+        raise RecipeError(
+            f"train.output_dir is {output}, which holds {checkpoint.name}; accepted: another folder, or --resume"
+        )
+    return None
+
+
+def _check_saving(recipe: Recipe) -> None:
+    half = recipe.train.get("bf16") or recipe.train.get("fp16")
+    if recipe.model.dtype in ("bfloat16", "float16") and not half and recipe.lora is None:
+        raise RecipeError(
+            f"model.dtype is {recipe.model.dtype} while nothing computes in half precision; accepted: float32, or "
+            "train.bf16: true"
+        )
+    if recipe.train.get("push_to_hub") and recipe.lora is not None and not recipe.lora.merge:
+        raise RecipeError("lora.merge is false; accepted with train.push_to_hub: true")
+
+
+def _arguments(recipe: Recipe) -> TrainingArguments:
+    """`TrainingArguments` with what the recipe decides; on several GPUs one process works with one of them."""
+    # Trainer would write `use_cache: false` into the trained model's configuration; steps say so by themselves
+    values = {"report_to": "none", "ddp_find_unused_parameters": True, "use_cache": True, **recipe.train}
+    for name in ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"):
+        values.pop(name, None)  # `finetune` uploads by itself, with code and card
+    if not values.get("dataloader_num_workers"):
+        values.pop("dataloader_prefetch_factor", None)  # without workers nothing is fetched ahead
+    try:
+        arguments = TrainingArguments(**values, remove_unused_columns=False, ignore_data_skip=True)
+    except (ValueError, ImportError, TypeError) as error:
+        raise RecipeError(f"train: {' '.join(str(error).split())}") from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with several, Trainer would cut a batch's patches anywhere
+    arguments.logging_nan_inf_filter = False  # such a loss stops the run
+    if recipe.global_batch_size is not None:
+        rows = arguments.per_device_train_batch_size * arguments.world_size
+        if recipe.global_batch_size % rows:
+            raise RecipeError(
+                f"global_batch_size is {recipe.global_batch_size}; accepted: a multiple of {rows} "
+                "(train.per_device_train_batch_size x processes)"
+            )
+        arguments.gradient_accumulation_steps = recipe.global_batch_size // rows
+    if recipe.checkpointing == "gradient":
+        arguments.gradient_checkpointing = True
+        arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    return arguments
+
+
+def _stream(recipe: Recipe, mixture, encoder, arguments: TrainingArguments, checkpoint: Path | None) -> TrainingStream:
+    data, rank, world = recipe.data, arguments.process_index, arguments.world_size
+    position = None
+    if checkpoint is not None:
+        position = read_position(checkpoint, rank)
+        check_layout(position, max(1, arguments.dataloader_num_workers), world)
+    return TrainingStream(
+        mixture,
+        Collator(encoder, packing=data.packing),
+        rows=None if data.packing else arguments.per_device_train_batch_size,
+        max_video_tokens=data.batch_video_tokens,
+        max_text_tokens=data.batch_text_tokens,
+        needs_media=is_fsdp_enabled() or arguments.fsdp_plugin_args is not None or is_deepspeed_zero3_enabled(),
+        on_error=data.on_error,
+        seed=arguments.data_seed if arguments.data_seed is not None else arguments.seed,
+        rank=rank,
+        world_size=world,
+        position=position,
+    )
+
+
+def _set_steps(recipe: Recipe, arguments: TrainingArguments, stream: TrainingStream) -> None:
+    """Steps that see every example `num_train_epochs` times on average, where the recipe does not say how many."""
+    if arguments.max_steps > 0:
+        return
+    if recipe.data.streaming:
+        raise RecipeError("train.max_steps is missing; accepted with data.streaming: a number of steps above 0")
+    per_step = stream.samples_per_batch() * arguments.world_size * arguments.gradient_accumulation_steps
+    arguments.max_steps = max(1, math.ceil(arguments.num_train_epochs * len(stream.mixture) / per_step))
+    logger.info(f"{arguments.num_train_epochs} epochs are about {arguments.max_steps} steps")

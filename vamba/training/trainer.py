@@ -1,0 +1,293 @@
+"""transformers' `Trainer`, and what it lacks: a place in the data, saves that do no harm, a loss that is watched.
+
+What is unusual: a checkpoint is written to `.saving` and renamed when it is whole, so what is called checkpoint-N can
+be resumed from, whatever happens while the next one is written. It holds the place in the data of the last batch that
+was trained on (not of the last that was prepared), so a resumed run sees the same batches as one that never stopped.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from vamba.data import ABOUT, About, ExampleError, Position, TrainingStream
+
+from .distillation import Distillation
+from .flops import FlopsModel
+
+
+STAGING = ".saving"
+POSITION_FILE = "data_position_{rank}.json"
+logger = logging.get_logger(__name__)
+
+
+class NonFiniteLossError(ValueError):
+    """The loss is NaN or infinite; the message names the batch."""
+
+
+class VambaTrainer(Trainer):
+    """Trains on a `TrainingStream`.
+
+    Args:
+        stream: where batches come from; what `Trainer` knows of data loading does not apply.
+        learning_rates: (regular expression of parameter names, learning rate) of those that do not get the common one.
+        distillation: a teacher to follow besides the labels.
+        flops, peak_flops: for the MFU in the log; None where unknown.
+        tokens_per_patch: video tokens made of one patch of the vision tower.
+    """
+
+    def __init__(
+        self,
+        *args,
+        stream: TrainingStream,
+        learning_rates: list[tuple[str, float]] = (),
+        distillation: Distillation | None = None,
+        flops: FlopsModel | None = None,
+        peak_flops: float | None = None,
+        tokens_per_patch: float = 0.25,
+        **kwargs,
+    ):
+        loss = distillation.loss if distillation is not None else None
+        super().__init__(*args, train_dataset=stream, compute_loss_func=loss, **kwargs)
+        self.stream, self.learning_rates, self.distillation = stream, learning_rates, distillation
+        self.position = Position(stream, max(1, self.args.dataloader_num_workers))
+        self.flops, self.peak_flops, self.tokens_per_patch = flops, peak_flops, tokens_per_patch
+        self.stopping = StopOnSigterm(self)
+        self.add_callback(self.stopping)
+        self._pending: deque[About] = deque()  # batches fetched for the current step, not yet trained on
+        self._measured = {"video_tokens": 0.0, "text_tokens": 0.0, "flops": 0.0}
+        self._measured_since = time.perf_counter()
+        self._staging: Path | None = None
+        self.save_dtype: torch.dtype | None = None
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        arguments = self.args
+        workers = {}
+        if arguments.dataloader_num_workers:
+            workers = {
+                "prefetch_factor": arguments.dataloader_prefetch_factor,
+                "multiprocessing_context": arguments.dataloader_multiprocessing_context,
+                "worker_init_fn": _outlive_sigterm,
+            }
+        pin = arguments.dataloader_pin_memory and arguments.device.type == "cuda"
+        return self.stream.loader(arguments.dataloader_num_workers, pin_memory=pin, **workers)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        self._pending.clear()
+        for batch in batches:
+            about = batch.pop(ABOUT)
+            if about.error is not None:
+                raise ExampleError(about.error)
+            for message in about.skipped:
+                logger.warning(f"skipped {message}")
+            self.position.advance(about)
+            self._pending.append(about)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._measure(self._pending.popleft())
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, "use_cache": False}
+        if self.distillation is not None:
+            inputs = self.distillation.prepare(inputs)
+        else:
+            inputs = {**inputs, "skip_logits": True}  # only the loss is wanted
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()} for the samples "
+                f"{', '.join(self._pending[0].samples)}; look at them, or lower train.learning_rate. The checkpoints "
+                f"in {self.args.output_dir} are from before."
+            )
+        return result
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        for (
+            module
+        ) in model.modules():  # FSDP gathers a layer's weights for `forward` only, unless told of other methods
+            if isinstance(module, FSDPModule) and hasattr(module, "video_key_value"):
+                register_fsdp_forward_method(module, "video_key_value")
+        return model, loader
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            if self.learning_rates:
+                self._split_groups(self.model if model is None else model)
+        return self.optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices: no norms, biases, A_log, D, dt_bias or alpha."""
+        matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
+
+    def _split_groups(self, model: nn.Module) -> None:
+        """Gives the parameters that a pattern names (the first that matches) groups with their own learning rate."""
+        rates = {}
+        for name, parameter in model.named_parameters():
+            rates[id(parameter)] = next((r for p, r in self.learning_rates if re.search(p, name)), None)
+        groups = []
+        for group in self.optimizer.param_groups:
+            for rate in dict.fromkeys(rates[id(parameter)] for parameter in group["params"]):
+                members = [parameter for parameter in group["params"] if rates[id(parameter)] == rate]
+                groups.append({**group, "params": members, "lr": group["lr"] if rate is None else rate})
+        self.optimizer.param_groups[:] = groups
+
+    # --- log --------------------------------------------------------------------------------------------------------
+
+    def _measure(self, about: About) -> None:
+        for _, _, grids in about.sizes:
+            self._measured["video_tokens"] += sum(t * h * w for t, h, w in grids) * self.tokens_per_patch
+        self._measured["text_tokens"] += sum(size.text for size in about.sizes)
+        if self.flops is not None:
+            self._measured["flops"] += self.flops.step(about.sizes)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # transformers' estimate knows no video; ours is in the log as MFU
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # not the summary at the end
+            seconds, now = time.perf_counter() - self._measured_since, time.perf_counter()
+            here = torch.tensor([*self._measured.values(), self.position.skipped], dtype=torch.float64)
+            everywhere = self.accelerator.reduce(here.to(self.args.device, torch.float32)).tolist()
+            logs["video_tokens_per_second"] = everywhere[0] / seconds
+            logs["text_tokens_per_second"] = everywhere[1] / seconds
+            if self.flops is not None and self.peak_flops:
+                logs["mfu"] = everywhere[2] / seconds / (self.peak_flops * self.args.world_size)
+            logs["skipped_samples"] = int(everywhere[3])
+            self._measured, self._measured_since = dict.fromkeys(self._measured, 0.0), now
+        super().log(logs, start_time)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As `Trainer` does, in `save_dtype` if one is set, but for the parameters that the model keeps in float32."""
+        if self.save_dtype is not None and self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+            state_dict = {
+                name: value if any(part in name for part in kept) else value.to(self.save_dtype)
+                for name, value in (model.state_dict() if state_dict is None else state_dict).items()
+            }
+        super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        output = Path(self.args.output_dir)
+        final = output / f"checkpoint-{self.state.global_step}"
+        self._staging = output / STAGING
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            position = self._staging / final.name / POSITION_FILE.format(rank=self.args.process_index)
+            position.write_text(json.dumps(self.position.state()), encoding="utf-8")
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(self._staging / final.name, final)
+                rotate_checkpoints(output_dir=str(output), save_total_limit=self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, as it comes
+            raise OSError(
+                f"{final.name} could not be written ({error}); the earlier checkpoints in {output} are whole"
+            ) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+
+
+class StopOnSigterm(TrainerCallback):
+    """On SIGTERM: finish the step, save, stop. All processes stop after the same step, whichever got the signal."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.received = trainer, False
+        self._before: Any = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number, frame):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            flag = torch.tensor(float(self.received), device=args.device)
+            self.received = bool(self.trainer.accelerator.reduce(flag) > 0)
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+    def restore(self) -> None:
+        """Puts the handler back that was there before; also for a training that ended in an error."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+
+def gather_for_video(model: nn.Module) -> None:
+    """Has FSDP gather a decoder layer's weights when it makes the video's keys and values, not in `forward` only."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and hasattr(module, "video_key_value"):
+            register_fsdp_forward_method(module, "video_key_value")
+
+
+def publish(folder: Path, final: Path) -> None:
+    """Makes a folder that was written elsewhere appear as `final` at once, its contents on the disk before its name."""
+    for file in (file for file in folder.rglob("*") if file.is_file()):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    folder.rename(final)
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The latest whole checkpoint in a folder, None if there is none."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    whole = [p for p in found if (p / "trainer_state.json").is_file() and (p / POSITION_FILE.format(rank=0)).is_file()]
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def read_position(checkpoint: Path, rank: int) -> dict[str, Any]:
+    """A process's place in the data when `checkpoint` was saved.
+
+    Raises:
+        ValueError: this process took no part in it.
+    """
+    path = checkpoint / POSITION_FILE.format(rank=rank)
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} has no place in the data for process {rank}: resume with as many processes.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _outlive_sigterm(worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to a whole job; the step under way needs its data

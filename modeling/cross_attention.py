@@ -29,6 +29,8 @@ from .video_level import VideoLevel
 
 # Beyond as many queries, text rows that share a video counted together, flash attention fills the GPU by itself.
 MAX_SPLIT_KEY_QUERIES = 1024
+# With more, our kernel would widen the same fp8 keys so often that it pays to do it once beforehand.
+MAX_FP8_QUERIES = 32
 
 
 class VambaCrossAttention(Qwen2VLAttention):
@@ -82,6 +84,8 @@ class VambaCrossAttention(Qwen2VLAttention):
     def _attend(self, queries: Tensor, video: VideoLevel, mask_BM: Tensor | None, **kwargs):
         mask_BM = None if mask_BM is None else mask_BM.to(queries.device)
         if self._splits_keys(queries):
+            if queries.shape[2] > MAX_FP8_QUERIES:
+                video = video.stored_as(queries.dtype)
             keys, values, *scales = video
             return split_key_attention(queries, keys, values, self.scaling, mask_BM, *scales), None
         keys, values, *_ = video.stored_as(queries.dtype)

@@ -49,9 +49,10 @@ class VideoLevel(NamedTuple):
             return VideoLevel(keys, values, key_scales, value_scales)
         if self.key_scales_BHM is None:
             return self.map(lambda t: t.to(dtype))
+        compute = torch.promote_types(dtype, torch.bfloat16)  # bfloat16 holds all powers of two and four bits more
         return VideoLevel(
             *(
-                torch.ldexp(t.to(torch.float32), scales.to(torch.int32).unsqueeze(-1)).to(dtype)
+                (t.to(compute) * torch.exp2(scales.to(compute)).unsqueeze(-1)).to(dtype)
                 for t, scales in zip(self[:2], self[2:])
             )
         )

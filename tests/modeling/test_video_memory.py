@@ -265,6 +265,7 @@ def test_fp8_keeps_four_bits_of_every_number():
     largest = keys.abs().amax(-1, keepdim=True)
     assert ((back.keys_BHMP - keys).abs() <= keys.abs() / 16 + largest * 2**-17).all()
     assert torch.equal(back.values_BHMP, -back.keys_BHMP)
+    assert torch.equal(level.stored_as(torch.bfloat16).keys_BHMP.float(), back.keys_BHMP)  # has room for them
     again = back.stored_as(FP8).stored_as(torch.float32)
     assert torch.equal(again.keys_BHMP, back.keys_BHMP)  # what fp8 holds it holds exactly
 

@@ -231,7 +231,7 @@ class VambaModel(VambaPreTrainedModel):
             continue_video: whether the first video continues the memory's last one, frame numbers included. None: it
                 does if both have the same size. Matters only with `cross_attn_use_position_embeddings`.
             chunk_frames: frames that go through vision tower and encoder at once, which bounds the activations; None
-                means 64, or fewer where the GPU's free memory asks for it, or all while gradients are recorded.
+                means 128, or fewer where the GPU's free memory asks for it, or all while gradients are recorded.
         """
         items = list_media("video", pixel_values_videos, video_grid_thw)
         rows = [0] * len(items) if rows is None else rows

@@ -254,7 +254,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             rows: for each video the row of the memory it belongs to; None puts all into row 0.
             continue_video: whether the first video of a row continues its last one; None: if that was the last it saw.
             chunk_frames: frames that go through the model at once, which bounds the activations; None means
-                64, or fewer where the GPU's free memory asks for it, or all while gradients are recorded.
+                128, or fewer where the GPU's free memory asks for it, or all while gradients are recorded.
         """
         items = list_media("video", pixel_values_videos, video_grid_thw)
         rows = [0] * len(items) if rows is None else rows

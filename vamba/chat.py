@@ -66,7 +66,7 @@ class VideoChat:
         Args:
             video: whatever `read_video` takes: a path, images, an array …
             append: continue the memory with this video instead of starting a new one.
-            chunk_frames: frames encoded at once, an even number; None means 64, or fewer where the GPU's free memory
+            chunk_frames: frames encoded at once, an even number; None means 128, or fewer where the GPU's free memory
                 asks for it. A matter of speed and memory, not of result.
             progress: show a progress bar.
             options: of `read_video`: fps, num_frames, start, end, min_pixels, max_pixels, …

@@ -197,29 +197,29 @@ def test_raw_patches_give_the_same_answers(checkpoint, processor, clip, raw_kind
 # --- the size of a chunk ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("free_chunks, expected", [(1000, 64), (2, 64), (1, 32), (0.5, 16), (0.001, 2), (0, 2)])
+@pytest.mark.parametrize("free_chunks, expected", [(1000, 128), (2, 128), (1, 64), (0.5, 32), (0.001, 2), (0, 2)])
 def test_a_chunk_takes_at_most_half_of_the_free_memory(monkeypatch, free_chunks, expected):
-    """`free_chunks`: how many chunks of 64 frames would fit."""
+    """`free_chunks`: how many chunks of 128 frames would fit."""
     config, patches = tiny_config(), 1196
-    needed = 32 * patches * streaming.activation_bytes(config, torch.bfloat16)
+    needed = 64 * patches * streaming.activation_bytes(config, torch.bfloat16)
     free = {"cuda:0": 2**60, "cuda:1": int(free_chunks * needed)}
     monkeypatch.setattr(streaming, "free_bytes", free.get)
     parameters = [SimpleNamespace(is_cuda=True, device=device) for device in free]
     model = SimpleNamespace(config=config, dtype=torch.bfloat16, parameters=lambda: parameters)
     assert streaming.default_chunk_frames(model, patches) == expected
-    assert streaming.default_chunk_frames(model, 0) == 64 or not free_chunks
+    assert streaming.default_chunk_frames(model, 0) == 128 or not free_chunks
 
 
-def test_on_a_cpu_a_chunk_has_64_frames(model):
-    assert streaming.default_chunk_frames(model, 10**9) == 64
+def test_on_a_cpu_a_chunk_has_128_frames(model):
+    assert streaming.default_chunk_frames(model, 10**9) == 128
 
 
-def test_the_published_model_needs_two_gigabytes_a_chunk():
-    """64 frames of 640x360 beside Qwen2.5-VL's tower, whose configuration names its widths otherwise."""
+def test_the_published_model_needs_four_gigabytes_a_chunk():
+    """128 frames of 640x360 beside Qwen2.5-VL's tower, whose configuration names its widths otherwise."""
     for vision in ({"hidden_size": 3584}, Qwen2_5_VLVisionConfig(hidden_size=1280, out_hidden_size=3584)):
         config = VambaConfig(vision_config=vision)
         half, full = (streaming.activation_bytes(config, dtype) for dtype in (torch.bfloat16, torch.float32))
-        assert 1.0 < 32 * 1196 * half / 2**30 < 2.5 and 1.2 < full / half <= 2
+        assert 2.0 < 64 * 1196 * half / 2**30 < 5.0 and 1.2 < full / half <= 2
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video", nargs="+", metavar="FILE", help="decode these; default: a 720p clip made here")
     parser.add_argument("--patches", type=_positive, nargs=2, default=[26, 46], metavar=("H", "W"),
                         help="patches of a frame; default: 26 46, which are 640x360 pixels")  # fmt: skip
-    parser.add_argument("--chunk-frames", type=_positive, default=64, help="frames encoded at once; default: 64")
+    parser.add_argument("--chunk-frames", type=_positive, default=128, help="frames encoded at once; default: 128")
     parser.add_argument("--prompt-tokens", type=_positive, default=128, help="default: 128")
     parser.add_argument("--new-tokens", type=_positive, default=32, help="default: 32")
     parser.add_argument(

@@ -2,21 +2,22 @@
 
 What is unusual: only positions with a label pass the language model head, a chunk of them at a time, and a chunk's
 logits are computed again in the backward pass instead of being kept. The head is called as a module, so adapters on it,
-FSDP and ZeRO work as ever. Same idea as Liger's fused linear cross-entropy, in PyTorch alone.
+FSDP and ZeRO work as ever; where each call gathers its weights, all ranks call it as often as the one with most chunks.
+Same idea as Liger's fused linear cross-entropy, in PyTorch alone.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .multi_axis_checkpointing import largest_of_ranks, weights_are_sharded
 
 
 LOGITS_AT_ONCE = 2**26  # numbers in one chunk of logits: 256 MiB in float32
 
 
 def chunked_causal_lm_loss(
-    lm_head: Callable[[Tensor], Tensor],
+    lm_head: nn.Module,
     hidden_BND: Tensor,
     labels_BN: Tensor,
     vocab_size: int,
@@ -43,15 +44,17 @@ def chunked_causal_lm_loss(
     chosen_BN = targets_BN != ignore_index
     hidden_TD, targets_T = hidden_BND[chosen_BN], targets_BN[chosen_BN]
     size = chunk_tokens or max(1, LOGITS_AT_ONCE // vocab_size)
-    total = _chunk_loss(lm_head, hidden_TD[:0], targets_T[:0])  # zero, but in the graph where there is no target at all
-    for chunk_TD, chunk_T in zip(hidden_TD.split(size), targets_T.split(size)):
-        total = total + checkpoint(_chunk_loss, lm_head, chunk_TD, chunk_T, use_reentrant=False)
+    chunks = list(zip(hidden_TD.split(size), targets_T.split(size)))  # an empty one where there is no target at all
+    if weights_are_sharded(lm_head):
+        (most,) = largest_of_ranks([len(chunks)], hidden_TD.device)
+        chunks += [(hidden_TD[:0], targets_T[:0])] * (most - len(chunks))
+    total = sum(checkpoint(_chunk_loss, lm_head, *chunk, use_reentrant=False) for chunk in chunks)
     if num_items_in_batch is None:
         return total / targets_T.numel() if targets_T.numel() else total / total.new_zeros(())
     return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
 
-def _chunk_loss(lm_head: Callable[[Tensor], Tensor], hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+def _chunk_loss(lm_head: nn.Module, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
     logits_TV = lm_head(hidden_TD)
     logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
     return nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum")

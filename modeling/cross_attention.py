@@ -23,7 +23,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_vamba import VambaTextConfig
-from .split_key_attention_triton import can_split_keys, split_key_attention
+from .split_key_attention_triton import can_split_keys, reads_fp8, split_key_attention
 from .video_level import VideoLevel
 
 
@@ -66,7 +66,7 @@ class VambaCrossAttention(Qwen2VLAttention):
         A text row whose video row holds no token reads zeros.
         """
         B, N, _ = hidden_BND.shape
-        if video_rows is not None and not _is_repeat(video_rows, video.keys_BHMP.shape[0]):
+        if video_rows is not None and not is_repeat(video_rows, video.keys_BHMP.shape[0]):
             index = torch.tensor(video_rows, device=video.keys_BHMP.device)
             video = video.map(lambda t: t[index])
             video_mask_BM = None if video_mask_BM is None else video_mask_BM[index.to(video_mask_BM.device)]
@@ -84,9 +84,8 @@ class VambaCrossAttention(Qwen2VLAttention):
     def _attend(self, queries: Tensor, video: VideoLevel, mask_BM: Tensor | None, **kwargs):
         mask_BM = None if mask_BM is None else mask_BM.to(queries.device)
         if self._splits_keys(queries):
-            if queries.shape[2] > MAX_FP8_QUERIES:
-                video = video.stored_as(queries.dtype)
-            keys, values, *scales = video
+            fp8 = video.key_scales_BHM is not None and queries.shape[2] <= MAX_FP8_QUERIES and reads_fp8(queries.device)
+            keys, values, *scales = video if fp8 else video.stored_as(queries.dtype)
             return split_key_attention(queries, keys, values, self.scaling, mask_BM, *scales), None
         keys, values, *_ = video.stored_as(queries.dtype)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -111,7 +110,7 @@ class VambaCrossAttention(Qwen2VLAttention):
         return queries.shape[2] <= MAX_SPLIT_KEY_QUERIES and can_split_keys(queries)
 
 
-def _is_repeat(rows: list[int], num_video_rows: int) -> bool:
+def is_repeat(rows: list[int], num_video_rows: int) -> bool:
     """Whether rows is 0, 0, 1, 1, ...: each video row once, in order, repeated equally often."""
     share = len(rows) // num_video_rows
     return rows == [row for row in range(num_video_rows) for _ in range(share)]

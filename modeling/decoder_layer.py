@@ -26,6 +26,7 @@ from .cross_attention import VambaCrossAttention
 from .text_triton import (
     FusedRMSNorm,
     fusible,
+    is_unhooked,
     mix_norm_triton,
     rotate_triton,
     silu_mul_triton,
@@ -57,7 +58,8 @@ class VambaSelfAttention(Qwen2VLAttention):
         rotate_triton(queries, keys, *position_embeddings)
         queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
         if past_key_values is not None:
-            layer = past_key_values.layers[self.layer_idx] if self.layer_idx < len(past_key_values.layers) else None
+            layers = [] if past_key_values.offloading else past_key_values.layers  # those have to be brought back first
+            layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
             if store_token_triton(keys, values, layer):
                 keys, values = layer.keys, layer.values
             else:
@@ -89,11 +91,16 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         self.norm_video = config.cross_attn_use_layer_norm
         self.alpha = nn.Parameter(torch.full((1,), 0.5)) if config.use_alpha_balancing else None
 
+    def device_for(self, t: Tensor) -> torch.device:
+        """Where this layer computes: beside its weights; where accelerate keeps those elsewhere it moves `t` itself."""
+        device = self.cross_attn.k_proj.weight.device
+        return t.device if device.type == "meta" else device
+
     def video_key_value(
         self, vision_BSD: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The video states as the next Mamba-2 block should get them, and this layer's keys and values of them."""
-        vision_BSD = vision_BSD.to(self.cross_attn.k_proj.weight.device)
+        vision_BSD = vision_BSD.to(self.device_for(vision_BSD))
         if self.norm_video:
             vision_BSD = self.input_layernorm(vision_BSD)
         return vision_BSD, *self.cross_attn.key_value(vision_BSD, position_embeddings)
@@ -149,6 +156,9 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         """Each sample of a packed row reads its own video, or zeros if it has none."""
         outputs, start = [], 0
         for length, video in videos:
+            if not length:  # a sample that only other ranks have: its layers have to run backward here as well
+                outputs[-1] = outputs[-1] + 0 * (video.keys_BHMP.sum() + video.values_BHMP.sum())
+                continue
             part = hidden_BND[:, start : start + length]
             positions = position_embeddings and tuple(t[:, start : start + length] for t in position_embeddings)
             crossed = torch.zeros_like(part)
@@ -161,7 +171,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
     def _mix(self, residual: Tensor, attended: Tensor, crossed: Tensor | None) -> tuple[Tensor, Tensor]:
         """T' of equation 4, and its norm."""
         norm, alpha = self.post_attention_layernorm, self.alpha
-        if crossed is not None and fusible(residual, attended, crossed, norm.weight):
+        if crossed is not None and is_unhooked(norm) and fusible(residual, attended, crossed, norm.weight):
             return mix_norm_triton(residual, attended, crossed, alpha, norm.weight, norm.eps)
         if alpha is not None:
             alpha = _clamp_to_unit(alpha).to(attended.dtype)

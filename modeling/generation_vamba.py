@@ -8,8 +8,10 @@ for inside.
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
+from .graphed_decoding import GraphedDecoding
 from .media import uncached_media
 from .video_memory import VideoMemory
 
@@ -27,7 +29,11 @@ class VambaGenerationMixin(GenerationMixin):
 
         Checkpoints converted from it keep to that where it matters (`cross_attn_use_position_embeddings`), by
         `unrotate_video_keys` in their generation config; without it, decoding equals the full forward pass.
+
+        Raises:
+            ValueError: a static text cache is full.
         """
+        _check_room(kwargs.get("past_key_values"), input_ids, kwargs.get("attention_mask"))
         kwargs["unrotate_video_keys"] = kwargs.pop("unrotate_video_keys", False) and not is_first_iteration
         memory = kwargs.pop("video_memory", None)
         model_inputs = super().prepare_inputs_for_generation(
@@ -50,6 +56,11 @@ class VambaGenerationMixin(GenerationMixin):
             return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
         free = past_key_values.get_max_length() - attention_mask.shape[1]
         return nn.functional.pad(attention_mask.bool(), (0, free))[:, None, None]
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        """Whether tokens are decoded by `get_compiled_call`, that is, unless asked otherwise, by a CUDA graph."""
+        watched = generation_config.compile_config is None and GraphedDecoding.is_watched(self)
+        return not watched and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
@@ -77,6 +88,11 @@ class VambaGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
         memory = model_kwargs.pop("video_memory", None)
         past = model_kwargs.get("past_key_values")
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and past is not None and past.is_compileable:
+            raise ValueError(
+                "Assisted decoding takes tokens back, which a static text cache cannot: ask on a fork() without "
+                "max_cache_len."
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
         cache = model_kwargs.get("past_key_values")
         if memory is not None and past is None:
@@ -90,3 +106,15 @@ class VambaGenerationMixin(GenerationMixin):
             if generation_config.compile_config is not None:
                 memory.mark_static()
             model_kwargs["past_key_values" if cache is not None else "video_memory"] = memory
+
+
+def _check_room(cache: Cache | None, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """On a GPU a static cache itself would not say that it is full, or would take the process with it."""
+    if cache is None or not cache.is_compileable:
+        return
+    tokens = max(t.shape[1] for t in (input_ids, attention_mask) if isinstance(t, Tensor))
+    if tokens > (room := cache.get_max_length()):
+        raise ValueError(
+            f"The static text cache has room for {room} tokens, and this is token {tokens}: make it longer with "
+            "max_cache_len, or ask on a fork() without it."
+        )

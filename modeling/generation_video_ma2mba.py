@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from .frame_streaming import to_device
+from .graphed_decoding import GraphedDecoding
 from .media import list_media
 from .media_stream import media_of_rows, runs_of
+from .multi_axis_checkpointing import weights_are_sharded
 from .state_memory import StateMemory
 
 
@@ -20,6 +22,40 @@ _PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_
 
 class VideoMa2mbaGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model whose `model` is a `VideoMa2mbaModel`."""
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
+        """After the prompt every row reads every token: padding is behind it, and no mask has to grow any more."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if next_sequence_length == 1 and not is_first_iteration:
+            inputs.pop("attention_mask", None)
+        return inputs
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        """Whether tokens are decoded by `get_compiled_call`: transformers asks that of a cache of keys and values."""
+        if generation_config.disable_compile or generation_config.compile_config is not None:
+            return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        quantizer = getattr(self, "hf_quantizer", None)
+        return (
+            GraphedDecoding.suits(self) and not self._is_watched() and (quantizer is None or quantizer.is_compileable)
+        )
+
+    def _is_watched(self) -> bool:
+        """Whether modules have hooks, which a replay would pass over, or gather their weights from other processes.
+
+        transformers' own hooks pick hidden states, which are among the outputs of a recording.
+        """
+        kinds = (kind for module in self.modules() for kind in (module._forward_hooks, module._forward_pre_hooks))
+        hooks = (hook for kind in kinds for hook in kind.values())
+        foreign = any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
+        return foreign or weights_are_sharded(self)
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config

@@ -49,6 +49,15 @@ class GatedRMSNorm(nn.Module):
         return (gated.flatten(-2) * self.weight.to(compute)).to(y_BSD.dtype)
 
 
+class CausalConv1d(nn.Conv1d):
+    """`causal_conv1d` as a module, whose weight lies as checkpoints have it, (C, 1, W)."""
+
+    def forward(
+        self, x_BSC: Tensor, state_BTC: Tensor | None, lengths_B: Tensor | None, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        return causal_conv1d(x_BSC, self.weight.squeeze(1), self.bias, state_BTC, lengths_B, backend)
+
+
 class Mamba2Mixer(nn.Module):
     """in_proj -> causal convolution -> state space duality -> gated norm -> out_proj.
 
@@ -60,8 +69,7 @@ class Mamba2Mixer(nn.Module):
         self.config = config
         inner, H = config.intermediate_size, config.num_heads
         self.in_proj = nn.Linear(config.hidden_size, inner + config.conv_dim + H, bias=config.use_bias)
-        # A module for the sake of its weight's place and shape in checkpoints, (C, 1, W); it is never called.
-        self.conv1d = nn.Conv1d(
+        self.conv1d = CausalConv1d(
             config.conv_dim, config.conv_dim, config.conv_kernel, groups=config.conv_dim, bias=config.use_conv_bias
         )
         self.dt_bias = nn.Parameter(torch.ones(H))
@@ -81,9 +89,7 @@ class Mamba2Mixer(nn.Module):
         projected = self.in_proj(hidden_BSD)
         gate, xBC, dt = projected.split([H * P, config.conv_dim, H], dim=-1)
         conv_state, ssm_state = (None, None) if state is None else state
-        xBC, conv_state = causal_conv1d(
-            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, lengths_B, config.conv_backend
-        )
+        xBC, conv_state = self.conv1d(xBC, conv_state, lengths_B, config.conv_backend)
         x, B_BSGK, C_BSGK = xBC.split([H * P, G * K, G * K], dim=-1)
         y_BSHP, ssm_state = ssd_scan(
             x.unflatten(-1, (H, P)),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 def write_memory(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Writes tensors and a header of the format `kind` to one file. Raises OSError where that is not possible."""
-    # every tensor its own contiguous storage: slices of one buffer cannot be written
-    tensors = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
+    # every tensor its own contiguous storage, as slices of one buffer cannot be written; a GPU has no room for copies
+    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     partial = f"{os.fspath(path)}.partial-{os.getpid()}"
     try:
         save_file(tensors, partial, metadata={"format": "pt", "vamba": json.dumps({"format": kind, **header})})

@@ -40,7 +40,7 @@ from .frame_streaming import MAX_CHUNK_FRAMES, default_chunk_frames, load_ahead,
 from .generation_vamba import VambaGenerationMixin
 from .graphed_decoding import GraphedDecoding
 from .media import MediaItem, assign_media, chunk_patches, list_media, media_positions, split_frames
-from .multi_axis_checkpointing import offload_saved
+from .multi_axis_checkpointing import largest_of_ranks, offload_saved, weights_are_sharded
 from .text_triton import FusedRMSNorm
 from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder
 from .video_level import VideoLevel
@@ -84,7 +84,8 @@ class VambaTextModel(VambaPreTrainedModel):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
         packed (`list` of `(int, VideoMemory)`, *optional*):
-            The samples that one row of text consists of: their lengths, and the memories of their videos.
+            The samples that one row of text consists of: their lengths, and the memories of their videos. At the end
+            there may be memories for no text, which nothing is read of.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -111,7 +112,7 @@ class VambaTextModel(VambaPreTrainedModel):
         hidden_states = inputs_embeds
         for index, layer in enumerate(self.layers):
             videos = [
-                (length, seen.level(index, inputs_embeds.device) if seen.video_length else None)
+                (length, seen.level(index, layer.device_for(inputs_embeds)) if seen.video_length else None)
                 for length, seen in samples
             ]
             keys, values, *scales = (None if packed else videos[0][1]) or (None, None)
@@ -121,7 +122,7 @@ class VambaTextModel(VambaPreTrainedModel):
                     keys,
                     values,
                     video_scales=tuple(scales) or (None, None),
-                    video_mask_BM=memory.video_mask(),
+                    video_mask_BM=memory.video_mask(inputs_embeds.device),
                     video_rows=memory.video_rows,
                     packed_videos=videos if packed else None,
                     attention_mask=causal_mask,
@@ -372,8 +373,20 @@ class VambaModel(VambaPreTrainedModel):
         images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in ("image", "video"))
         types = None if mm_token_type_ids is None else by_sample(mm_token_type_ids)
         rows = assign_media(images, videos, by_sample(self.media_starts(input_ids, inputs_embeds)), types)
+        idle, encoded = 0, sum(map(bool, rows))
+        if weights_are_sharded(self.video_encoder):
+            idle = largest_of_ranks([encoded], self.visual.device)[0] - encoded
         memories = [self.encode_media([row], pixels, VideoMemory(self.config), read_once=True) for row in rows]
-        return list(zip(lengths, memories))
+        return [*zip(lengths, memories), *((0, self._idle_memory()) for _ in range(idle))]
+
+    def _idle_memory(self) -> VideoMemory:
+        """256 black video tokens: where weights are sharded, each call of a layer gathers them from all ranks, so one
+        with fewer samples than another calls the layers for these instead."""
+        vision, side = self.config.vision_config, 16 * self.config.vision_config.spatial_merge_size
+        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        black = torch.zeros(side * side, numbers, device=self.visual.device, dtype=self.visual.dtype)
+        item = MediaItem("video", 1, side, side, 0)
+        return self.encode_media([[item]], {"video": black}, VideoMemory(self.config), read_once=True)
 
     def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, N), True at each `<|vision_start|>`; recognised by its embedding where there are no ids."""

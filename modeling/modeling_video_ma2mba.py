@@ -7,10 +7,13 @@ stand for the text only. Padding, on either side, never enters the stream.
 Shapes: B batch, N text tokens, S tokens of one chunk of the stream, F frames, D hidden.
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPVisionModel, CompileConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -25,8 +28,9 @@ from .chunked_loss import chunked_causal_lm_loss
 from .configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaTextConfig
 from .frame_streaming import MAX_CHUNK_FRAMES, default_chunk_frames, load_ahead, normalized, to_device
 from .generation_video_ma2mba import VideoMa2mbaGenerationMixin
+from .graphed_decoding import GraphedStateDecoding
 from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
-from .media import MediaItem, chunk_patches, list_media
+from .media import MediaItem, chunk_patches, list_media, split_frames
 from .media_stream import Run, media_of_rows, runs_of, split_runs, text_outputs
 from .multi_axis_checkpointing import MultiAxisCheckpointingMixin, MultiAxisSettings, read_blocks, run_cells
 from .multi_axis_memory import mamba2_costs
@@ -34,13 +38,21 @@ from .state_memory import StateMemory
 
 
 class VideoMa2mbaBlock(Mamba2Block):
-    """`Mamba2Block` on a residual stream that may be wider than the weights, as transformers' Mamba-2 has it."""
+    """`Mamba2Block` on a residual stream that may be wider than the weights, as transformers' Mamba-2 has it.
+
+    It is the block that widens it, so that what enters the first one, and is kept for backward, is still narrow.
+    """
 
     def forward(
         self, hidden_BSD: Tensor, state: Mamba2State | None = None, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, Mamba2State]:
         mixed_BSD, state = self.mixer(self.norm(hidden_BSD.to(self.norm.weight.dtype)), state, lengths_B)
-        return hidden_BSD + mixed_BSD, state
+        return hidden_BSD.to(residual_dtype(self.mixer.config, hidden_BSD.dtype)) + mixed_BSD, state
+
+
+def residual_dtype(config: VideoMa2mbaTextConfig, dtype: torch.dtype) -> torch.dtype:
+    """Of the stream between blocks, for embeddings of `dtype`."""
+    return torch.promote_types(dtype, torch.float32) if config.residual_in_fp32 else dtype
 
 
 class VideoMa2mbaProjector(nn.Sequential):
@@ -129,8 +141,6 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
             Rows and places of the tokens whose outputs are wanted, `(n, hidden_size)`; all are if not given.
         """
         hidden_BSD, states = inputs_embeds, past_key_values.states
-        if self.config.residual_in_fp32:
-            hidden_BSD = hidden_BSD.to(torch.promote_types(hidden_BSD.dtype, torch.float32))
         if self.runs_cells:
             blocks = self._run_cells(hidden_BSD, states, lengths_B)
             hidden_BSD = torch.cat(blocks, 1) if read_at is None else read_blocks(blocks, *read_at)
@@ -148,7 +158,8 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
 
     def _run_cells(self, hidden_BSD: Tensor, states: list, lengths_B: Tensor | None) -> list[Tensor]:
         settings = self.multi_axis_checkpointing
-        costs = mamba2_costs(self.config, self.norm.weight.dtype, residual_dtype=hidden_BSD.dtype)
+        residual = residual_dtype(self.config, hidden_BSD.dtype)
+        costs = mamba2_costs(self.config, self.norm.weight.dtype, residual_dtype=residual)
         layers, sizes = settings.intervals(costs, len(self.layers), hidden_BSD, self)
         blocks, states[:] = run_cells(
             self.layers,
@@ -200,8 +211,9 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
                     f"A frame has {h} x {w} patches and the vision tower takes {grid} x {grid}: frames must be "
                     f"{self.config.vision_config.image_size} pixels high and wide, as VideoMa2mbaProcessor makes them."
                 )
-        frames = _frames(pixel_values_videos, grid, self.config.vision_config.patch_size)
-        output = self.visual(frames.to(self.visual.dtype), **kwargs)
+        frames = _frames(normalized(pixel_values_videos, self.config), grid, self.config.vision_config.patch_size)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (frames.requires_grad or self._tower_trains)):
+            output = self.visual(frames.to(self.visual.dtype), **kwargs)
         patches_FPD = output.last_hidden_state[:, 1:]  # without the class token
         output.last_hidden_state = patches_FPD.flatten(0, 1)
         output.pooler_output = (
@@ -222,6 +234,10 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             1, and height and width in patches, of each image: an image is one frame.
         """
         return self.get_video_features(pixel_values, image_grid_thw, return_dict=True, **kwargs)
+
+    @property
+    def _tower_trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.visual.parameters())
 
     def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, N), True at each `<|vision_start|>`; recognised by its embedding where there are no ids."""
@@ -320,7 +336,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 
         def patches(chunk: list[list[Run]]) -> list[Tensor]:
             items = [[run.item for run in stream if run.item] for stream in chunk]
-            return [to_device(part, device) for part in chunk_patches(items, pixels)]
+            return [part if tokens is None else to_device(part, device) for part in chunk_patches(items, pixels)]
 
         levels: list[Tensor | None] = []
         for chunk, parts in load_ahead(split_runs(streams, tokens, per_frame), patches, device):
@@ -346,18 +362,48 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 
         `patches` holds those of its media in order, wherever they are cut.
         """
-        grids = [[run.item.t, run.item.h, run.item.w] for stream in chunk for run in stream if run.item]
-        media = iter(())
-        if grids:
-            pixels = torch.cat([normalized(part, self.config) for part in patches])
-            media = iter(self.get_video_features(pixels, torch.tensor(grids), return_dict=True).pooler_output)
+        media = self._media_tokens([run.item for stream in chunk for run in stream if run.item], patches)
         by_row = []
         for text_ND, stream in zip(inputs_embeds, chunk):
-            parts = [text_ND[run.positions.to(text_ND.device)] if run.item is None else next(media) for run in stream]
-            by_row.append(torch.cat([text_ND[:0], *(part.to(text_ND) for part in parts)]))
+            parts = [text_ND[:0]]
+            for run in stream:
+                if run.item is None:
+                    parts.append(text_ND[run.positions.to(text_ND.device)])
+                else:
+                    left = run.item.t * self.config.tokens_per_frame
+                    while left:
+                        parts.append(next(media).to(text_ND))
+                        left -= len(parts[-1])
+            by_row.append(torch.cat(parts))
         lengths = [len(row) for row in by_row]
         lengths_B = torch.tensor(lengths, device=inputs_embeds.device) if len(set(lengths)) > 1 else None
         return nn.utils.rnn.pad_sequence(by_row, batch_first=True), lengths_B
+
+    def _media_tokens(self, items: list[MediaItem], patches: list[Tensor]) -> Iterator[Tensor]:
+        """The tokens of the items in order, (n, D) each, an item's in several parts where it has many frames.
+
+        A chunk may be of any size where gradients are recorded: the tower takes it in passes, which are computed again
+        in backward where the tower trains and gradients are checkpointed: their patches are all that is kept then.
+        """
+        if not items:
+            return
+        if len({part.dtype for part in patches}) > 1:
+            patches = [normalized(part, self.config) for part in patches]
+        whole, start = patches[0] if len(patches) == 1 else torch.cat(patches), 0
+        checkpointed = self.language_model.gradient_checkpointing or self.language_model.multi_axis_checkpointing
+        checkpointed = checkpointed and self.training and torch.is_grad_enabled() and self._tower_trains
+        for (taken,) in split_frames([items], MAX_CHUNK_FRAMES):
+            end = start + sum(item.num_patches for item in taken)
+            given = whole[start:end], torch.tensor([[item.t, item.h, item.w] for item in taken])
+            if checkpointed:
+                yield from checkpoint(self._tower_pass, *given, use_reentrant=False)
+            else:
+                yield from self._tower_pass(*given)
+            start = end
+
+    def _tower_pass(self, patches: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]:
+        patches = to_device(patches, self.visual.device)
+        return self.get_video_features(patches, grid_thw, return_dict=True).pooler_output
 
     @can_return_tuple
     @auto_docstring
@@ -436,6 +482,12 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, VideoMa2mb
 
     def get_video_features(self, pixel_values_videos: torch.FloatTensor, video_grid_thw: torch.LongTensor, **kwargs):
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """The step that `generate` decodes with on a GPU: a CUDA graph, or, if asked, `torch.compile`'s."""
+        return (
+            GraphedStateDecoding(self.__call__) if compile_config is None else super().get_compiled_call(compile_config)
+        )
 
     @torch.no_grad()
     def encode_video(self, *args, **kwargs) -> StateMemory:

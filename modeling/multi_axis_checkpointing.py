@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from .mamba2 import Mamba2State
-from .multi_axis_memory import MemoryCosts, choose_intervals, memory_budget
+from .multi_axis_memory import MemoryCosts, choose_intervals, cpu_memory_budget, memory_budget
 
 
 @dataclass
@@ -238,15 +238,18 @@ class MultiAxisSettings(NamedTuple):
             ValueError: fewer tokens than blocks.
         """
         B, S, _ = hidden_BSD.shape
-        budget = memory_budget(hidden_BSD.device)
-        budget, longest = None if budget is None else budget // B, S
+        budget, waiting = memory_budget(hidden_BSD.device), cpu_memory_budget() if self.offload else None
+        budget, waiting = (None if each is None else each // B for each in (budget, waiting))
+        longest = S
         sharded = weights_are_sharded(module)
         if sharded:
-            budget, longest = _agree(budget, longest, hidden_BSD.device)
+            least = [-(budget or 0), -(waiting or 0)]
+            *least, longest = largest_of_ranks([*least, longest], hidden_BSD.device)
+            budget, waiting = (None if mine is None else -all_of for mine, all_of in zip((budget, waiting), least))
         layer, sequence = (None if value == "auto" else value for value in self[:2])
         layer, sequence = choose_intervals(
             costs, num_layers, longest, budget,
-            offload=self.offload, layer_interval=layer, sequence_interval=sequence,
+            offload=self.offload, cpu_budget=waiting, layer_interval=layer, sequence_interval=sequence,
         )  # fmt: skip
         blocks = ceil(longest / sequence)
         if S < blocks:
@@ -265,12 +268,11 @@ def weights_are_sharded(module: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in module.parameters())
 
 
-def _agree(budget: int | None, tokens: int, device: torch.device) -> tuple[int | None, int]:
-    """The smallest budget and the longest sequence of all ranks."""
-    numbers = torch.tensor([0 if budget is None else -budget, tokens], device=device)
-    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
-    smallest, longest = numbers.tolist()
-    return (None if budget is None else -smallest), longest
+def largest_of_ranks(numbers: list[int], device: torch.device) -> list[int]:
+    """The largest that each number is on any rank; all ranks must ask."""
+    found = torch.tensor(numbers, device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found.tolist()
 
 
 class MultiAxisCheckpointingMixin:
@@ -324,7 +326,9 @@ __all__ = [
     "LazyLevels",
     "MultiAxisCheckpointingMixin",
     "MultiAxisSettings",
+    "largest_of_ranks",
     "offload_saved",
     "read_blocks",
     "run_cells",
+    "weights_are_sharded",
 ]

@@ -5,7 +5,9 @@ from a Mamba-2 configuration: the paper's count the numbers its fused layer keep
 this package's kernels on a GPU. All are per row of a batch; every term grows with the rows alike.
 """
 
+import os
 from math import ceil
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -50,6 +52,12 @@ class MemoryCosts(NamedTuple):
             emitted = tokens * (num_layers + 1) * self.emitted
         return kept + emitted + cell + tokens * self.always
 
+    def offloaded(self, num_layers: int, tokens: int, layer_interval: int, sequence_interval: int) -> int:
+        """Bytes that `offload` puts into CPU memory, where a pinned allocation is rounded up to a power of two."""
+        groups, blocks = ceil(num_layers / layer_interval), ceil(tokens / sequence_interval)
+        state = 1 << (self.state - 1).bit_length()  # what is larger comes in pieces
+        return tokens * (groups * self.border + num_layers * self.emitted) + num_layers * blocks * state
+
 
 def choose_intervals(
     costs: MemoryCosts,
@@ -58,6 +66,7 @@ def choose_intervals(
     budget: int | None = None,
     *,
     offload: bool = False,
+    cpu_budget: int | None = None,
     layer_interval: int | None = None,
     sequence_interval: int | None = None,
     multiple: int = 256,
@@ -67,17 +76,23 @@ def choose_intervals(
 
     Longer cells run faster, as each kernel has more to do, until a GPU is full (`longest`); how many layers a cell has
     does not change the speed, so it is what takes least memory. `layer_interval` and `sequence_interval` are fixed
-    where given. A cell's tokens are a multiple of `multiple`, the chunk of the scan, so that no chunk is cut.
+    where given. A cell's tokens are a multiple of `multiple`, the chunk of the scan, so that no chunk is cut. With
+    `offload` what waits in CPU memory takes `cpu_budget` bytes at most, or as few as can be.
     """
     layers = range(1, num_layers + 1) if layer_interval is None else [layer_interval]
     lengths = [sequence_interval]
     if sequence_interval is None:
         most = min(ceil(tokens / multiple), max(longest // multiple, 1))
         lengths = range(multiple, (most + 1) * multiple, multiple)
-    cells = [min((costs.total(num_layers, tokens, l, s, offload), l, s) for l in layers) for s in lengths]
-    allowed = max(budget or 0, SLACK * min(cells)[0])
-    _, l, s = max((cell for cell in cells if cell[0] <= allowed), key=lambda cell: cell[2])
-    return l, s
+    cells = [(l, s) for s in lengths for l in layers]
+    if offload and cpu_budget is not None:
+        waiting = {cell: costs.offloaded(num_layers, tokens, *cell) for cell in cells}
+        most = max(cpu_budget, min(waiting.values()))
+        cells = [cell for cell in cells if waiting[cell] <= most]
+    needed = {cell: costs.total(num_layers, tokens, *cell, offload) for cell in cells}
+    allowed = max(budget or 0, SLACK * min(needed.values()))
+    longest = max(s for (_, s), total in needed.items() if total <= allowed)
+    return min((cell for cell in cells if cell[1] == longest), key=needed.get)
 
 
 def memory_budget(device: torch.device, share: float = 0.5) -> int | None:
@@ -88,6 +103,26 @@ def memory_budget(device: torch.device, share: float = 0.5) -> int | None:
     if device.type != "cuda":
         return None
     return int(share * free_bytes(device))
+
+
+def cpu_memory_budget(share: float = 0.7) -> int | None:
+    """Bytes of CPU memory that each process of this machine may take; None where that cannot be known.
+
+    The rest is for data. Linux says what is available, and a container (cgroup v2) may allow less.
+    """
+    try:
+        available = 1024 * next(
+            int(line.split()[1]) for line in Path("/proc/meminfo").open() if line.startswith("MemAvailable:")
+        )
+    except (OSError, StopIteration):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        allowed, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        available = min(available, allowed - used)
+    except (OSError, ValueError):  # no container, or one without a limit: "max"
+        pass
+    return int(share * max(available, 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def mamba2_costs(
@@ -131,4 +166,4 @@ def paper_costs(config: VambaMamba2Config, dtype: torch.dtype = torch.bfloat16) 
     return MemoryCosts(*(dtype.itemsize * number for number in numbers))
 
 
-__all__ = ["MemoryCosts", "choose_intervals", "mamba2_costs", "memory_budget", "paper_costs"]
+__all__ = ["MemoryCosts", "choose_intervals", "cpu_memory_budget", "mamba2_costs", "memory_budget", "paper_costs"]

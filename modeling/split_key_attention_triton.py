@@ -36,6 +36,12 @@ def can_split_keys(queries_BHNP: Tensor) -> bool:
     )
 
 
+@functools.cache
+def reads_fp8(device: torch.device) -> bool:
+    """Whether Triton converts this fp8 on a device: NVIDIA's GPUs before compute capability 8.9 cannot."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def split_key_attention(
     queries_BHNP: Tensor,
     keys_BHMP: Tensor,
@@ -159,7 +165,7 @@ if triton is not None:
         head = h * (rows // N) + row // N  # rows are (query head of this key/value head, token)
         queries += b * stride_qb + head[:, None] * stride_qh + (row % N)[:, None] * stride_qn + p[None, :] * stride_qp
         q = tl.load(queries, mask=(row < rows)[:, None], other=0.0)
-        if FP8:  # exact in float16, and the conversion of fp8 to float16 is one instruction
+        if FP8:  # to which the conversion of fp8 is exact and one instruction
             q = q.to(tl.float16)
         blocks = tl.cdiv(M, BLOCK_KEYS)
         first = (blocks.to(tl.int64) * split // tl.num_programs(0)) * BLOCK_KEYS

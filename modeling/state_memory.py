@@ -3,7 +3,7 @@
 What is unusual: as a transformers `Cache` its length is that of the *text*, by which `generate` slices prompts, though
 most of what it has seen may be video. It is a plain prefix: a memory that holds a video has read the prompt's
 `<|vision_start|>` and the video's tokens, and a prompt about it is cut after them. The states are replaced, never
-written into, so forks share them.
+written into, so forks share them; but for those of a memory that a CUDA graph has decoded with.
 
 Shapes: B rows, H heads, P head dim, K state size, T conv taps, C conv channels.
 """
@@ -38,6 +38,7 @@ class StateMemory(Cache):
         text_length: tokens of text seen, padding included, as `get_seq_length` says; where rows differ, the fewest.
         text_tokens_B: tokens of text that each row has seen, padding not counted, int64 (B,); None before the first.
         is_ragged: whether some row has seen more text than `text_length` says.
+        is_written_into: whether the states are buffers that decoding may write into (`GraphedStateDecoding`).
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -48,6 +49,7 @@ class StateMemory(Cache):
         self.text_length = 0
         self.text_tokens_B: Tensor | None = None
         self.is_ragged = False
+        self.is_written_into = False
 
     @classmethod
     def of(cls, cache: Cache | None, config: PreTrainedConfig) -> "StateMemory":
@@ -115,6 +117,11 @@ class StateMemory(Cache):
         self.text_length += columns
         self.is_ragged = is_ragged
 
+    def note_step(self) -> None:
+        """Counts one token of text for each row in."""
+        self.note_text(torch.ones_like(self.text_tokens_B), 1)
+        self.is_open = [False] * self.batch_size
+
     def note_chunk(self, chunk: list[list[Run]]) -> None:
         """Records what a chunk of the stream was; frames that continue an item lengthen it."""
         self.media = self.media or [[] for _ in chunk]
@@ -151,6 +158,8 @@ class StateMemory(Cache):
         fork.__dict__.update(vars(self))
         fork.layers, fork.states, fork.is_open = [], list(self.states), list(self.is_open)
         fork.media = [[list(item) for item in row] for row in self.media]
+        if self.is_written_into:
+            fork._replace(torch.clone)
         return fork
 
     def to(self, device: torch.device | str) -> "StateMemory":
@@ -160,6 +169,7 @@ class StateMemory(Cache):
 
     def _replace(self, function: Callable[[Tensor], Tensor]) -> None:
         self.states = [None if state is None else Mamba2State(*map(function, state)) for state in self.states]
+        self.is_written_into = False
         if self.text_tokens_B is not None:
             self.text_tokens_B = function(self.text_tokens_B)
 
@@ -184,8 +194,8 @@ class StateMemory(Cache):
 
     def expand_rows(self, batch_size: int, copies: int = 1) -> None:
         """Repeats a single row for each of `batch_size` questions, and each row for its beams or samples."""
-        if self.batch_size in (1, batch_size):
-            self.batch_repeat_interleave(batch_size * copies // self.batch_size)
+        if self.batch_size in (1, batch_size) and (repeats := batch_size * copies // self.batch_size) > 1:
+            self.batch_repeat_interleave(repeats)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.text_length
@@ -215,7 +225,7 @@ class StateMemory(Cache):
         """Forgets everything; `fork()` beforehand to start a new conversation about the same video."""
         self.states = [None] * len(self.states)
         self.media, self.is_open, self.text_length = [], [], 0
-        self.text_tokens_B, self.is_ragged = None, False
+        self.text_tokens_B, self.is_ragged, self.is_written_into = None, False, False
 
     def __len__(self) -> int:
         return len(self.states)

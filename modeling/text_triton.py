@@ -65,8 +65,13 @@ def three_linears_triton(x_BND: Tensor, modules: tuple[nn.Linear, nn.Linear, nn.
 
 
 def _is_plain(module: nn.Module, x: Tensor) -> bool:
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return type(module) is nn.Linear and not hooked and fusible(x, module.weight) and module.weight.is_contiguous()
+    plain = type(module) is nn.Linear and is_unhooked(module) and type(module.weight) in (nn.Parameter, Tensor)
+    return plain and fusible(x, module.weight) and module.weight.is_contiguous()
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether nobody wants to see the calls of this module, so that a kernel may take its place."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def rotate_triton(queries_BNHP: Tensor, keys_BNHP: Tensor, cos_BNP: Tensor, sin_BNP: Tensor) -> None:
@@ -82,7 +87,9 @@ def rotate_triton(queries_BNHP: Tensor, keys_BNHP: Tensor, cos_BNP: Tensor, sin_
 def store_token_triton(keys_BHNP: Tensor, values_BHNP: Tensor, layer: CacheLayerMixin) -> bool:
     """`layer.update` in one launch, for one token of each row and a plain static layer; else False, and call it."""
     B, H, N, P = keys_BHNP.shape
-    if N != 1 or type(layer) is not StaticLayer or not layer.is_initialized or layer.dtype != keys_BHNP.dtype:
+    if N != 1 or type(layer) is not StaticLayer or not layer.is_initialized:
+        return False
+    if layer.dtype != keys_BHNP.dtype or layer.keys.device != keys_BHNP.device:  # offloaded
         return False
     keys_BHNP, values_BHNP = keys_BHNP.contiguous(), values_BHNP.contiguous()
     with on_device_of(keys_BHNP):
@@ -195,13 +202,14 @@ if triton is not None:
     def _store_token_kernel(
         keys, values, cached_keys, cached_values, length, rows, capacity, P: tl.constexpr, BLOCK: tl.constexpr
     ):
-        """One program for all rows, as it also counts the token in."""
+        """One program for all rows, as it also counts the token in; one for which there is no room is not written."""
         place = tl.load(length)
         p = tl.arange(0, BLOCK)
+        ok = p < tl.where(place < capacity, P, 0)
         for row in range(rows):
             target = (tl.cast(row, tl.int64) * capacity + place) * P + p
-            tl.store(cached_keys + target, tl.load(keys + row * P + p, mask=p < P), mask=p < P)
-            tl.store(cached_values + target, tl.load(values + row * P + p, mask=p < P), mask=p < P)
+            tl.store(cached_keys + target, tl.load(keys + row * P + p, mask=ok), mask=ok)
+            tl.store(cached_values + target, tl.load(values + row * P + p, mask=ok), mask=ok)
         tl.store(length, place + 1)
 
     @triton.jit

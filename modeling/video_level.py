@@ -102,6 +102,7 @@ class LevelStore:
         recorded = torch.is_grad_enabled() and any(t.requires_grad for part in [*self.parts, level] for t in part[:2])
         if recorded or (not self.parts and length >= expected):  # all at once: nothing to copy
             self.parts.append(level)
+            self._buffer = None  # does not hold this part, and forks may write on where it would lie
             return
         buffer = self._buffer
         if buffer is None or buffer.used != held or buffer.capacity < length:

@@ -12,13 +12,10 @@ Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads,
 """
 
 import functools
-import json
 import os
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
@@ -26,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 from .frame_streaming import free_bytes
 from .mamba2 import Mamba2State
 from .media import MediaItem
+from .memory_files import read_memory, write_memory
 from .multi_axis_checkpointing import LazyLevels
 from .video_level import FP8, LevelStore, VideoLevel
 
@@ -133,6 +131,8 @@ class VideoMemory(Cache):
 
     def append(self, layer_idx: int, keys_BHSP: Tensor, values_BHSP: Tensor) -> None:
         """Adds the keys and values of the next S video tokens of one layer; `append_mask` once for all layers."""
+        if self._levels[layer_idx].parts and not torch.is_autocast_enabled(keys_BHSP.device.type):
+            self._check_dtype(keys_BHSP.dtype, "new frames")
         level = self._stored(keys_BHSP, values_BHSP)
         if layer_idx == 0 and self.expected_length and level.keys_BHMP.is_cuda:
             per_token = len(self._levels) * level.nbytes // level.length
@@ -194,7 +194,7 @@ class VideoMemory(Cache):
         return self._fetch(layer_idx, device)
 
     def _fetch(self, layer_idx: int, device: torch.device) -> VideoLevel:
-        if layer_idx not in self._fetched:
+        if layer_idx not in self._fetched or self._fetched[layer_idx][0].keys_BHMP.device != device:
             self._fetched = {layer_idx: _copy_beside(self._levels[layer_idx].read(), device)}
         level, ready = self._fetched.pop(layer_idx)
         following = (layer_idx + 1) % len(self._levels)  # after the last layer comes the first, of the next token
@@ -214,12 +214,14 @@ class VideoMemory(Cache):
         """Keys and values (B, H, M, P) of one layer in the model's dtype, on `device` if given."""
         return self.level(layer_idx, device).stored_as(self._model_dtype)[:2]
 
-    def video_mask(self) -> Tensor | None:
-        """(B, M) bool, False on padding; None if no row has any."""
+    def video_mask(self, device: torch.device | None = None) -> Tensor | None:
+        """(B, M) bool, False on padding; None if no row has any. It stays on the `device` it was asked for on."""
         if self._mask is None and any(valid is not None for valid, _ in self._valid):
-            template = next(valid for valid, _ in self._valid if valid is not None)
-            parts = [template.new_ones(template.shape[0], n) if v is None else v for v, n in self._valid]
+            template = [valid for valid, _ in self._valid if valid is not None][-1]  # older ones may be from a file
+            parts = [template.new_ones(template.shape[0], n) if v is None else v.to(template) for v, n in self._valid]
             self._mask = torch.cat(parts, dim=1)
+        if self._mask is not None and device is not None:
+            self._mask = self._mask.to(device)
         return self._mask
 
     def video_items(self) -> list[list[MediaItem]]:
@@ -298,6 +300,11 @@ class VideoMemory(Cache):
             if len(self._rows) == batch_size:
                 self._repeat_rows(copies)
         elif self.layers[0].keys.shape[0] == batch_size:
+            if not isinstance(self.layers[0], DynamicLayer):
+                raise ValueError(
+                    "A static text cache that holds text is not repeated for beams or samples: ask on a fork() without "
+                    "max_cache_len."
+                )
             self.batch_repeat_interleave(copies)
 
     def _select_rows(self, indices: list[int]) -> None:
@@ -336,7 +343,6 @@ class VideoMemory(Cache):
                 raise ValueError(f"Only a growing text cache can be saved, not {layer}; save before generating.")
             tensors[f"text.{i}.keys"], tensors[f"text.{i}.values"] = layer.keys, layer.values
         header = {
-            "format": FORMAT,
             "layers": len(self._levels),
             "dtype": None if self._model_dtype is None else str(self._model_dtype).removeprefix("torch."),
             "video_length": self.video_length,
@@ -344,17 +350,7 @@ class VideoMemory(Cache):
             "video_rows": self.video_rows,
             "keys_are_rotated": self.keys_are_rotated,
         }
-        # every tensor its own contiguous storage: slices of one buffer cannot be written
-        tensors = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
-        partial = f"{os.fspath(path)}.partial-{os.getpid()}"
-        try:
-            save_file(tensors, partial, metadata={"format": "pt", "vamba": json.dumps(header)})
-            os.replace(partial, path)
-        except SafetensorError as error:
-            raise OSError(f"The video memory cannot be written to {os.fspath(path)!r}: {error}.") from error
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+        write_memory(path, FORMAT, tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "VideoMemory":
@@ -363,19 +359,7 @@ class VideoMemory(Cache):
         Raises:
             FileNotFoundError: no such file. ValueError: the file is not a video memory, or is damaged.
         """
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"No video memory at {os.fspath(path)!r}.")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                header = json.loads((file.metadata() or {}).get("vamba", "{}"))
-                if header.get("format") != FORMAT:
-                    raise ValueError(
-                        f"{os.fspath(path)!r} is no video memory ({FORMAT}); write one with memory.save()."
-                    )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}.") from error
-        return cls._from_tensors(tensors, header)
+        return cls._from_tensors(*read_memory(path, FORMAT, str(device)))
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "VideoMemory":
@@ -415,14 +399,18 @@ class VideoMemory(Cache):
                 f"This video memory has (layers, key/value heads, head dim) = {made_by}, the model {wanted}: "
                 "encode the video with the model that is asked."
             )
-        if self._model_dtype != dtype and not torch.is_autocast_enabled(keys.device.type):
-            raise ValueError(
-                f"The video memory is in {self._model_dtype}, the text in {dtype}: load the model in that dtype."
-            )
+        if not torch.is_autocast_enabled(keys.device.type):
+            self._check_dtype(dtype, "text")
         rows = len(self._rows)
         if rows not in (1, batch_size):
             raise ValueError(
                 f"The video memory has {rows} rows and the text {batch_size}; they must be equal, or 1 video."
+            )
+
+    def _check_dtype(self, dtype: torch.dtype, of: str) -> None:
+        if self._model_dtype != dtype:
+            raise ValueError(
+                f"The video memory is in {self._model_dtype}, the {of} in {dtype}: load the model in that dtype."
             )
 
 
@@ -438,8 +426,17 @@ def _copy_beside(level: VideoLevel, device: torch.device) -> tuple[VideoLevel, t
     """A copy under way on `device`, beside what is computed there, and the event that it has arrived."""
     stream = _copy_stream(device)
     with torch.cuda.stream(stream):
-        copy = level.map(lambda t: t.to(device, non_blocking=True))
-        return copy, stream.record_event()
+        return level.map(lambda t: _copy_of(t, device)), stream.record_event()
+
+
+def _copy_of(t_BHM: Tensor, device: torch.device) -> Tensor:
+    """Of a buffer with room for more head by head, as the gaps between would first be closed by a copy on the CPU."""
+    if t_BHM.nbytes == t_BHM.untyped_storage().nbytes():
+        return t_BHM.to(device, non_blocking=True)
+    copy = torch.empty(t_BHM.shape, dtype=t_BHM.dtype, device=device)
+    for target, source in zip(copy.flatten(0, 1), t_BHM.flatten(0, 1)):
+        target.copy_(source, non_blocking=True)
+    return copy
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from transformers import (
 
 from .modeling import StateMemory, VideoMemory, VideoReadError
 from .modeling.frame_streaming import default_chunk_frames, load_ahead, read_ahead
+from .modeling.graphed_decoding import GraphedDecoding
 
 
 # What each kind of model remembers a video in.
@@ -49,6 +50,8 @@ class VideoChat:
         memory: VideoMemory | StateMemory | None = None,
         **memory_options: Any,
     ):
+        if memory_options and MEMORIES[model.config.model_type] is not VideoMemory:
+            raise ValueError(f"{sorted(memory_options)} are for models with a VideoMemory; leave them out.")
         self.model, self.processor, self.memory = model, processor, memory
         self.memory_options = memory_options
 
@@ -145,8 +148,9 @@ class VideoChat:
         return self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
 
     def _fork(self, inputs: dict, generate_kwargs: dict) -> VideoMemory | StateMemory:
-        """What a question is asked on: a fork, on a GPU with room for the text set aside, as CUDA graphs need it."""
-        if self.model.device.type != "cuda" or not isinstance(self.memory, VideoMemory):
+        """What a question is asked on: a fork, with room for the text set aside where CUDA graphs can be used."""
+        grows = any(generate_kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
+        if grows or not isinstance(self.memory, VideoMemory) or not GraphedDecoding.suits(self.model):
             return self.memory.fork()
         length = inputs["input_ids"].shape[1] + generate_kwargs["max_new_tokens"]
         return self.memory.fork(max_cache_len=-(-length // 64) * 64)

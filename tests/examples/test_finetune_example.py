@@ -1,7 +1,7 @@
 """The fine-tuning example runs as it stands, and accelerate understands the configurations beside it."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,17 +14,17 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
 
 
-def test_finetune(checkpoint, clip, tmp_path):
+def test_finetune(checkpoint, clip, tmp_path, monkeypatch, capsys):
     turns = [{"from": "human", "value": "<video>What is it?"}, {"from": "gpt", "value": "A square."}]
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns, "video": "clip.mp4"}]))
     (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
     overrides = [f"model.path={checkpoint}", "model.dtype=float32", "data.train=data.json", "data.fps=4"]
     overrides += ["data.packing=false", "checkpointing=none", "global_batch_size=1", "train.max_steps=2"]
     overrides += ["train.output_dir=out", "train.use_cpu=true", "train.bf16=false", "train.dataloader_num_workers=0"]
-    command = [sys.executable, str(EXAMPLES / "finetune.py"), "vamba_stage1", *overrides]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.splitlines()[-1] == "the trained model is in out/final"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "vamba_stage1", *overrides])
+    runpy.run_path(str(EXAMPLES / "finetune.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1] == "the trained model is in out/final"
     assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
 
 

@@ -267,3 +267,16 @@ def test_a_qwen2_5_tower_fits_in():
     cut = model.encode_video(pixels, grid, chunk_frames=2)
     assert whole.video_length == 32
     torch.testing.assert_close(cut.video_key_values(2)[0], whole.video_key_values(2)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_accelerate_keeps_elsewhere_give_the_same(model):
+    accelerate = pytest.importorskip("accelerate")
+    offloaded = tiny_model()
+    accelerate.cpu_offload(offloaded, execution_device="cpu")
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    pixels, grid = media((5, 4, 6))
+    inputs = {"input_ids": prompt(7, items=1), "pixel_values_videos": pixels, "video_grid_thw": grid}
+    with torch.no_grad():
+        assert torch.equal(offloaded(**inputs).logits, model(**inputs).logits)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(offloaded.generate(**inputs, **options), model.generate(**inputs, **options))

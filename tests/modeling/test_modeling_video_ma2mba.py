@@ -211,8 +211,22 @@ def test_uint8_patches_are_normalised_in_the_model(model):
         torch.tensor(v).repeat_interleave(PATCH_SIZE**2) for v in (model.config.image_mean, model.config.image_std)
     )
     grid = torch.tensor([[2, 4, 4]])
-    a, b = (model.encode_video(given, grid) for given in (patches, (patches / 255 - mean) / std))
+    given = (patches, (patches / 255 - mean) / std)
+    a, b = (model.encode_video(each, grid) for each in given)
     torch.testing.assert_close(a.states[-1], b.states[-1], **CLOSE)
+    a, b = (model.get_video_features(each, grid, return_dict=True).pooler_output for each in given)
+    torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_what_enters_the_first_block_is_as_narrow_as_the_weights():
+    """The residual stream is widened in the block, so that backward keeps the embeddings as they are."""
+    model, widths = tiny_model().bfloat16(), []
+    for block in model.model.language_model.layers:
+        block.register_forward_hook(lambda module, args, output: widths.append((args[0].dtype, output[0].dtype)))
+    with torch.no_grad():
+        model(prompt(5))
+    wide = (torch.float32, torch.float32)
+    assert widths == [(torch.bfloat16, torch.float32), wide, wide]
 
 
 # --- gradients and loss ----------------------------------------------------------------------------------------------
@@ -239,6 +253,36 @@ def test_gradients_reach_every_parameter_and_equal_those_of_chunks():
     model.gradient_checkpointing_enable()
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "layers", "cells"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_tower_takes_many_frames_in_passes(monkeypatch, checkpointing, frozen):
+    """Two frames at a time, across videos; once more in backward where it trains and gradients are checkpointed."""
+    model = tiny_model().double().train()
+    model.model.visual.requires_grad_(not frozen)
+    ids, given = prompt(6, 2), video(5, 2)
+    given["pixel_values_videos"] = given["pixel_values_videos"].double()
+    passes = []
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids, **given).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    whole = gradients()
+    monkeypatch.setattr("vamba.modeling.modeling_video_ma2mba.MAX_CHUNK_FRAMES", 2)
+    if checkpointing == "layers":
+        model.gradient_checkpointing_enable()
+    elif checkpointing == "cells":
+        model.enable_multi_axis_checkpointing(2, 7)
+    model.model.visual.register_forward_hook(
+        lambda module, args, output: passes.append((len(args[0]), output.last_hidden_state.requires_grad))
+    )
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-9, atol=1e-12)
+    again = 1 if frozen or checkpointing == "none" else 2
+    assert sorted(passes) == sorted([(n, not frozen) for n in (2, 2, 2, 1)] * again)
 
 
 def test_the_loss_is_that_of_the_text_after_what_was_seen(model):

@@ -5,8 +5,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from triton_interpreter import DEVICE, INTERPRETED, on_a_gpu, run_interpreted
 
+from vamba.modeling import cross_attention
 from vamba.modeling.split_key_attention_triton import can_split_keys, split_key_attention
 from vamba.modeling.video_level import FP8, VideoLevel
+
+from tiny_vamba import tiny_model
 
 
 def inputs(B, H, R, N, M, P, dtype, seed=0):
@@ -60,6 +63,24 @@ def test_fp8_is_read_as_what_it_stands_for():
     room = [torch.cat([t, t], 2)[:, :, :200] for t in level]  # as in a buffer with room for more
     output = split_key_attention(queries, *room[:2], 0.003, None, *room[2:])
     assert_near(output, expected(queries, exact.keys_BHMP, exact.values_BHMP, 0.003))
+
+
+@on_a_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("kept", ["fp8", "fp8 that Triton does not read", "float32"])
+def test_a_layer_reads_what_a_memory_keeps(kept, monkeypatch):
+    layer = tiny_model().to(DEVICE, torch.bfloat16).model.language_model.layers[0].cross_attn
+    _, keys, values = inputs(1, 2, 2, 1, 70, 16, torch.float32)
+    hidden = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+    video = VideoLevel(keys.bfloat16().float(), values.bfloat16().float())
+    expected = video.stored_as(torch.bfloat16)
+    if kept != "float32":
+        video = video.stored_as(FP8)
+        expected = video.stored_as(torch.bfloat16)
+        monkeypatch.setattr(cross_attention, "reads_fp8", lambda device: kept == "fp8")
+    actual, reference = layer(hidden, video)[0], layer(hidden, expected)[0]
+    assert_near(actual, reference.double())
+    assert kept == "fp8" or torch.equal(actual, reference)
 
 
 @on_a_gpu

@@ -196,6 +196,22 @@ def test_forks_share_the_states_and_go_their_own_ways(model):
     assert fork.media == [[["video", 5, 4, 4]]] and memory.get_seq_length() == 1 and not states_equal(fork, memory)
 
 
+def test_a_step_copies_no_state(model):
+    memory = model.encode_video(**video(3))
+    before = list(memory.states)
+    memory.expand_rows(1)
+    assert all(a is b for a, b in zip(memory.states, before))
+
+
+def test_an_hour_is_one_item(model):
+    """Nothing is kept per frame or per chunk, however often frames are appended."""
+    memory = None
+    for index in range(20):
+        memory = model.encode_video(**video(2, seed=index), memory=memory)
+    assert memory.media == [[["video", 40, 4, 4]]] and memory.is_open == [True] and memory.get_seq_length() == 1
+    assert memory.text_tokens_B.shape == (1,) and memory.text_tokens_B.item() == 1
+
+
 def test_the_memory_does_not_grow(model):
     short, long = model.encode_video(**video(1)), model.encode_video(**video(50))
     text = model.config.text_config

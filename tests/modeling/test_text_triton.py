@@ -17,6 +17,8 @@ from vamba.modeling.text_triton import (
     three_linears_triton,
 )
 
+from tiny_vamba import tiny_model
+
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -81,6 +83,31 @@ def test_static_cache():
     assert layers[0].cumulative_length == 4
     assert not store_token_triton(keys.repeat(1, 1, 2, 1), values.repeat(1, 1, 2, 1), layers[0])
     assert not store_token_triton(keys, values, DynamicLayer())
+    layers[0].keys = layers[0].keys.to("meta")  # as it is offloaded
+    assert not store_token_triton(keys, values, layers[0])
+
+
+@on_a_gpu
+def test_a_full_static_cache_is_not_written_beyond():
+    keys, values = (random(2, 3, 1, 24, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+    layer = StaticLayer(max_cache_len=2)
+    for _ in range(2):
+        layer.update(keys, values)
+    before = layer.keys.clone(), layer.values.clone()
+    assert store_token_triton(keys + 1, values + 1, layer)
+    assert torch.equal(layer.keys, before[0]) and torch.equal(layer.values, before[1])
+
+
+@on_a_gpu
+@torch.no_grad()
+def test_hooks_of_the_norm_are_called():
+    layer = tiny_model().to(DEVICE).model.language_model.layers[0]
+    tensors, calls = [random(1, 3, 64, dtype=torch.float32, seed=seed) for seed in range(3)], []
+    fused = layer._mix(*tensors)
+    layer.post_attention_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    for actual, expected in zip(layer._mix(*tensors), fused):
+        torch.testing.assert_close(actual, expected)
+    assert calls
 
 
 @on_a_gpu
@@ -121,6 +148,13 @@ def test_adapters_hooks_and_long_texts_are_called():
         pass
 
     modules[2] = Adapted(64, 16).to(DEVICE, torch.bfloat16)
+    assert three_linears_triton(x, modules) is None
+
+    class Quantised(torch.Tensor):
+        pass
+
+    modules[2] = torch.nn.Linear(64, 16).to(DEVICE, torch.bfloat16)
+    modules[2].weight = torch.nn.Parameter(modules[2].weight.detach().as_subclass(Quantised))  # as torchao does
     assert three_linears_triton(x, modules) is None
 
 

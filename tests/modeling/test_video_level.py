@@ -82,3 +82,14 @@ def test_gradients_reach_every_chunk():
     assert numbers(store) == list(range(6))
     store.read().keys_BHMP.sum().backward()
     assert all(torch.equal(chunk.keys_BHMP.grad, torch.ones(2, 3, 3, 4)) for chunk in chunks)
+
+
+def test_a_chunk_with_gradients_lies_outside_the_buffer_that_forks_write_on():
+    store = LevelStore()
+    store.append(level(3), expected=100)
+    fork = store.fork()
+    store.append(level(3, 3).map(lambda t: t.requires_grad_()), expected=100)
+    fork.append(level(3, 50), expected=100)  # where the chunk above would lie
+    with torch.no_grad():
+        store.append(level(3, 6), expected=100)
+    assert numbers(store) == list(range(9)) and numbers(fork) == [0, 1, 2, 50, 51, 52]

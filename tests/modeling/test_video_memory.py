@@ -1,5 +1,6 @@
 """The video memory: split encoding, forks, rows, files, and what it refuses."""
 
+import contextlib
 import copy
 import pickle
 
@@ -9,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from vamba.modeling import VideoMemory
 from vamba.modeling.video_level import FP8, VideoLevel
+from vamba.modeling.video_memory import _copy_of
 
 from tiny_vamba import media, prompt, tiny_config, tiny_model
 
@@ -168,7 +170,7 @@ def test_loading_refuses_other_files(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="no video memory"):
+    with pytest.raises(ValueError, match="no memory"):
         VideoMemory.load(tmp_path / "other.safetensors")
 
 
@@ -181,7 +183,7 @@ def test_an_interrupted_save_leaves_the_old_file(memory, tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("vamba.modeling.video_memory.save_file", broken)
+    monkeypatch.setattr("vamba.modeling.memory_files.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         memory.save(tmp_path / "talk.safetensors")
     assert (tmp_path / "talk.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
@@ -303,6 +305,47 @@ def test_video_is_encoded_and_appended_in_fp8(positions):
     assert_same(pieces, whole, tolerance=0.1)  # a rounding error may decide how a number is rounded
     generated = model.generate(prompt(5), past_key_values=pieces, max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, 8)
+
+
+def test_frames_in_another_dtype_are_refused(model, memory, tmp_path):
+    memory.save(tmp_path / "m.safetensors")
+    loaded = VideoMemory.load(tmp_path / "m.safetensors")
+    other = tiny_model().bfloat16()
+    with pytest.raises(ValueError, match="float32, the new frames in torch.bfloat16"):
+        other.encode_video(*media((1, 4, 6)), memory=loaded)
+    with torch.autocast("cpu", torch.bfloat16):  # which casts what it likes
+        assert model.encode_video(*media((1, 4, 6)), memory=memory).video_length == 60
+
+
+def test_the_mask_stays_where_it_was_asked_for(model):
+    memory = model.encode_video(*media((2, 4, 6), (1, 4, 6)), rows=[0, 1])
+    expected = memory.video_mask()
+    assert expected.sum(1).tolist() == [12, 6] and memory.fork().video_mask() is expected
+    assert memory.video_mask(torch.device("meta")) is memory.video_mask() is memory.fork().video_mask()
+    assert memory.video_mask().is_meta
+
+
+@pytest.mark.parametrize("room", [5, 8])
+def test_a_copy_of_a_buffer_is_whole(room):
+    whole = torch.randn(2, 3, room, 4)
+    for t in (whole[:, :, :5], whole[:, :, :5, 0], whole[:, :, :5].transpose(2, 3).contiguous().transpose(2, 3)):
+        assert torch.equal(_copy_of(t, torch.device("cpu")), t)
+
+
+def test_a_static_cache_that_is_too_short_is_said_to_be(model, memory):
+    ids = prompt(5)
+    for new, said in ((6, None), (7, "room for 10 tokens, and this is token 11: make it longer with max_cache_len")):
+        context = pytest.raises(ValueError, match=said) if said else contextlib.nullcontext()
+        with context:
+            model.generate(ids, past_key_values=memory.fork(max_cache_len=10), max_new_tokens=new, do_sample=False)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_what_a_static_cache_cannot_do_says_what_can(model, memory, options):
+    static, greedy = memory.fork(max_cache_len=32), {"max_new_tokens": 3, "do_sample": False}
+    first = model.generate(prompt(5), past_key_values=static, **greedy)
+    with pytest.raises(ValueError, match=r"fork\(\) without max_cache_len"):
+        model.generate(torch.cat([first, prompt(2)], 1), past_key_values=static, **greedy, **options)
 
 
 def test_a_memory_for_another_dtype_is_refused_in_fp8_too(model, memory):

@@ -2,12 +2,14 @@
 
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, StaticCache
 
 import vamba
+import vamba.chat as chat_module
 
 
 @pytest.fixture
@@ -158,6 +160,22 @@ def test_damage_further_in_reaches_the_caller(chat, clip, monkeypatch):
     with pytest.raises(vamba.VideoReadError, match="not one more frame"):
         chat.watch(clip, fps=8, chunk_frames=2, progress=False)
     assert chat.memory is before
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 2}, {"num_beams": 2}])
+def test_room_for_the_answer_is_set_aside_where_graphs_can_be_used(chat, clip, monkeypatch, options):
+    chat.watch(clip, progress=False)
+    expected = chat.ask("What happens?", max_new_tokens=8, do_sample=False, **options)
+    monkeypatch.setattr(chat_module.GraphedDecoding, "suits", lambda model: True)
+    fork = chat._fork(chat._prompt("What happens?"), {"max_new_tokens": 8, **options})
+    assert isinstance(fork, StaticCache) == ("prompt_lookup_num_tokens" not in options)  # which takes tokens back
+    assert chat.ask("What happens?", max_new_tokens=8, do_sample=False, **options) == expected
+
+
+def test_options_of_a_memory_that_the_model_has_not_are_refused():
+    model = SimpleNamespace(config=SimpleNamespace(model_type="video_ma2mba"))
+    with pytest.raises(ValueError, match="'video_dtype'.*leave them out"):
+        vamba.VideoChat(model, None, video_dtype=torch.float8_e4m3fn)
 
 
 def test_asking_before_watching_says_what_to_do(chat):

@@ -1,6 +1,5 @@
 """Frames that fit a budget, batches and packs, mixtures, and a stream that skips what is broken and can be resumed."""
 
-import inspect
 import json
 
 import pytest
@@ -189,8 +188,6 @@ def test_the_collator_takes_examples_as_they_are(processor, clip, samples):
 def test_a_packed_row_loses_what_its_samples_lose(checkpoint, processor, samples):
     """Loss and gradients of a pack are the sum of those of its samples."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
-    if not any("packed_lengths" in inspect.signature(module.forward).parameters for module in model.modules()):
-        pytest.skip("the model takes no packed rows")
     items = sum(int((sample["labels"] != -100).sum()) for sample in samples)
 
     def gradients(batches):
@@ -304,8 +301,8 @@ def take(loader, count):
 
 def test_a_stream_sees_every_example(processor, dataset):
     stream = make_stream(processor, dataset)
-    seen = [name for batch in names(take(stream.loader(), 21)) for name in batch]  # 63 draws: windows hold 63
-    assert {seen.count(f"train.jsonl#v{n}") for n in range(12)} == {5, 6}
+    seen = [name for batch in names(take(stream.loader(), 10)) for name in batch]  # 30 draws
+    assert {seen.count(f"train.jsonl#v{n}") for n in range(12)} == {2, 3}
 
 
 @pytest.mark.parametrize(("packing", "workers", "streaming"), [(False, 0, False), (True, 2, False), (False, 0, True)])
@@ -352,18 +349,20 @@ def test_batches_of_text_alone_are_left_out_where_weights_are_shared_out(process
         row["messages"][0]["content"].pop(0)
     path = write_rows(tmp_path / "mixed.jsonl", text)
     data = {"path": path, "root": dataset.parent}
-    alone = broken_stream(processor, data, needs_media=True)
-    assert all("video_grid_thw" in batch for batch in take(alone.loader(), 12))
-    some = [message for batch in take(alone.loader(), 12) for message in batch[ABOUT].skipped]
+    alone = take(broken_stream(processor, data, needs_media=True).loader(), 12)
+    assert all("video_grid_thw" in batch for batch in alone)
+    some = [message for batch in alone for message in batch[ABOUT].skipped]
     assert some and all("text alone" in message for message in some)
     assert any("video_grid_thw" not in batch for batch in take(broken_stream(processor, data).loader(), 12))
 
 
 def test_packs_keep_their_budget(processor, dataset):
     stream = make_stream(processor, dataset, packing=True, max_video_tokens=270, max_text_tokens=260)
-    for batch in take(stream.loader(), 12):
+    batches = take(stream.loader(), 12)
+    assert sum(len(batch["packed_lengths"]) for batch in batches) > 2 * len(batches)
+    for batch in batches:
         video = int(batch["video_grid_thw"].prod(1).sum()) // 4
-        assert video <= 270 and batch["input_ids"].numel() <= 260 and len(batch["packed_lengths"]) > 1
+        assert video <= 270 and batch["input_ids"].numel() <= 260
         assert len(batch["packed_lengths"]) == len(batch[ABOUT].samples)
     assert 2 < stream.samples_per_batch() <= 270 / 54
 
@@ -387,7 +386,7 @@ def broken_stream(processor, data, **options):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_examples_are_left_out_and_told_of(processor, dataset, tmp_path, workers):
     stream = broken_stream(processor, broken(dataset, tmp_path))
-    batches = take(stream.loader(workers), 32)
+    batches = take(stream.loader(workers), 16)
     position = Position(stream, max(1, workers))
     for batch in batches:
         position.advance(batch[ABOUT])

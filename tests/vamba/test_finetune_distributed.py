@@ -4,10 +4,7 @@ accelerate runs FSDP on accelerators only, so here PyTorch's `fully_shard` is ap
 """
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,39 +13,66 @@ import yaml
 from vamba.training import parse_recipe
 from vamba.training.finetune import finetune
 
-from training_data import recipe_values, write_dataset
+from training_data import recipe_values, start, write_dataset
 
 
 TWO = """
-import sys
+import json, sys
 import torch, torch.distributed as dist
 from vamba.cli import main
-from vamba.training.trainer import gather_for_video
 recipe, tests = sys.argv[1:]
 assert main(["finetune", recipe]) == 0
 
 sys.path.append(tests)
 from tiny_vamba import media, prompt, tiny_model
 from torch.distributed.fsdp import fully_shard
-mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+import vamba.modeling.chunked_loss as chunked_loss
+chunked_loss.LOGITS_AT_ONCE = 3 * 96  # three targets at once
+mesh, rank = dist.device_mesh.init_device_mesh("cpu", (2,)), dist.get_rank()
 
-def gradients(model):
-    pixels, grid = media((2, 4, 4), (3, 4, 4))
-    ids = prompt(9, items=2)
-    model(input_ids=ids, labels=ids, pixel_values_videos=pixels, video_grid_thw=grid, use_cache=False).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+def batch(lengths, grids, packed):
+    # what each sample says, and the (t, h, w) of its video or None
+    ids = torch.cat([prompt(n, items=int(grid is not None), seed=n) for n, grid in zip(lengths, grids)], 1)
+    pixels, grid = media(*(grid for grid in grids if grid))
+    lengths = [n + 2 * (grid is not None) for n, grid in zip(lengths, grids)]
+    labels = ids.clone()
+    labels[0, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = -100
+    packs = {"packed_lengths": lengths} if packed else {}
+    return {"input_ids": ids, "labels": labels, "pixel_values_videos": pixels, "video_grid_thw": grid, **packs}
 
-expected = gradients(tiny_model().train())
-model = tiny_model().train()
-for module in model.modules():
-    if type(module).__name__ in ("VambaDecoderLayer", "Mamba2Block"):
-        fully_shard(module, mesh=mesh)
-fully_shard(model, mesh=mesh)
-gather_for_video(model)
-found = gradients(model)
-worst = max((gradient.full_tensor() - expected[name]).abs().max() for name, gradient in found.items())
-if dist.get_rank() == 0:
-    print("sharded gradients differ by", float(worst))
+PLAIN = [batch([9], [(5, 4, 4)], False), batch([4], [(2, 4, 4)], False)]
+PACKS = [batch([9, 5, 6], [(5, 4, 4), (2, 4, 4), (3, 4, 4)], True), batch([4, 7], [None, (40, 4, 4)], True)]
+
+def gradients(model, batch):
+    model.zero_grad()
+    model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=10).loss.backward()
+    return [p.grad for p in model.parameters()]
+
+def sharded(cells, split_head):
+    model = tiny_model().train()
+    for module in model.modules():
+        if type(module).__name__ in ("VambaDecoderLayer", "Mamba2Block") or split_head and module is model.lm_head:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if cells:
+        model.gradient_checkpointing_enable()
+        model.enable_multi_axis_checkpointing(2, 64)
+    return model
+
+worst = {}
+for name, batches, cells, split_head in (
+    ("plain", PLAIN, False, False), ("packs", PACKS, False, True), ("packs in cells", PACKS, True, True)
+):
+    model = tiny_model().train()
+    both = [[None if g is None else g.clone() for g in gradients(model, batch)] for batch in batches]
+    assert max(float(g.abs().max()) for g in both[1] if g is not None) > 0.1
+    found = gradients(sharded(cells, split_head), batches[rank])
+    worst[name] = max(
+        float((gradient.full_tensor() - sum(g for g in expected if g is not None) / 2).abs().max())
+        for gradient, *expected in zip(found, *both)
+    )
+if rank == 0:
+    print(json.dumps(worst))
 """
 
 
@@ -63,22 +87,21 @@ def two(checkpoint, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", TWO, str(folder / "r.yaml"), str(Path(__file__).resolve().parents[1])]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    arguments = [str(folder / "r.yaml"), str(Path(__file__).resolve().parents[1])]
     running = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=folder,
-        )
+        start(TWO, arguments, folder / f"rank{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **common)
         for rank in range(2)
     ]
-    printed = [process.communicate(timeout=200) for process in running]
-    assert all(process.returncode == 0 for process in running), printed[0][1][-2000:] + printed[1][1][-2000:]
-    return values, printed[0][0], printed[1][0]
+    try:
+        for process in running:
+            process.join(100)
+    finally:  # one may wait for the other for ever
+        for process in running:
+            process.kill()
+    printed = {path.name: path.read_text() for path in folder.glob("rank*")}
+    assert all(process.exitcode == 0 for process in running), printed
+    return values, printed["rank0.out"], printed["rank1.out"]
 
 
 def test_two_processes_train_as_one(two):
@@ -95,4 +118,6 @@ def test_two_processes_train_as_one(two):
 
 
 def test_sharded_gradients_are_those_of_one_process(two):
-    assert float(two[1].split()[-1]) < 1e-5
+    """Also where the processes differ in their number of samples with a video, of chunks of the loss, and of cells."""
+    worst = json.loads(two[1].splitlines()[-1])
+    assert worst.keys() == {"plain", "packs", "packs in cells"} and max(worst.values()) < 1e-5, worst

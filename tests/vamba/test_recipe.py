@@ -10,6 +10,7 @@ from vamba.cli import main
 from vamba.training import RecipeError, load_recipe, parse_recipe, shipped_recipes
 from vamba.training.preparation import PRESETS, prepare
 
+from tiny_video_ma2mba import tiny_config
 from training_data import recipe_values, write_dataset
 
 
@@ -176,21 +177,33 @@ def test_a_teacher_of_another_kind(values, checkpoint):
         prepare(parse_recipe(changed(values, distillation__teacher=str(checkpoint))))
 
 
-def test_stages_are_vambas(values, checkpoint):
-    with pytest.raises(RecipeError, match="trainable is stage1, made for a vamba and not a qwen2_vl"):
-        prepare(parse_recipe(changed(values, trainable="stage1", model__path=str(checkpoint.parent / "qwen"))))
+def test_data_whose_media_are_missing(values, dataset, tmp_path):
+    lost = [{"path": str(dataset), "media_root": str(tmp_path)}]
+    with pytest.raises(RecipeError, match=rf"none of the first 6 .*mp4.*under data.train.0..media_root, {tmp_path}"):
+        prepare(parse_recipe(changed(values, data__train=lost)))
+
+
+def test_budgets_that_no_example_fits(values):
+    with pytest.raises(RecipeError, match=r"none of the first 6 .*limit of 9 \(data.max_length\)"):
+        prepare(parse_recipe(changed(values, data__max_length=9)))
+
+
+def test_a_model_that_must_be_converted_first(values, checkpoint):
+    with pytest.raises(RecipeError, match="qwen, a qwen2_vl; accepted: a vamba or a video_ma2mba, which `vamba conv"):
+        prepare(parse_recipe(changed(values, model__path=str(checkpoint.parent / "qwen"))))
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("data__packing", True, "data.packing is true, which Qwen2VLForConditionalGeneration cannot; accepted: false"),
-        ("checkpointing", "multi_axis", "checkpointing is multi_axis, which Qwen2VL.* lacks; accepted: none, gradient"),
+        ("trainable", "stage1", "trainable is stage1, made for a vamba and not a video_ma2mba; accepted: lora, all"),
+        ("data__packing", True, "data.packing is true, which a video_ma2mba cannot; accepted: false"),
     ],
 )
-def test_what_the_model_cannot_do(key, value, message, values, checkpoint):
+def test_what_the_other_model_cannot_do(key, value, message, values, tmp_path):
+    tiny_config().save_pretrained(tmp_path / "other")
     values = changed(values, data__max_video_tokens=900, data__batch_video_tokens=900)
-    values = changed(values, model__path=str(checkpoint.parent / "qwen"), train__per_device_train_batch_size=1)
+    values = changed(values, model__path=str(tmp_path / "other"), train__per_device_train_batch_size=1)
     with pytest.raises(RecipeError, match=message):
         prepare(parse_recipe(changed(values, **{key: value})))
 

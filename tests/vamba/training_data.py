@@ -1,9 +1,44 @@
-"""What the tests of training share: a folder of the demo's videos with questions and answers, and recipes for it."""
+"""What the tests of training share: a folder of the demo's videos with questions and answers, recipes for it, and
+processes of their own.
+
+What is unusual: those are forked from one that has imported the library and done nothing else, as importing it takes
+several seconds and a process that has trained cannot be forked.
+"""
 
 import json
+import multiprocessing
+import os
+import sys
 from pathlib import Path
 
 from vamba.demo.videos import QUESTIONS, render, stories, write_video
+
+
+WINDOW = 12  # draws among which samples of a batch are chosen; see `vamba.data.stream`
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["vamba.cli", "vamba.training.finetune", "vamba.hub", "datasets"])
+
+
+def start(code: str, arguments: list[str], output: Path, **environment: str) -> multiprocessing.Process:
+    """Runs `code` on one core, as `python -c` would, and writes what it prints to `output`, `.out` and `.err`."""
+    process = PROCESSES.Process(target=_run, args=(code, arguments, output, environment))
+    process.start()
+    return process
+
+
+def _run(code: str, arguments: list[str], output: Path, environment: dict[str, str]) -> None:
+    import torch
+
+    from vamba.data import stream
+
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(output.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT), number)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    stream.WINDOW = WINDOW
+    sys.argv[1:] = arguments
+    exec(code, {"__name__": "__main__"})
+    sys.stdout.flush()
 
 
 def write_dataset(folder: Path, count: int, seed: int = 0, questions: int = 3) -> Path:

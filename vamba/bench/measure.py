@@ -31,6 +31,8 @@ def measure_all(args: Namespace) -> dict:
     from .parts import measure_kernels, measure_parts, measure_videos
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events are recorded on the current one
     model = load_ours(args.model, device)
     rates = measure_rates(device, model.dtype)
     ours = Ours(model, args)

@@ -105,9 +105,9 @@ class TrainingStream(IterableDataset):
         return DataLoader(self, num_workers=num_workers, **fixed, **options)
 
     def samples_per_batch(self, shards: int = 1) -> float:
-        """The average over the first window of the first shard."""
+        """The average over the first window of the first shard; one if all examples in it are broken."""
         _, plans, _ = next(self._windows(0, shards, 0))
-        return len(plans) / max(1, len(self._fill(plans, 0, 0)))
+        return max(1.0, len(plans) / max(1, len(self._fill(plans, 0, 0))))
 
     def _batches(self, shard: int, shards: int) -> Iterator[dict[str, Any]]:
         first, done = self.position["shards"].get(str(shard), (0, 0))

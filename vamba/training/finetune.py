@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from .distillation import Distillation, load_teacher
-from .flops import FlopsModel, peak_flops
+from .flops import peak_flops
 from .preparation import Prepared, prepare, trainable_patterns
 from .recipe import Recipe
 from .trainer import STAGING, VambaTrainer, publish
@@ -60,18 +60,16 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Result:
 
 def make_trainer(prepared: Prepared) -> VambaTrainer:
     """The model, with what trains, in a `VambaTrainer`."""
-    recipe, arguments, config = prepared.recipe, prepared.arguments, prepared.config
+    recipe, arguments = prepared.recipe, prepared.arguments
     torch.manual_seed(arguments.seed)  # adapters start from random numbers
     model = load_model(prepared)
     model = choose_trainable(model, prepared)
-    flops = FlopsModel(config) if config.model_type == "vamba" else None
-    if flops is not None:
-        flops.trains(model)
+    prepared.flops.trains(model)
     distillation = None
     if recipe.distillation:
         teacher = load_teacher(recipe.distillation.teacher, recipe.distillation.dtype)
         weight, temperature = recipe.distillation.weight, recipe.distillation.temperature
-        distillation = Distillation(teacher, config, weight=weight, temperature=temperature)
+        distillation = Distillation(teacher, prepared.config, weight=weight, temperature=temperature)
     return VambaTrainer(
         model,
         arguments,
@@ -79,7 +77,7 @@ def make_trainer(prepared: Prepared) -> VambaTrainer:
         processing_class=prepared.processor,
         learning_rates=[(group.pattern, group.learning_rate) for group in recipe.groups],
         distillation=distillation,
-        flops=flops,
+        flops=prepared.flops,
         peak_flops=recipe.peak_tflops * 1e12 if recipe.peak_tflops else peak_flops(arguments.device),
         tokens_per_patch=1 / prepared.processor.video_processor.merge_size**2,
     )
@@ -169,7 +167,7 @@ def _finish(folder: Path, prepared: Prepared) -> None:
         if area is not None:
             video.size[edge] = area
     processor.save_pretrained(folder)
-    if prepared.config.model_type in ("vamba", "video_ma2mba") and (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
         write_model_card(folder, repo_id=_repo_id(recipe), origin=f"Fine-tuned from {Path(recipe.model.path).name}.")
     values = dataclasses.asdict(recipe)
     values["train"].pop("hub_token", None)

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step of a Vamba needs, for the model FLOPs utilisation (MFU) in the log.
+"""How much arithmetic a training step needs, for the model FLOPs utilisation (MFU) in the log.
 
 What is unusual: matrix products are counted from the shapes of the weights (two operations per weight and token that
 passes it), so any vision tower is counted right; attention and the state space scan are added from the configuration.
@@ -15,14 +15,24 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 
-# part -> (parameters, what passes them); in the order in which gradients do not pass back further
+_VISION = (r"(^|\.)visual\.(?!merger\.|.*position_embedding)", "patches")
+_HEAD = (r"(^|\.)lm_head\.", "labels")
+# kind of model -> part -> (parameters, what passes them); in the order in which gradients do not pass back further
 _PARTS = {
-    "vision": (r"(^|\.)visual\.(?!merger\.)", "patches"),
-    "merger": (r"(^|\.)visual\.merger\.", "video"),
-    "mamba": (r"(^|\.)video_encoder\.", "video"),
-    "video_keys": (r"\.cross_attn\.[kv]_proj\.", "video"),
-    "text": (r"(^|\.)language_model\.(?!embed_tokens\.)(?!.*cross_attn\.[kv]_proj\.)", "text"),
-    "head": (r"(^|\.)lm_head\.", "labels"),
+    "vamba": {
+        "vision": _VISION,
+        "merger": (r"(^|\.)visual\.merger\.", "video"),
+        "mamba": (r"(^|\.)video_encoder\.", "video"),
+        "video_keys": (r"\.cross_attn\.[kv]_proj\.", "video"),
+        "text": (r"(^|\.)language_model\.(?!embed_tokens\.)(?!.*cross_attn\.[kv]_proj\.)", "text"),
+        "head": _HEAD,
+    },
+    "video_ma2mba": {
+        "vision": _VISION,
+        "merger": (r"(^|\.)projector\.", "video"),
+        "mamba": (r"(^|\.)language_model\.(?!embed_tokens\.)", "stream"),
+        "head": _HEAD,
+    },
 }
 # Dense half-precision TFLOP/s by name of the GPU, from NVIDIA's data sheets.
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165}
@@ -33,29 +43,30 @@ class FlopsModel:
     """Counts the operations of a training step.
 
     Args:
-        config: a `VambaConfig`.
+        config: a `VambaConfig` or a `VideoMa2mbaConfig`.
     """
 
     def __init__(self, config: PreTrainedConfig):
-        self.config = config
+        self.config, self.parts = config, _PARTS[config.model_type]
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
-        self.weights = dict.fromkeys(_PARTS, 0)
+        self.weights = dict.fromkeys(self.parts, 0)
         names = dict(model.named_parameters(remove_duplicate=False))  # a tied head does its work all the same
         for name, parameter in names.items():
-            if parameter.dim() > 1 and (part := _part(name)) is not None:
+            if parameter.dim() > 1 and (part := self._part(name)) is not None:
                 self.weights[part] += parameter.numel()
-        self.factors = dict.fromkeys(_PARTS, 1.0)
+        self.factors = dict.fromkeys(self.parts, 1.0)
 
     def trains(self, model: nn.Module) -> None:
         """Notes what of `model` (of this configuration, adapters or not) trains, so that `step` counts its backward."""
-        total, training = dict.fromkeys(_PARTS, 0), dict.fromkeys(_PARTS, 0)
-        for name, parameter in model.named_parameters():
-            if (part := _part(name)) is not None:
-                total[part] += parameter.numel()
-                training[part] += parameter.numel() * parameter.requires_grad
+        total, training = dict.fromkeys(self.parts, 0), dict.fromkeys(self.parts, 0)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if (part := self._part(name)) is not None:
+                size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves the parameter itself empty
+                total[part] += size
+                training[part] += size * parameter.requires_grad
         passes = False
-        for part in _PARTS:
+        for part in self.parts:
             passes = passes or training[part] > 0
             self.factors[part] = 1.0 + passes + training[part] / max(total[part], 1)
 
@@ -68,16 +79,23 @@ class FlopsModel:
         vision, decoder, mamba = self.config.vision_config, self.config.text_config, self.config.mamba_config
         patches = sum(math.prod(grid) for grid in grids)
         video = patches // vision.spatial_merge_size**2
-        passing = {"patches": patches, "video": video, "text": text, "labels": labels}
-        flops = {part: 2.0 * self.weights[part] * passing[what] for part, (_, what) in _PARTS.items()}
+        passing = {"patches": patches, "video": video, "text": text, "stream": text + video, "labels": labels}
+        flops = {part: 2.0 * self.weights[part] * passing[what] for part, (_, what) in self.parts.items()}
         width = getattr(vision, "embed_dim", None) or vision.hidden_size
-        flops["vision"] += sum(4.0 * t * (h * w) ** 2 * width * vision.depth for t, h, w in grids)
-        attended = text / 2 + video  # causal among the text
-        flops["text"] += 4.0 * text * attended * decoder.hidden_size * decoder.num_hidden_layers
+        depth = getattr(vision, "depth", None) or vision.num_hidden_layers - 1
+        flops["vision"] += sum(4.0 * t * (h * w) ** 2 * width * depth for t, h, w in grids)
+        scans = decoder.num_hidden_layers
+        if "text" in flops:
+            attended = text / 2 + video  # causal among the text
+            flops["text"] += 4.0 * text * attended * decoder.hidden_size * decoder.num_hidden_layers
+            scans -= 1
         inner, state = mamba.intermediate_size, mamba.state_size
         scan = mamba.chunk_size * (mamba.n_groups * state + inner) + 2 * state * inner
-        flops["mamba"] += 2.0 * video * scan * (decoder.num_hidden_layers - 1)
+        flops["mamba"] += 2.0 * passing[self.parts["mamba"][1]] * scan * scans
         return flops
+
+    def _part(self, name: str) -> str | None:
+        return next((part for part, (pattern, _) in self.parts.items() if re.search(pattern, name)), None)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -86,7 +104,3 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
-
-
-def _part(name: str) -> str | None:
-    return next((part for part, (pattern, _) in _PARTS.items() if re.search(pattern, name)), None)

@@ -1,7 +1,7 @@
 """All that can be wrong with a run, found before the model is loaded: files, budgets, data, names of parameters.
 
 What is unusual: the model is built on the meta device, without weights, to look at the names of its parameters; and
-each source is read up to its first example that has something to learn.
+each source is read up to its first example that has something to learn and whose media can be opened and fit.
 """
 
 import inspect
@@ -20,8 +20,10 @@ from transformers.utils import is_bitsandbytes_available, logging
 
 from vamba.data import Collator, ConversationEncoder, ExampleError, Mixture, Source, TrainingStream, check_layout
 from vamba.data.encoding import tokens_of_pixels
+from vamba.data.stream import EXAMPLE_ERRORS
 
 from .distillation import teacher_mismatch
+from .flops import FlopsModel
 from .recipe import Recipe
 from .strict import RecipeError
 from .trainer import last_checkpoint, read_position
@@ -34,6 +36,7 @@ PRESETS = {
     "all": [""],
     "lora": [],
 }
+PROBED = 16  # examples of a source that are tried before it is given up
 logger = logging.get_logger(__name__)
 
 
@@ -47,6 +50,7 @@ class Prepared:
     processor: Any
     stream: TrainingStream
     checkpoint: Path | None
+    flops: FlopsModel
 
 
 def prepare(recipe: Recipe, resume: bool = False) -> Prepared:
@@ -66,13 +70,14 @@ def prepare(recipe: Recipe, resume: bool = False) -> Prepared:
             raise RecipeError(f"distillation.teacher is {mismatch}")
     processor = _load(AutoProcessor, recipe.model.path, "model.path")
     encoder = _encoder(recipe, config, processor)
-    mixture = _mixture(recipe, encoder)
     checkpoint = _checkpoint(recipe, resume)
     _check_saving(recipe)
+    flops = FlopsModel(config)  # before the arguments, which under ZeRO-3 have every new model's weights shared out
     arguments = _arguments(recipe)
+    mixture = _mixture(recipe, encoder, _data_seed(arguments))
     stream = _stream(recipe, mixture, encoder, arguments, checkpoint)
     _set_steps(recipe, arguments, stream)
-    return Prepared(recipe, arguments, config, processor, stream, checkpoint)
+    return Prepared(recipe, arguments, config, processor, stream, checkpoint, flops)
 
 
 def trainable_patterns(recipe: Recipe) -> list[str]:
@@ -98,6 +103,11 @@ def teacher_mismatch_or_missing(path: str, config: PreTrainedConfig) -> str | No
 
 def _check_parameters(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Do the patterns name parameters, and can this model do what is asked of it?"""
+    if config.model_type not in ("vamba", "video_ma2mba"):
+        raise RecipeError(
+            f"model.path is {recipe.model.path}, a {config.model_type}; accepted: a vamba or a video_ma2mba, which "
+            "`vamba convert` makes of published checkpoints"
+        )
     if recipe.trainable in ("stage1", "stage2") and config.model_type != "vamba":
         raise RecipeError(
             f"trainable is {recipe.trainable}, made for a vamba and not a {config.model_type}; accepted: lora, all, or "
@@ -112,11 +122,8 @@ def _check_parameters(recipe: Recipe, config: PreTrainedConfig) -> None:
         if not _matches(key, pattern, names):
             parts = sorted({".".join(name.split(".")[:2]) for name in names})
             raise RecipeError(f"{key}: {pattern!r} matches no parameter; accepted: names under {', '.join(parts)}")
-    if recipe.checkpointing == "multi_axis" and not hasattr(model, "enable_multi_axis_checkpointing"):
-        raise RecipeError(f"checkpointing is multi_axis, which {type(model).__name__} lacks; accepted: none, gradient")
-    forwards = [inspect.signature(module.forward).parameters for module in model.modules()]
-    if recipe.data.packing and not any("packed_lengths" in parameters for parameters in forwards):
-        raise RecipeError(f"data.packing is true, which {type(model).__name__} cannot; accepted: false")
+    if recipe.data.packing and "packed_lengths" not in inspect.signature(model.forward).parameters:
+        raise RecipeError(f"data.packing is true, which a {config.model_type} cannot; accepted: false")
     if recipe.lora:
         _check_lora(recipe, model)
 
@@ -160,7 +167,7 @@ def _encoder(recipe: Recipe, config: PreTrainedConfig, processor) -> Conversatio
     )
 
 
-def _mixture(recipe: Recipe, encoder: ConversationEncoder) -> Mixture:
+def _mixture(recipe: Recipe, encoder: ConversationEncoder, seed: int) -> Mixture:
     """The opened sources; each has something to learn."""
     data, sources = recipe.data, []
     for index, source in enumerate(data.train):
@@ -174,7 +181,7 @@ def _mixture(recipe: Recipe, encoder: ConversationEncoder) -> Mixture:
                 streaming=data.streaming,
                 media_root=source.media_root,
                 shuffle=data.shuffle,
-                seed=recipe.train.get("data_seed") or recipe.train.get("seed", 42),
+                seed=seed,
             )
         except (OSError, ValueError) as error:
             raise RecipeError(f"{key}.path: {' '.join(str(error).split())}") from error
@@ -185,16 +192,28 @@ def _mixture(recipe: Recipe, encoder: ConversationEncoder) -> Mixture:
 
 
 def _check_source(key: str, source: Source, encoder: ConversationEncoder) -> None:
-    """Raises RecipeError if no example of a source can be learnt from, going by its text alone."""
-    count, reason = 0, "it is empty"
+    """Raises RecipeError if all examples of a source have nothing to say, or the first that do cannot be used."""
+    silent, unusable, reason = 0, 0, "it is empty"
     for example in source.rows:
         try:
             encoder.check_text(example)
-            return
         except ExampleError as error:
-            count, reason = count + 1, str(error)
+            silent, reason = silent + 1, str(error)
+            continue
+        try:
+            encoder.plan(example, source.media_root)
+            return
+        except EXAMPLE_ERRORS as error:
+            unusable, reason = unusable + 1, " ".join(str(error).split())
+        if unusable == PROBED:
+            break
+    if unusable:
+        raise RecipeError(
+            f"{key}.path is {source.path}, where none of the first {unusable} examples can be used (the last: "
+            f"{reason}); accepted: media under {key}.media_root, {source.media_root}, within the limits of data"
+        )
     raise RecipeError(
-        f"{key}.path is {source.path}, where none of {count} examples can be learnt from (the last: {reason}); "
+        f"{key}.path is {source.path}, where none of {silent} examples can be learnt from (the last: {reason}); "
         "accepted: `messages` or `conversations` with an assistant turn"
     )
 
@@ -246,9 +265,9 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
                 "(train.per_device_train_batch_size x processes)"
             )
         arguments.gradient_accumulation_steps = recipe.global_batch_size // rows
-    if recipe.checkpointing == "gradient":
-        arguments.gradient_checkpointing = True
-        arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    if recipe.checkpointing != "none":  # with multi_axis that of the layers outside the cells, which is the text's
+        arguments.activation_checkpointing = True
+        arguments.activation_checkpointing_kwargs = {"use_reentrant": False}
     return arguments
 
 
@@ -266,11 +285,15 @@ def _stream(recipe: Recipe, mixture, encoder, arguments: TrainingArguments, chec
         max_text_tokens=data.batch_text_tokens,
         needs_media=is_fsdp_enabled() or arguments.fsdp_plugin_args is not None or is_deepspeed_zero3_enabled(),
         on_error=data.on_error,
-        seed=arguments.data_seed if arguments.data_seed is not None else arguments.seed,
+        seed=_data_seed(arguments),
         rank=rank,
         world_size=world,
         position=position,
     )
+
+
+def _data_seed(arguments: TrainingArguments) -> int:
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 def _set_steps(recipe: Recipe, arguments: TrainingArguments, stream: TrainingStream) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -122,15 +121,6 @@ class VambaTrainer(Trainer):
                 f"in {self.args.output_dir} are from before."
             )
         return result
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        model, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        for (
-            module
-        ) in model.modules():  # FSDP gathers a layer's weights for `forward` only, unless told of other methods
-            if isinstance(module, FSDPModule) and hasattr(module, "video_key_value"):
-                register_fsdp_forward_method(module, "video_key_value")
-        return model, loader
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -251,13 +241,6 @@ class StopOnSigterm(TrainerCallback):
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
-
-
-def gather_for_video(model: nn.Module) -> None:
-    """Has FSDP gather a decoder layer's weights when it makes the video's keys and values, not in `forward` only."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and hasattr(module, "video_key_value"):
-            register_fsdp_forward_method(module, "video_key_value")
 
 
 def publish(folder: Path, final: Path) -> None:

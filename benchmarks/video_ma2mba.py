@@ -49,7 +49,8 @@ TRAINING = (
 )  # fmt: skip
 INFERENCE = (
     "size", "frames", "tokens", "chunk_frames", "seconds", "us_per_token", "first_tenth_us", "last_tenth_us",
-    "last_to_first", "over_weights_GB", "state_MB", "decode_tokens_per_s", "decode_plain_tokens_per_s", "device", "date",
+    "last_to_first", "over_weights_GB", "state_MB", "decode_tokens_per_s", "decode_plain_tokens_per_s", "device",
+    "date",
 )  # fmt: skip
 # Table 3 of the paper: GB of multi-axis checkpointing on an A100 at 2^10, 2^11, ... tokens.
 PAPER_MEASURED = {

@@ -8,12 +8,12 @@ Shapes: B batch, N text tokens, S tokens of one chunk of the stream, F frames, D
 """
 
 from collections.abc import Callable, Iterator
+from math import ceil
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPVisionModel, CompileConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -25,6 +25,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .chunked_loss import chunked_causal_lm_loss
+from .clip_tower import VideoMa2mbaProjector, frames_of, vision_tower
 from .configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaTextConfig
 from .frame_streaming import MAX_CHUNK_FRAMES, default_chunk_frames, load_ahead, normalized, to_device
 from .generation_video_ma2mba import VideoMa2mbaGenerationMixin
@@ -32,7 +33,14 @@ from .graphed_decoding import GraphedStateDecoding
 from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
 from .media import MediaItem, chunk_patches, list_media, split_frames
 from .media_stream import Run, media_of_rows, runs_of, split_runs, text_outputs
-from .multi_axis_checkpointing import MultiAxisCheckpointingMixin, MultiAxisSettings, read_blocks, run_cells
+from .multi_axis_checkpointing import (
+    MultiAxisCheckpointingMixin,
+    MultiAxisSettings,
+    largest_of_ranks,
+    read_blocks,
+    run_cells,
+    weights_are_sharded,
+)
 from .multi_axis_memory import mamba2_costs
 from .state_memory import StateMemory
 
@@ -53,28 +61,6 @@ class VideoMa2mbaBlock(Mamba2Block):
 def residual_dtype(config: VideoMa2mbaTextConfig, dtype: torch.dtype) -> torch.dtype:
     """Of the stream between blocks, for embeddings of `dtype`."""
     return torch.promote_types(dtype, torch.float32) if config.residual_in_fp32 else dtype
-
-
-class VideoMa2mbaProjector(nn.Sequential):
-    """2x2 bilinear pooling, then Linear-GELU-Linear."""
-
-    def __init__(self, vision_width: int, hidden_size: int):
-        super().__init__(nn.Linear(vision_width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
-
-    def forward(self, patches_FPD: Tensor) -> Tensor:
-        """(F, G * G, vision width) patches of F frames to (F, G / 2 * G / 2, D)."""
-        grid = round(patches_FPD.shape[1] ** 0.5)
-        grid_FDGG = patches_FPD.transpose(1, 2).unflatten(2, (grid, grid))
-        pooled_FDGG = F.interpolate(grid_FDGG, size=(grid // 2, grid // 2), mode="bilinear", align_corners=False)
-        return super().forward(pooled_FDGG.flatten(2).transpose(1, 2))
-
-
-def vision_tower(config: PreTrainedConfig) -> CLIPVisionModel:
-    """CLIP's tower up to its penultimate layer, whose output is what is read, and without what comes after."""
-    tower = CLIPVisionModel._from_config(config)
-    del tower.encoder.layers[-1]
-    tower.post_layernorm = nn.Identity()  # of the pooled output, which is not read either
-    return tower
 
 
 @auto_docstring
@@ -148,7 +134,8 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
         else:
             for index, block in enumerate(self.layers):
                 hidden_BSD, states[index] = block(hidden_BSD, states[index], lengths_B)
-            hidden_BSD = hidden_BSD if read_at is None else hidden_BSD[read_at]
+            if read_at is not None:
+                hidden_BSD = hidden_BSD[tuple(index.to(hidden_BSD.device) for index in read_at)]
         hidden_BSD = self.norm(hidden_BSD).to(inputs_embeds.dtype)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BSD, past_key_values=past_key_values)
 
@@ -211,7 +198,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
                     f"A frame has {h} x {w} patches and the vision tower takes {grid} x {grid}: frames must be "
                     f"{self.config.vision_config.image_size} pixels high and wide, as VideoMa2mbaProcessor makes them."
                 )
-        frames = _frames(normalized(pixel_values_videos, self.config), grid, self.config.vision_config.patch_size)
+        frames = frames_of(normalized(pixel_values_videos, self.config), grid, self.config.vision_config.patch_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (frames.requires_grad or self._tower_trains)):
             output = self.visual(frames.to(self.visual.dtype), **kwargs)
         patches_FPD = output.last_hidden_state[:, 1:]  # without the class token
@@ -338,11 +325,12 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             items = [[run.item for run in stream if run.item] for stream in chunk]
             return [part if tokens is None else to_device(part, device) for part in chunk_patches(items, pixels)]
 
+        wants_levels = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         levels: list[Tensor | None] = []
         for chunk, parts in load_ahead(split_runs(streams, tokens, per_frame), patches, device):
             stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, parts)
-            rows, places, positions = (index.to(inputs_embeds.device) for index in text_outputs(chunk, per_frame))
-            read_at = (rows, places) if self.language_model.runs_cells else None
+            rows, places, positions = text_outputs(chunk, per_frame)
+            read_at = None if wants_levels else (rows, places)
             output = self.language_model(
                 inputs_embeds=stream_BSD, past_key_values=memory, lengths_B=lengths_B, read_at=read_at, **kwargs
             )
@@ -350,7 +338,8 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             levels = levels or [None if new is None else new.new_zeros(inputs_embeds.shape) for new in new_levels]
             for level, new in zip(levels, new_levels):
                 if new is not None:  # a level that was not asked for
-                    level[rows, positions] = new[rows, places] if read_at is None else new
+                    row, place, position = (index.to(new.device) for index in (rows, places, positions))
+                    level[row, position] = new[row, place] if read_at is None else new
             memory.note_chunk(chunk)
         last, *hidden_states = levels or [inputs_embeds.new_zeros(inputs_embeds.shape)]
         return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=tuple(hidden_states) or None)
@@ -362,7 +351,8 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 
         `patches` holds those of its media in order, wherever they are cut.
         """
-        media = self._media_tokens([run.item for stream in chunk for run in stream if run.item], patches)
+        items = [run.item for stream in chunk for run in stream if run.item]
+        idle, media = self._idle_passes(items), self._media_tokens(items, patches)
         by_row = []
         for text_ND, stream in zip(inputs_embeds, chunk):
             parts = [text_ND[:0]]
@@ -375,6 +365,8 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
                         parts.append(next(media).to(text_ND))
                         left -= len(parts[-1])
             by_row.append(torch.cat(parts))
+        if idle:
+            by_row[0] = by_row[0] + self._black_passes(idle).to(by_row[0])
         lengths = [len(row) for row in by_row]
         lengths_B = torch.tensor(lengths, device=inputs_embeds.device) if len(set(lengths)) > 1 else None
         return nn.utils.rnn.pad_sequence(by_row, batch_first=True), lengths_B
@@ -382,28 +374,49 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
     def _media_tokens(self, items: list[MediaItem], patches: list[Tensor]) -> Iterator[Tensor]:
         """The tokens of the items in order, (n, D) each, an item's in several parts where it has many frames.
 
-        A chunk may be of any size where gradients are recorded: the tower takes it in passes, which are computed again
-        in backward where the tower trains and gradients are checkpointed: their patches are all that is kept then.
+        A chunk may be of any size where gradients are recorded: the tower takes it in passes.
         """
-        if not items:
-            return
         if len({part.dtype for part in patches}) > 1:
             patches = [normalized(part, self.config) for part in patches]
-        whole, start = patches[0] if len(patches) == 1 else torch.cat(patches), 0
-        checkpointed = self.language_model.gradient_checkpointing or self.language_model.multi_axis_checkpointing
-        checkpointed = checkpointed and self.training and torch.is_grad_enabled() and self._tower_trains
+        whole, start = torch.cat(patches) if len(patches) > 1 else patches[0], 0
         for (taken,) in split_frames([items], MAX_CHUNK_FRAMES):
             end = start + sum(item.num_patches for item in taken)
-            given = whole[start:end], torch.tensor([[item.t, item.h, item.w] for item in taken])
-            if checkpointed:
-                yield from checkpoint(self._tower_pass, *given, use_reentrant=False)
-            else:
-                yield from self._tower_pass(*given)
+            grid = torch.tensor([[item.t, item.h, item.w] for item in taken])
+            yield from self._tower_pass(whole[start:end], grid)
             start = end
 
     def _tower_pass(self, patches: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]:
-        patches = to_device(patches, self.visual.device)
-        return self.get_video_features(patches, grid_thw, return_dict=True).pooler_output
+        """Where the tower trains and gradients are checkpointed, patches are all that is kept for backward."""
+
+        def tokens(patches: Tensor) -> tuple[Tensor, ...]:
+            patches = to_device(patches, self.visual.device)
+            return self.get_video_features(patches, grid_thw, return_dict=True).pooler_output
+
+        checkpointed = self.language_model.gradient_checkpointing or self.language_model.multi_axis_checkpointing
+        if checkpointed and self.training and torch.is_grad_enabled() and self._tower_trains:
+            return checkpoint(tokens, patches, use_reentrant=False)
+        return tokens(patches)
+
+    def _idle_passes(self, items: list[MediaItem]) -> int:
+        """How many passes more than this rank another makes; all ranks ask before the first.
+
+        Where weights are sharded, each pass gathers them from all ranks, so ranks must make equally many.
+        """
+        if not self._passes_are_shared:
+            return 0
+        passes = ceil(sum(item.t for item in items) / MAX_CHUNK_FRAMES)
+        return largest_of_ranks([passes], self.visual.device)[0] - passes
+
+    def _black_passes(self, count: int) -> Tensor:
+        """Zero, after so many passes of a black frame, through which backward goes as well."""
+        grid, size = self.config.grid_size, self.config.vision_config.patch_size
+        black = torch.zeros(grid * grid, 3 * size**2, device=self.visual.device)
+        one = torch.tensor([[1, grid, grid]])
+        return sum((0 * self._tower_pass(black, one)[0].sum() for _ in range(count)), start=black.sum())
+
+    @property
+    def _passes_are_shared(self) -> bool:
+        return torch.is_grad_enabled() and weights_are_sharded(self)
 
     @can_return_tuple
     @auto_docstring
@@ -439,7 +452,8 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         items = [list_media(*of) for of in zip(pixels, pixels.values(), (image_grid_thw, video_grid_thw))]
         at_once = torch.is_grad_enabled() or N <= MAX_CHUNK_FRAMES * self.config.tokens_per_frame
-        if not any(items) and at_once and (N == 1 or unread_BN is None):  # decoding asks nothing of the device
+        plain = not any(items) and at_once and not self._passes_are_shared
+        if plain and (N == 1 or unread_BN is None):  # decoding asks nothing of the device
             lengths_B = None if unread_BN is None else unread_BN.sum(1)
             output = self.language_model(
                 inputs_embeds=inputs_embeds, past_key_values=memory, lengths_B=lengths_B, **kwargs
@@ -457,13 +471,6 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             past_key_values=None if use_cache is False else memory,
             hidden_states=output.hidden_states,
         )
-
-
-def _frames(patches: Tensor, grid: int, size: int) -> Tensor:
-    """(F, 3, pixels, pixels) frames of patches in the order of Qwen2-VL's processors: 2 x 2 neighbours together."""
-    half = grid // 2
-    patches = patches.view(-1, half, half, 2, 2, 3, size, size)
-    return patches.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(-1, 3, grid * size, grid * size)
 
 
 @auto_docstring

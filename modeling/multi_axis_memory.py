@@ -30,6 +30,7 @@ class MemoryCosts(NamedTuple):
         work: per token of that cell, what backward through one layer needs besides (C_state).
         emitted: per token and layer, what the layers give away (Vamba: keys and values); its gradient is as large.
         always: per token, whatever the cells (the gradient of the hidden states).
+        spared: per token, by how much what enters the first group is narrower than a border.
     """
 
     border: int
@@ -38,6 +39,7 @@ class MemoryCosts(NamedTuple):
     work: int = 0
     emitted: int = 0
     always: int = 0
+    spared: int = 0
 
     def total(self, num_layers: int, tokens: int, layer_interval: int, sequence_interval: int, offload: bool = False):
         """Bytes at the peak of backward. With `offload` borders, states and what is emitted wait in CPU memory."""
@@ -48,7 +50,7 @@ class MemoryCosts(NamedTuple):
             kept = tokens * self.border + layers * self.state
             emitted = tokens * (layers + 1) * self.emitted
         else:  # the gradient of what a layer emitted takes the place of that, but while it is made
-            kept = tokens * groups * self.border + num_layers * blocks * self.state
+            kept = tokens * (groups * self.border - self.spared) + num_layers * blocks * self.state
             emitted = tokens * (num_layers + 1) * self.emitted
         return kept + emitted + cell + tokens * self.always
 
@@ -56,7 +58,8 @@ class MemoryCosts(NamedTuple):
         """Bytes that `offload` puts into CPU memory, where a pinned allocation is rounded up to a power of two."""
         groups, blocks = ceil(num_layers / layer_interval), ceil(tokens / sequence_interval)
         state = 1 << (self.state - 1).bit_length()  # what is larger comes in pieces
-        return tokens * (groups * self.border + num_layers * self.emitted) + num_layers * blocks * state
+        borders = groups * self.border - self.spared
+        return tokens * (borders + num_layers * self.emitted) + num_layers * blocks * state
 
 
 def choose_intervals(
@@ -135,7 +138,7 @@ def mamba2_costs(
 
     Args:
         emitted: numbers per token and layer that go elsewhere, such as keys and values.
-        residual_dtype: of the hidden states between layers, where it is another.
+        residual_dtype: of the hidden states between layers, where it is another; the first layer widens them.
     """
     size, inner, heads = dtype.itemsize, config.intermediate_size, config.num_heads
     rows = inner + config.conv_dim + heads  # of in_proj
@@ -146,7 +149,8 @@ def mamba2_costs(
     layer += size * (config.conv_dim + 2 * inner)  # after the convolution, the scan, and the gated norm
     work = size * (rows + 2 * config.conv_dim + 3 * inner) + 2 * size * inner * config.state_size // 64
     border = (residual_dtype or dtype).itemsize * config.hidden_size
-    return MemoryCosts(border, state, layer, work, emitted * size, always=border)
+    spared = border - size * config.hidden_size
+    return MemoryCosts(border, state, layer, work, emitted * size, always=border, spared=max(spared, 0))
 
 
 def paper_costs(config: VambaMamba2Config, dtype: torch.dtype = torch.bfloat16) -> MemoryCosts:

@@ -285,6 +285,30 @@ def test_the_tower_takes_many_frames_in_passes(monkeypatch, checkpointing, froze
     assert sorted(passes) == sorted([(n, not frozen) for n in (2, 2, 2, 1)] * again)
 
 
+@pytest.mark.parametrize("given", [{}, video(3)])
+def test_ranks_that_share_weights_make_as_many_passes(monkeypatch, given):
+    """Another rank has 5 passes of two frames: this one runs black frames in their place, which change nothing."""
+    model, passes = tiny_model().double().train(), []
+    ids = prompt(6, len(given) // 2)
+    given = given and given | {"pixel_values_videos": given["pixel_values_videos"].double()}
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids, **given).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    alone = {name: None if gradient is None else gradient.clone() for name, gradient in gradients().items()}
+    room = "vamba.modeling.modeling_video_ma2mba."
+    monkeypatch.setattr(room + "MAX_CHUNK_FRAMES", 2)
+    monkeypatch.setattr(room + "weights_are_sharded", lambda module: True)
+    monkeypatch.setattr(room + "largest_of_ranks", lambda numbers, device: [5])
+    model.model.visual.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    for name, gradient in gradients().items():
+        expected = torch.zeros_like(gradient) if alone[name] is None else alone[name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    assert passes == ([2, 1, 1, 1, 1] if given else [1] * 5)
+
+
 def test_the_loss_is_that_of_the_text_after_what_was_seen(model):
     ids, given = prompt(6, 1), video(3)
     labels = ids.clone()

@@ -133,7 +133,9 @@ def test_a_million_tokens_of_vambas_7b():
 def test_a_wide_residual_stream_widens_the_borders():
     costs = mamba2_costs(CONFIGS["2.7b"], torch.bfloat16, residual_dtype=torch.float32)
     plain = mamba2_costs(CONFIGS["2.7b"], torch.bfloat16)
-    assert costs == plain._replace(border=4 * 2560, always=4 * 2560)
+    assert costs == plain._replace(border=4 * 2560, always=4 * 2560, spared=2 * 2560)
+    wider = costs.total(64, 1000, 8, 1000) - plain.total(64, 1000, 8, 1000)
+    assert wider == 1000 * 2 * 2560 * 8  # seven borders, as the embeddings are as narrow as before, and a gradient
 
 
 def test_video_ma2mbas_targets():
@@ -146,16 +148,17 @@ def test_video_ma2mbas_targets():
     memory = {n: costs.total(64, 2**n, *choose_intervals(costs, 64, 2**n)) for n in (19, 20, 22)}
     assert memory[19] < 42.2 * GB and memory[20] < 80 * GB < 139 * GB < memory[22]
     cells = choose_intervals(costs, 64, 2**22, offload=True, cpu_budget=100 * GB)
-    assert costs.total(64, 2**22, *cells, offload=True) < 90 * GB
+    assert costs.total(64, 2**22, *cells, offload=True) < 100 * GB
     wide = mamba2_costs(CONFIGS["2.7b"], torch.bfloat16, residual_dtype=torch.float32)
     memory = {n: wide.total(64, 2**n, *choose_intervals(wide, 64, 2**n)) for n in (19, 20)}
-    assert 42.2 * GB < memory[19] < 50 * GB and memory[20] < 80 * GB
+    assert 42.2 * GB < memory[19] < 46 * GB and memory[20] < 80 * GB
+    assert min(wide.total(64, 2**19, l, s) for l in range(1, 65) for s in range(1024, 16384, 1024)) < 42.2 * GB
 
 
 def test_more_of_anything_takes_more():
     costs = MemoryCosts(border=1, state=2, layer=3, work=4, emitted=5, always=6)
     assert costs.total(8, 1000, 2, 100) < costs.total(8, 1001, 2, 100) < costs.total(9, 1001, 2, 100)
-    for name in costs._fields:
+    for name in set(costs._fields) - {"spared"}:
         more = costs._replace(**{name: getattr(costs, name) + 1})
         assert more.total(8, 1000, 2, 100) > costs.total(8, 1000, 2, 100)
     assert costs.total(8, 1000, 2, 100, offload=True) < costs.total(8, 1000, 2, 100)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from vamba import VideoChat
@@ -115,6 +116,17 @@ def test_half_precision_trains_float32_weights(values, checkpoint):
     saved = AutoModelForImageTextToText.from_pretrained(result.folder, dtype="auto").state_dict()
     assert {value.dtype for name, value in saved.items() if "A_log" not in name} >= {torch.bfloat16}
     assert saved["model.language_model.layers.0.cross_attn.k_proj.weight"].dtype == torch.bfloat16
+
+
+def test_tied_weights_are_saved_once(values, checkpoint, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "tied")
+    values |= {"model": {"path": str(tmp_path / "tied"), "dtype": "bfloat16"}}
+    with safe_open(run(values, bf16=True, max_steps=1).folder / "model.safetensors", "pt") as saved:
+        assert "lm_head.weight" not in saved.keys() and len(list(saved.keys())) == len(model.state_dict()) - 1
 
 
 def test_checkpointing_changes_nothing_but_memory(values, tmp_path, monkeypatch):

@@ -104,6 +104,11 @@ def test_convert_and_info_on_the_command_line(ma2mba, tmp_path, capsys):
     assert "--vision" in capsys.readouterr().err
 
 
+def test_the_benchmark_of_vamba_is_not_for_it(ma2mba, capsys):
+    assert main(["bench", "--model", str(ma2mba), "--frames", "8"]) == 2
+    assert "is a video_ma2mba checkpoint, and vamba bench measures a Vamba" in capsys.readouterr().err
+
+
 def test_described_states_are_what_a_memory_takes(ma2mba):
     about = hub.describe(ma2mba)
     model = AutoModelForImageTextToText.from_pretrained(ma2mba, dtype=torch.bfloat16)

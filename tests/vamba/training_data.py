@@ -34,6 +34,7 @@ def _run(code: str, arguments: list[str], output: Path, environment: dict[str, s
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(output.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as it would be in a new process: of data workers
     torch.set_num_threads(1)
     stream.WINDOW = WINDOW
     sys.argv[1:] = arguments

@@ -5,7 +5,13 @@ What is unusual: random weights are made on the GPU, where 11 billion of them ta
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from vamba.modeling import VambaConfig, VambaForConditionalGeneration
 
@@ -22,6 +28,11 @@ SEVEN_BILLION = {
 def load_ours(model: str, device: torch.device) -> VambaForConditionalGeneration:
     """A checkpoint, or random bfloat16 weights of the 7B's sizes for "7b"."""
     if model != "7b":
+        if (kind := AutoConfig.from_pretrained(model).model_type) != "vamba":
+            raise ValueError(
+                f"{model} is a {kind} checkpoint, and vamba bench measures a Vamba; benchmarks/video_ma2mba.py is for "
+                "a Video-Ma2mba."
+            )
         return AutoModelForImageTextToText.from_pretrained(model, dtype="auto").to(device).eval()
     if device.type != "cuda":
         raise ValueError(f"--model 7b takes 21 GiB and a GPU, not {device}; give the folder of a small checkpoint.")

@@ -181,10 +181,11 @@ class VambaTrainer(Trainer):
         if self.save_dtype is not None and self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
             kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-            state_dict = {
-                name: value if any(part in name for part in kept) else value.to(self.save_dtype)
-                for name, value in (model.state_dict() if state_dict is None else state_dict).items()
-            }
+            state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+            saved: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, of which one is written
+            for name, value in state_dict.items():
+                if not any(part in name for part in kept):
+                    state_dict[name] = saved.setdefault(value.data_ptr(), value.to(self.save_dtype))
         super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:

@@ -23,13 +23,13 @@ def on_a_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(not usable, reason="needs a CUDA device, or the interpreter")(test))
 
 
-def run_interpreted(file: str) -> None:
+def run_interpreted(file: str, *options: str) -> None:
     if INTERPRETED:
         pytest.skip("runs this file in the interpreter")
     if torch.cuda.is_available():
         pytest.skip("the kernels run on the GPU itself")
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file, *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTEST_ADDOPTS", None)
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])

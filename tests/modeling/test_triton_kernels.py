@@ -1,12 +1,9 @@
 """The Triton kernels against float64, outputs and every gradient: on a GPU, and in Triton's interpreter without one.
 
-The interpreter is chosen by an environment variable when Triton is first imported, so `test_in_the_interpreter` runs
-this file once more in a process of its own, where the tests below it do not skip themselves.
+`test_in_the_interpreter` runs this file once more in a process of its own, see `triton_interpreter`.
 """
 
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from test_state_space_duality import recurrence, relative
 from torch.nn import functional as F
+from triton_interpreter import DEVICE, INTERPRETED, on_a_gpu, run_interpreted
 
 import vamba.modeling
 import vamba.modeling.gated_rms_norm_triton as gated_rms_norm_module
@@ -23,44 +21,10 @@ from vamba.modeling.gated_rms_norm_triton import gated_rms_norm_triton
 from vamba.modeling.ssd_triton import ssd_scan_triton
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 LENGTHS = [1, 37, 64, 100]
 PRECISIONS = [(torch.float32, 1e-5 if INTERPRETED else 1e-4), (torch.bfloat16, 2e-2)]  # exp is approximate on a GPU
 
 precisions = pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-
-
-def on_a_gpu(test):
-    usable = INTERPRETED or (torch.cuda.is_available() and importlib.util.find_spec("triton") is not None)
-    return pytest.mark.gpu(pytest.mark.skipif(not usable, reason="needs a CUDA device, or the interpreter")(test))
-
-
-if INTERPRETED:
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    torch.set_num_threads(1)
-    interpreted_dot, interpreted_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        """The interpreter keeps bfloat16 as uint16 and multiplies those; float32 holds the products exactly."""
-        return interpreted_dot(self, widened(a), widened(b), *rest)
-
-    def cast_impl(self, source, target):
-        """The interpreter truncates to bfloat16, a bias that a GPU's rounding to nearest has not."""
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
-            return interpreted_cast(self, source, target)
-        bits = np.ascontiguousarray(source.data).view(np.uint32)
-        return TensorHandle(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), tl.bfloat16)
-
-    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
 
 
 def compare(function, judge, tensors, tolerance):
@@ -82,17 +46,8 @@ def make(*shape, dtype=torch.float32):
     return torch.randn(*shape).to(dtype).to(DEVICE).requires_grad_()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="runs this file in the interpreter")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("PYTEST_ADDOPTS", None)
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    if "only 0-dimensional arrays can be converted to Python scalars" in run.stdout:
-        pytest.skip("this Triton's interpreter does not work with this NumPy")
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize(

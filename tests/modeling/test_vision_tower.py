@@ -4,20 +4,16 @@ The kernels run on a GPU, and without one in Triton's interpreter, which is chos
 Triton is first imported: `test_in_the_interpreter` runs this file once more in a process of its own.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from test_state_space_duality import relative
-from test_triton_kernels import DEVICE, INTERPRETED, on_a_gpu, precisions
+from test_triton_kernels import precisions
 from torch.nn import functional as F
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
     apply_rotary_pos_emb_vision,
 )
+from triton_interpreter import DEVICE, INTERPRETED, on_a_gpu, run_interpreted
 
 import vamba.modeling.vision_tower as vision_tower_module
 import vamba.modeling.vision_tower_triton as kernels
@@ -122,17 +118,8 @@ def test_disabled_attention_backends_stay_disabled():
     assert cudnn_sdp_enabled()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="runs this file in the interpreter")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-x", "-m", "gpu", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("PYTEST_ADDOPTS", None)
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    if "only 0-dimensional arrays can be converted to Python scalars" in run.stdout:
-        pytest.skip("this Triton's interpreter does not work with this NumPy")
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
+    run_interpreted(__file__, "-m", "gpu")
 
 
 # --- kernels

@@ -227,7 +227,8 @@ class VambaModel(VambaPreTrainedModel):
                 (`do_rescale=False, do_normalize=False`) they take a quarter of the memory and are normalised here.
                 They may stay on the CPU: each chunk is copied while the one before is computed.
             video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
-            memory: what was seen before; it is extended in place and returned. None starts anew.
+            memory: what was seen before; it is extended in place and returned, unchanged if anything is raised. None
+                starts anew.
             rows: for each video the row of the memory it belongs to; None puts all into row 0.
             continue_video: whether the first video continues the memory's last one, frame numbers included. None: it
                 does if both have the same size. Matters only with `cross_attn_use_position_embeddings`.
@@ -275,21 +276,23 @@ class VambaModel(VambaPreTrainedModel):
         longest = max(sum(item.num_patches for item in row) // merged for row in rows)
         memory.reserve(max(memory.expected_length, memory.video_length + longest))
         device = self.visual.device
-        for chunk, patches in load_ahead(
+        chunks = load_ahead(
             split_frames(rows, frames),
             lambda chunk: [
                 part if frames is None else to_device(part, device) for part in chunk_patches(chunk, pixels)
             ],
             device,
-        ):
-            vision_BSD, lengths_B = self._vision_tokens(chunk, patches)
-            positions = None
-            if self.config.text_config.cross_attn_use_position_embeddings:
-                positions_3BS = media_positions(chunk, self.config.vision_config.spatial_merge_size)
-                positions = self.language_model.rotary_emb(vision_BSD, positions_3BS.to(vision_BSD.device))
-            read_once = read_once and frames is None
-            self.video_encoder(memory, vision_BSD, self.language_model.layers, lengths_B, positions, read_once)
-            memory.note_media(chunk)
+        )
+        with memory.unchanged_on_error():
+            for chunk, patches in chunks:
+                vision_BSD, lengths_B = self._vision_tokens(chunk, patches)
+                positions = None
+                if self.config.text_config.cross_attn_use_position_embeddings:
+                    positions_3BS = media_positions(chunk, self.config.vision_config.spatial_merge_size)
+                    positions = self.language_model.rotary_emb(vision_BSD, positions_3BS.to(vision_BSD.device))
+                read_once = read_once and frames is None
+                self.video_encoder(memory, vision_BSD, self.language_model.layers, lengths_B, positions, read_once)
+                memory.note_media(chunk)
         return memory
 
     def _vision_tokens(self, chunk: list[list[MediaItem]], parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -115,6 +115,10 @@ class LevelStore:
     def replace(self, level: VideoLevel) -> None:
         self.parts, self._buffer = [level], None
 
+    def truncate(self, length: int) -> None:
+        """Forgets what came after the first `length` tokens; the buffer is whoever's that wrote them."""
+        self.parts = [self.read().map(lambda t: t[:, :, :length])] if length else []
+
     def read(self) -> VideoLevel:
         """All tokens; parts that gradients kept apart are joined for good."""
         if len(self.parts) > 1:

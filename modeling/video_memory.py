@@ -11,6 +11,7 @@ before it computes.
 Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads, P head dim.
 """
 
+import contextlib
 import functools
 import os
 from typing import Any
@@ -314,6 +315,24 @@ class VideoMemory(Cache):
     def _set_rows(self, rows: list[int]) -> None:
         same = self.num_video_rows <= 1 or rows == list(range(self.num_video_rows))
         self.video_rows = None if same else rows
+
+    @contextlib.contextmanager
+    def unchanged_on_error(self):
+        """Within, the video may be extended; if anything is raised it is as it was before."""
+        kept = {
+            "_valid": list(self._valid),
+            "states": list(self.states),
+            "media": [[list(item) for item in row] for row in self.media],
+            "expected_length": self.expected_length,
+        }
+        length = self.video_length
+        try:
+            yield
+        except BaseException:
+            for store in self._levels:
+                store.truncate(length)
+            self.__dict__.update(kept, _mask=None, _fetched={}, _deferred=None)
+            raise
 
     def reset(self) -> None:
         """Forgets the text and the video; `fork()` beforehand to start a new conversation about the same video."""

@@ -62,6 +62,21 @@ def test_forks_that_both_go_on_do_not_meet():
     assert numbers(store) == [0, 1, 2, 99]
 
 
+@pytest.mark.parametrize("expected", [0, 100])
+def test_truncated_stores_go_on_by_themselves(expected):
+    store = LevelStore()
+    store.append(level(4), expected)
+    store.append(level(4, 4), expected)
+    fork = store.fork()
+    store.truncate(3)
+    store.append(level(2, 50), expected)
+    assert numbers(store) == [0, 1, 2, 50, 51] and numbers(fork) == list(range(8))
+    store.truncate(0)
+    assert store.length == 0
+    store.append(level(2, 7), expected)
+    assert numbers(store) == [7, 8] and numbers(fork) == list(range(8))
+
+
 def test_fp8_and_other_devices_are_stored_as_they_are():
     store = LevelStore()
     for start in (0, 3):

@@ -56,6 +56,29 @@ def test_any_split_of_the_frames_gives_the_same(cuts, positions):
     torch.testing.assert_close(logits(model, prompt(7), pieces), logits(model, prompt(7), whole), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("fails_at", [0, 4])
+def test_an_error_leaves_a_memory_as_it_was(model, monkeypatch, error, fails_at):
+    pixels, grid = media(VIDEO)
+    whole = model.encode_video(pixels, grid)
+    memory = model.encode_video(pixels[:96], torch.tensor([[4, 4, 6]]), chunk_frames=2)
+    before = logits(model, prompt(7), memory.fork())
+    calls, forward = iter(range(100)), type(model.model.video_encoder.layers[1]).forward
+
+    def fail(self, *args):  # in the middle of the layers
+        if self is model.model.video_encoder.layers[1] and next(calls) == fails_at:
+            raise error("no")
+        return forward(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.model.video_encoder.layers[1]), "forward", fail)
+        with pytest.raises(error):
+            model.encode_video(pixels[96:], torch.tensor([[5, 4, 6]]), memory=memory, chunk_frames=2)
+    assert memory.video_length == 24 and memory.media == [[["video", 4, 4, 6]]]
+    assert torch.equal(logits(model, prompt(7), memory.fork()), before)
+    assert_same(model.encode_video(pixels[96:], torch.tensor([[5, 4, 6]]), memory=memory), whole)
+
+
 @pytest.mark.parametrize("chunk_frames", [1, 2, 6, 1000])
 def test_chunks_give_the_same(model, memory, chunk_frames):
     assert_same(model.encode_video(*media(VIDEO), chunk_frames=chunk_frames), memory)

@@ -323,6 +323,14 @@ def test_another_number_of_workers_cannot_go_on(uninterrupted, tmp_path):
         run(values, resume=True, output_dir=str(tmp_path / "out"), dataloader_num_workers=1)
 
 
+@pytest.mark.parametrize("change", [{"per_device_train_batch_size": 1}, {"seed": 7}])
+def test_a_place_in_other_batches_is_refused(uninterrupted, tmp_path, change):
+    values, _, output = uninterrupted
+    shutil.copytree(output / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(ValueError, match="data, batch size or seeds have changed since"):
+        run(values, resume=True, output_dir=str(tmp_path / "out"), **change)
+
+
 def test_a_loss_that_is_no_number_stops_and_names_the_batch(values, tmp_path, monkeypatch):
     step = VambaTrainer.training_step
 

@@ -65,6 +65,8 @@ class TrainingStream(IterableDataset):
             do; where weights are shared out among the processes, they would wait for each other for ever.
         on_error: "skip" leaves a broken example out and says so, "raise" stops.
         seed: of the order of batches within a window.
+        order: stands for all that the batches and their order follow from. It is kept with a position: what goes on
+            from there has to follow from the same.
         rank, world_size: this process's shards among those of all processes.
         position: `{"next": worker, "shards": {shard: [window, batch]}, ...}` as `Position.state` returns it.
     """
@@ -80,6 +82,7 @@ class TrainingStream(IterableDataset):
         needs_media: bool = False,
         on_error: str = "skip",
         seed: int = 0,
+        order: str = "",
         rank: int = 0,
         world_size: int = 1,
         position: dict | None = None,
@@ -87,7 +90,7 @@ class TrainingStream(IterableDataset):
         self.mixture, self.collator = mixture, collator
         self.rows, self.limits = rows, (max_video_tokens, max_text_tokens)
         self.needs_media, self.on_error, self.seed = needs_media, on_error, seed
-        self.rank, self.world_size = rank, world_size
+        self.order, self.rank, self.world_size = order, rank, world_size
         self.position = position or {"next": 0, "shards": {}}
         self.window = WINDOW if rows is None else rows * max(1, WINDOW // rows)
 
@@ -181,7 +184,7 @@ class Position:
     """
 
     def __init__(self, stream: TrainingStream, workers: int):
-        self.layout = {"workers": workers, "world_size": stream.world_size}
+        self.layout = {"workers": workers, "world_size": stream.world_size, "order": stream.order}
         self.shards = dict(stream.position["shards"])
         self.next = stream.position["next"]
         self.skipped = stream.position.get("skipped", 0)
@@ -196,13 +199,18 @@ class Position:
         return {"next": self.next, "skipped": self.skipped, "shards": dict(self.shards), **self.layout}
 
 
-def check_layout(position: dict, workers: int, world_size: int) -> None:
-    """Raises ValueError if a position was left by another number of processes or workers."""
+def check_layout(position: dict, workers: int, world_size: int, order: str = "") -> None:
+    """Raises ValueError if a position was left by another number of processes or workers, or in another order."""
     layout = {"workers": workers, "world_size": world_size}
     if {key: position[key] for key in layout} != layout:
         raise ValueError(
             f"The checkpoint's place in the data is that of {position['world_size']} processes with "
             f"{position['workers']} data workers each; resume with as many (now {world_size} and {workers})."
+        )
+    if position.get("order", "") != order:
+        raise ValueError(
+            "The checkpoint's place is one in other data: the recipe's data, batch size or seeds have changed since. "
+            "Resume with the recipe it was started with, or start anew from that checkpoint's weights."
         )
 
 

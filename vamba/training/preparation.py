@@ -4,6 +4,7 @@ What is unusual: the model is built on the meta device, without weights, to look
 each source is read up to its first example that has something to learn and whose media can be opened and fit.
 """
 
+import hashlib
 import inspect
 import math
 import re
@@ -273,19 +274,21 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
 
 def _stream(recipe: Recipe, mixture, encoder, arguments: TrainingArguments, checkpoint: Path | None) -> TrainingStream:
     data, rank, world = recipe.data, arguments.process_index, arguments.world_size
-    position = None
+    rows, position = None if data.packing else arguments.per_device_train_batch_size, None
+    order = hashlib.sha256(repr((data, rows, _data_seed(arguments))).encode()).hexdigest()
     if checkpoint is not None:
         position = read_position(checkpoint, rank)
-        check_layout(position, max(1, arguments.dataloader_num_workers), world)
+        check_layout(position, max(1, arguments.dataloader_num_workers), world, order)
     return TrainingStream(
         mixture,
         Collator(encoder, packing=data.packing),
-        rows=None if data.packing else arguments.per_device_train_batch_size,
+        rows=rows,
         max_video_tokens=data.batch_video_tokens,
         max_text_tokens=data.batch_text_tokens,
         needs_media=is_fsdp_enabled() or arguments.fsdp_plugin_args is not None or is_deepspeed_zero3_enabled(),
         on_error=data.on_error,
         seed=_data_seed(arguments),
+        order=order,
         rank=rank,
         world_size=world,
         position=position,

@@ -21,7 +21,6 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithCrossAttentions,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLAttention,
     Qwen2VLRotaryEmbedding,
@@ -32,15 +31,15 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .chunked_loss import chunked_causal_lm_loss
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .cross_attention import VambaCrossAttention
 from .decoder_layer import VambaDecoderLayer
-from .frame_streaming import MAX_CHUNK_FRAMES, default_chunk_frames, load_ahead, normalized, to_device
+from .frame_streaming import default_chunk_frames, load_ahead, normalized, to_device
 from .generation_vamba import VambaGenerationMixin
 from .graphed_decoding import GraphedDecoding
 from .media import MediaItem, assign_media, chunk_patches, list_media, media_positions, split_frames
 from .multi_axis_checkpointing import largest_of_ranks, offload_saved, weights_are_sharded
+from .shared_model import VideoHeadMixin, VideoModelMixin
 from .text_triton import FusedRMSNorm
 from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder
 from .video_level import VideoLevel
@@ -108,7 +107,7 @@ class VambaTextModel(VambaPreTrainedModel):
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         query_positions = position_embeddings if self.config.cross_attn_use_position_embeddings else None
-        samples = packed or [(inputs_embeds.shape[1], memory)]
+        samples, video_mask_BM = packed or [(inputs_embeds.shape[1], memory)], memory.video_mask(inputs_embeds.device)
         hidden_states = inputs_embeds
         for index, layer in enumerate(self.layers):
             videos = [
@@ -122,7 +121,7 @@ class VambaTextModel(VambaPreTrainedModel):
                     keys,
                     values,
                     video_scales=tuple(scales) or (None, None),
-                    video_mask_BM=memory.video_mask(inputs_embeds.device),
+                    video_mask_BM=video_mask_BM,
                     video_rows=memory.video_rows,
                     packed_videos=videos if packed else None,
                     attention_mask=causal_mask,
@@ -162,19 +161,13 @@ def text_position_ids(
 
 
 @auto_docstring
-class VambaModel(VambaPreTrainedModel):
+class VambaModel(VideoModelMixin, VambaPreTrainedModel):
     def __init__(self, config: VambaConfig):
         super().__init__(config)
         self.visual = vision_tower(config.vision_config)
         self.video_encoder = VambaVideoEncoder._from_config(config)
         self.language_model = VambaTextModel._from_config(config.text_config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.embed_tokens = value
 
     @can_return_tuple
     @auto_docstring
@@ -300,21 +293,12 @@ class VambaModel(VambaPreTrainedModel):
 
         `parts` holds the patches of its items in order, wherever they are cut.
         """
-        if len({part.dtype for part in parts}) > 1:
-            parts = [normalized(part, self.config) for part in parts]
-        patches = parts[0] if len(parts) == 1 else torch.cat(parts)
-        # A chunk may be of any size where gradients are recorded: the tower, mostly frozen then, takes it in passes.
-        frames = MAX_CHUNK_FRAMES // self.config.vision_config.temporal_patch_size
-        passes = [items for (items,) in split_frames([[item for row in chunk for item in row]], frames)]
-        tokens, start = [], 0
-        for items in passes:
-            end = start + sum(item.num_patches for item in items)
-            grid = torch.tensor([[item.t, item.h, item.w] for item in items])
+        tokens = []
+        for patches, grid in self.tower_passes([item for row in chunk for item in row], parts):
             if not isinstance(self.visual, VambaVisionTower):  # ours would have to wait for the GPU to read it there
                 grid = to_device(grid, self.visual.device)
-            taken = to_device(patches[start:end], self.visual.device)
-            tokens += self.get_video_features(taken, grid, return_dict=True).pooler_output
-            start = end
+            patches = to_device(patches, self.visual.device)
+            tokens += self.get_video_features(patches, grid, return_dict=True).pooler_output
         merged = self.config.vision_config.spatial_merge_size**2
         lengths = [sum(item.num_patches for item in row) // merged for row in chunk]
         lengths_B = torch.tensor(lengths, device=tokens[0].device) if len(set(lengths)) > 1 else None
@@ -391,13 +375,6 @@ class VambaModel(VambaPreTrainedModel):
         item = MediaItem("video", 1, side, side, 0)
         return self.encode_media([[item]], {"video": black}, VideoMemory(self.config), read_once=True)
 
-    def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """(B, N), True at each `<|vision_start|>`; recognised by its embedding where there are no ids."""
-        if input_ids is not None:
-            return input_ids == self.config.vision_start_token_id
-        token = torch.tensor(self.config.vision_start_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -431,17 +408,15 @@ class VambaModel(VambaPreTrainedModel):
                 raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
             inputs_embeds = self.get_input_embeddings()(input_ids)
         memory, packed = VideoMemory.of(past_key_values, self.config.text_config), None
+        pixels = {"image": pixel_values, "video": pixel_values_videos}
+        grids = {"image": image_grid_thw, "video": video_grid_thw}
         if packed_lengths is not None:
-            pixels = {"image": pixel_values, "video": pixel_values_videos}
-            grids = {"image": image_grid_thw, "video": video_grid_thw}
             lengths = torch.as_tensor(packed_lengths).tolist()
             packed = self.packed_samples(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids, lengths)
             if position_ids is None:
                 position_ids = torch.cat([torch.arange(n, device=inputs_embeds.device) for n in lengths])[None]
             attention_mask = None  # there is no padding within, and the samples' borders are in the positions
-        elif any(media is not None for media in (pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw)):
-            pixels = {"image": pixel_values, "video": pixel_values_videos}
-            grids = {"image": image_grid_thw, "video": video_grid_thw}
+        elif any(given is not None for given in (*pixels.values(), *grids.values())):
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)
             memory = self.encode_media(rows, pixels, memory, read_once=not use_cache)
         self._rotate_video_keys(memory, not unrotate_video_keys)
@@ -457,7 +432,7 @@ class VambaModel(VambaPreTrainedModel):
 
 
 @auto_docstring
-class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin, GenerationMixin):
+class VambaForConditionalGeneration(VideoHeadMixin, VambaPreTrainedModel, VambaGenerationMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -466,12 +441,6 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin, 
         self.model = VambaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):
-        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
-
-    def get_video_features(self, pixel_values_videos: torch.FloatTensor, video_grid_thw: torch.LongTensor, **kwargs):
-        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
         """The step that `generate` decodes with for a static cache: a CUDA graph, or, if asked, `torch.compile`'s."""
@@ -545,22 +514,8 @@ class VambaForConditionalGeneration(VambaPreTrainedModel, VambaGenerationMixin, 
             packed_lengths=packed_lengths,
             **kwargs,
         )
-        hidden_states, vocab_size, logits, loss = (
-            outputs.last_hidden_state,
-            self.config.text_config.vocab_size,
-            None,
-            None,
-        )
-        if skip_logits and labels is not None:
-            items = kwargs.get("num_items_in_batch")
-            loss = chunked_causal_lm_loss(self.lm_head, hidden_states, labels, vocab_size, items)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=logits,
+            **self._logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, skip_logits, **kwargs),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

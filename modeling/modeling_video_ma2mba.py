@@ -7,7 +7,7 @@ stand for the text only. Padding, on either side, never enters the stream.
 Shapes: B batch, N text tokens, S tokens of one chunk of the stream, F frames, D hidden.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import ceil
 
 import torch
@@ -17,21 +17,19 @@ from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .chunked_loss import chunked_causal_lm_loss
 from .clip_tower import VideoMa2mbaProjector, frames_of, vision_tower
 from .configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaTextConfig
-from .frame_streaming import MAX_CHUNK_FRAMES, default_chunk_frames, load_ahead, normalized, to_device
+from .frame_streaming import default_chunk_frames, load_ahead, normalized, to_device
 from .generation_video_ma2mba import VideoMa2mbaGenerationMixin
 from .graphed_decoding import GraphedStateDecoding
 from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
-from .media import MediaItem, chunk_patches, list_media, split_frames
+from .media import MediaItem, chunk_patches, list_media
 from .media_stream import Run, media_of_rows, runs_of, split_runs, text_outputs
 from .multi_axis_checkpointing import (
     MultiAxisCheckpointingMixin,
@@ -42,6 +40,7 @@ from .multi_axis_checkpointing import (
     weights_are_sharded,
 )
 from .multi_axis_memory import mamba2_costs
+from .shared_model import VideoHeadMixin, VideoModelMixin
 from .state_memory import StateMemory
 
 
@@ -161,19 +160,13 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
 
 
 @auto_docstring
-class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
+class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
     def __init__(self, config: VideoMa2mbaConfig):
         super().__init__(config)
         self.visual = vision_tower(config.vision_config)
         self.projector = VideoMa2mbaProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.language_model = VideoMa2mbaTextModel._from_config(config.text_config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.embed_tokens = value
 
     # --- media ------------------------------------------------------------------------------------------------------
 
@@ -199,8 +192,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
                     f"{self.config.vision_config.image_size} pixels high and wide, as VideoMa2mbaProcessor makes them."
                 )
         frames = frames_of(normalized(pixel_values_videos, self.config), grid, self.config.vision_config.patch_size)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (frames.requires_grad or self._tower_trains)):
-            output = self.visual(frames.to(self.visual.dtype), **kwargs)
+        output = self.visual(frames.to(self.visual.dtype), **kwargs)
         patches_FPD = output.last_hidden_state[:, 1:]  # without the class token
         output.last_hidden_state = patches_FPD.flatten(0, 1)
         output.pooler_output = (
@@ -221,17 +213,6 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             1, and height and width in patches, of each image: an image is one frame.
         """
         return self.get_video_features(pixel_values, image_grid_thw, return_dict=True, **kwargs)
-
-    @property
-    def _tower_trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.visual.parameters())
-
-    def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """(B, N), True at each `<|vision_start|>`; recognised by its embedding where there are no ids."""
-        if input_ids is not None:
-            return input_ids == self.config.vision_start_token_id
-        token = torch.tensor(self.config.vision_start_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def encode_video(
         self,
@@ -352,7 +333,8 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         `patches` holds those of its media in order, wherever they are cut.
         """
         items = [run.item for stream in chunk for run in stream if run.item]
-        idle, media = self._idle_passes(items), self._media_tokens(items, patches)
+        idle = self._idle_passes(items)
+        media = (tokens for taken in self.tower_passes(items, patches) for tokens in self._tower_pass(*taken))
         by_row = []
         for text_ND, stream in zip(inputs_embeds, chunk):
             parts = [text_ND[:0]]
@@ -371,20 +353,6 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         lengths_B = torch.tensor(lengths, device=inputs_embeds.device) if len(set(lengths)) > 1 else None
         return nn.utils.rnn.pad_sequence(by_row, batch_first=True), lengths_B
 
-    def _media_tokens(self, items: list[MediaItem], patches: list[Tensor]) -> Iterator[Tensor]:
-        """The tokens of the items in order, (n, D) each, an item's in several parts where it has many frames.
-
-        A chunk may be of any size where gradients are recorded: the tower takes it in passes.
-        """
-        if len({part.dtype for part in patches}) > 1:
-            patches = [normalized(part, self.config) for part in patches]
-        whole, start = torch.cat(patches) if len(patches) > 1 else patches[0], 0
-        for (taken,) in split_frames([items], MAX_CHUNK_FRAMES):
-            end = start + sum(item.num_patches for item in taken)
-            grid = torch.tensor([[item.t, item.h, item.w] for item in taken])
-            yield from self._tower_pass(whole[start:end], grid)
-            start = end
-
     def _tower_pass(self, patches: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]:
         """Where the tower trains and gradients are checkpointed, patches are all that is kept for backward."""
 
@@ -393,7 +361,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             return self.get_video_features(patches, grid_thw, return_dict=True).pooler_output
 
         checkpointed = self.language_model.gradient_checkpointing or self.language_model.multi_axis_checkpointing
-        if checkpointed and self.training and torch.is_grad_enabled() and self._tower_trains:
+        if checkpointed and self.training and torch.is_grad_enabled() and self.tower_trains:
             return checkpoint(tokens, patches, use_reentrant=False)
         return tokens(patches)
 
@@ -404,7 +372,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         """
         if not self._passes_are_shared:
             return 0
-        passes = ceil(sum(item.t for item in items) / MAX_CHUNK_FRAMES)
+        passes = ceil(sum(item.t for item in items) / self.pass_frames)
         return largest_of_ranks([passes], self.visual.device)[0] - passes
 
     def _black_passes(self, count: int) -> Tensor:
@@ -451,7 +419,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         unread_BN = memory.unread(attention_mask, inputs_embeds)
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         items = [list_media(*of) for of in zip(pixels, pixels.values(), (image_grid_thw, video_grid_thw))]
-        at_once = torch.is_grad_enabled() or N <= MAX_CHUNK_FRAMES * self.config.tokens_per_frame
+        at_once = torch.is_grad_enabled() or N <= self.pass_frames * self.config.tokens_per_frame
         plain = not any(items) and at_once and not self._passes_are_shared
         if plain and (N == 1 or unread_BN is None):  # decoding asks nothing of the device
             lengths_B = None if unread_BN is None else unread_BN.sum(1)
@@ -474,7 +442,9 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 
 
 @auto_docstring
-class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, VideoMa2mbaGenerationMixin, GenerationMixin):
+class VideoMa2mbaForConditionalGeneration(
+    VideoHeadMixin, VideoMa2mbaPreTrainedModel, VideoMa2mbaGenerationMixin, GenerationMixin
+):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -483,12 +453,6 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, VideoMa2mb
         self.model = VideoMa2mbaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):
-        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
-
-    def get_video_features(self, pixel_values_videos: torch.FloatTensor, video_grid_thw: torch.LongTensor, **kwargs):
-        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
         """The step that `generate` decodes with on a GPU: a CUDA graph, or, if asked, `torch.compile`'s."""
@@ -557,22 +521,8 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, VideoMa2mb
             mm_token_type_ids=mm_token_type_ids,
             **kwargs,
         )
-        hidden_states, vocab_size, logits, loss = (
-            outputs.last_hidden_state,
-            self.config.text_config.vocab_size,
-            None,
-            None,
-        )
-        if skip_logits and labels is not None:
-            items = kwargs.get("num_items_in_batch")
-            loss = chunked_causal_lm_loss(self.lm_head, hidden_states, labels, vocab_size, items)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
+            **self._logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, skip_logits, **kwargs),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )

@@ -9,12 +9,11 @@ Shapes: B video rows, H key/value heads, R query heads per key/value head, N que
 """
 
 import functools
-import os
 
 import torch
 from torch import Tensor
 
-from .text_triton import on_device_of
+from .triton_launch import on_device_of, on_gpu
 
 
 try:
@@ -30,10 +29,8 @@ _LOG2_E = 1.4426950408889634
 def can_split_keys(queries_BHNP: Tensor) -> bool:
     """Whether the kernel takes these queries: on a GPU, or in Triton's interpreter, and not in float64."""
     P = queries_BHNP.shape[-1]
-    on_gpu = queries_BHNP.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return (
-        triton is not None and on_gpu and queries_BHNP.dtype != torch.float64 and P in (16, 32, 64, 128, MAX_HEAD_DIM)
-    )
+    known = queries_BHNP.dtype != torch.float64 and P in (16, 32, 64, 128, MAX_HEAD_DIM)
+    return triton is not None and on_gpu(queries_BHNP) and known
 
 
 @functools.cache

@@ -8,12 +8,11 @@ with residual and norm (equation 4 of arXiv 2503.11579), and the gate of the MLP
 Shapes: B rows, N tokens, D width, H heads, P head dim, R tokens of all rows, O outputs of a projection.
 """
 
-import contextlib
-import os
-
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+from .triton_launch import on_device_of, takes
 
 
 try:
@@ -28,21 +27,7 @@ _MAX_TOKENS = 16  # that one program of the projections takes; with more of them
 
 def fusible(*tensors: Tensor) -> bool:
     """Whether the kernels take these: on one GPU (or in Triton's interpreter), of one dtype, no gradient recorded."""
-    first = tensors[0]
-    return (
-        triton is not None
-        and not torch.is_grad_enabled()
-        and (first.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-        and first.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
-    )
-
-
-def on_device_of(t: Tensor):
-    """Launches on the tensor's GPU; while torch compiles there is one, and the context cannot be traced."""
-    if torch.compiler.is_compiling() or not t.is_cuda:
-        return contextlib.nullcontext()
-    return torch.cuda.device_of(t)
+    return not torch.is_grad_enabled() and takes(*tensors)
 
 
 def three_linears_triton(x_BND: Tensor, modules: tuple[nn.Linear, nn.Linear, nn.Linear]) -> list[Tensor] | None:

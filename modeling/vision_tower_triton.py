@@ -7,10 +7,10 @@ qkv, quick_gelu. All compute in float32 and round where the plain operations rou
 Shapes: T patches, D width, H heads, P head dim.
 """
 
-import os
-
 import torch
 from torch import Tensor
+
+from .triton_launch import on_device_of, takes
 
 
 try:
@@ -24,14 +24,8 @@ _ELEMENTS = 2048  # that one program of quick_gelu handles
 
 def fusible(*tensors: Tensor) -> bool:
     """Whether the kernels can take these tensors: all on one GPU, of one floating type, and no gradient recorded."""
-    first = tensors[0]
-    return (
-        triton is not None
-        and (first.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-        and first.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and all(t.dtype == first.dtype and t.device == first.device and t.is_contiguous() for t in tensors)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    )
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not recorded and takes(*tensors) and all(t.is_contiguous() for t in tensors)
 
 
 def layer_norm_triton(
@@ -42,7 +36,7 @@ def layer_norm_triton(
     stream_TD = x_TD if residual_TD is None else torch.empty_like(x_TD)
     normed_TD = torch.empty_like(x_TD)
     block = triton.next_power_of_2(D)
-    with torch.cuda.device_of(x_TD):
+    with on_device_of(x_TD):
         _layer_norm_kernel[(T,)](
             x_TD,
             x_TD if residual_TD is None else residual_TD,
@@ -62,7 +56,7 @@ def layer_norm_triton(
 def rotate_in_place_triton(qkv_TD: Tensor, cos_TP: Tensor, sin_TP: Tensor, num_heads: int) -> None:
     """The rotary embedding, by halves, of the queries and keys in rows of [q, k, v], each of H heads of P."""
     T, P = cos_TP.shape
-    with torch.cuda.device_of(qkv_TD):
+    with on_device_of(qkv_TD):
         _rotate_kernel[(T,)](
             qkv_TD,
             cos_TP.contiguous(),
@@ -77,7 +71,7 @@ def rotate_in_place_triton(qkv_TD: Tensor, cos_TP: Tensor, sin_TP: Tensor, num_h
 
 def quick_gelu_in_place_triton(x: Tensor) -> Tensor:
     """x becomes x * sigmoid(1.702 * x)."""
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _quick_gelu_kernel[(triton.cdiv(x.numel(), _ELEMENTS),)](x, x.numel(), BLOCK=_ELEMENTS, num_warps=4)
     return x
 

@@ -271,7 +271,7 @@ def test_the_tower_takes_many_frames_in_passes(monkeypatch, checkpointing, froze
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     whole = gradients()
-    monkeypatch.setattr("vamba.modeling.modeling_video_ma2mba.MAX_CHUNK_FRAMES", 2)
+    monkeypatch.setattr("vamba.modeling.shared_model.MAX_CHUNK_FRAMES", 2)
     if checkpointing == "layers":
         model.gradient_checkpointing_enable()
     elif checkpointing == "cells":
@@ -299,7 +299,7 @@ def test_ranks_that_share_weights_make_as_many_passes(monkeypatch, given):
 
     alone = {name: None if gradient is None else gradient.clone() for name, gradient in gradients().items()}
     room = "vamba.modeling.modeling_video_ma2mba."
-    monkeypatch.setattr(room + "MAX_CHUNK_FRAMES", 2)
+    monkeypatch.setattr("vamba.modeling.shared_model.MAX_CHUNK_FRAMES", 2)
     monkeypatch.setattr(room + "weights_are_sharded", lambda module: True)
     monkeypatch.setattr(room + "largest_of_ranks", lambda numbers, device: [5])
     model.model.visual.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))

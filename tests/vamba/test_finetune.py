@@ -34,11 +34,6 @@ def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("dataset"), 12)
 
 
-@pytest.fixture
-def values(checkpoint, dataset, tmp_path):
-    return recipe_values(checkpoint, dataset, tmp_path / "out")
-
-
 def run(values: dict, resume: bool = False, **train):
     values = values | {"train": values["train"] | train}
     return finetune(parse_recipe(values), resume=resume)

@@ -14,17 +14,12 @@ from vamba.training.flops import FlopsModel
 from vamba.training.preparation import prepare
 
 import tiny_video_ma2mba
-from training_data import recipe_values, write_dataset
+from training_data import write_dataset
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("dataset"), 6)
-
-
-@pytest.fixture
-def values(checkpoint, dataset, tmp_path):
-    return recipe_values(checkpoint, dataset, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,12 @@ from vamba.training import RecipeError, load_recipe, parse_recipe, shipped_recip
 from vamba.training.preparation import PRESETS, prepare
 
 from tiny_video_ma2mba import tiny_config
-from training_data import recipe_values, write_dataset
+from training_data import write_dataset
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("dataset"), 6)
-
-
-@pytest.fixture
-def values(checkpoint, dataset, tmp_path):
-    return recipe_values(checkpoint, dataset, tmp_path / "out")
 
 
 def changed(values: dict, **changes) -> dict:

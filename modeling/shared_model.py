@@ -1,0 +1,99 @@
+"""What the two models have in common: where media stand in a text, the tower's passes over frames, logits and loss.
+
+Shapes: B batch, N text tokens, D hidden.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import slice_logits_to_keep
+
+from .chunked_loss import chunked_causal_lm_loss
+from .frame_streaming import MAX_CHUNK_FRAMES, normalized
+from .media import MediaItem, split_frames
+
+
+class VideoModelMixin:
+    """For a `PreTrainedModel` with a `visual` tower and a `language_model` that embeds tokens."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, N), True at each `<|vision_start|>`; recognised by its embedding where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.vision_start_token_id
+        token = torch.tensor(self.config.vision_start_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    @property
+    def tower_trains(self) -> bool:
+        """Whether gradients have to go through the tower; to its merger, which comes last, they come without."""
+        return any(p.requires_grad for name, p in self.visual.named_parameters() if not name.startswith("merger."))
+
+    def enable_input_require_grads(self) -> None:
+        """Of tokens, and of frames where the tower trains: through a frozen one a graph would be kept for nothing."""
+
+        def frames(module, args, output):
+            output.requires_grad_(output.requires_grad or self.tower_trains)
+
+        self.disable_input_require_grads()
+        self._require_grads_hooks = [
+            self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_()),
+            self.visual.get_input_embeddings().register_forward_hook(frames),
+        ]
+
+    @property
+    def pass_frames(self) -> int:
+        """Temporal patches that the tower takes at once."""
+        return MAX_CHUNK_FRAMES // self.config.vision_config.temporal_patch_size
+
+    def tower_passes(self, items: list[MediaItem], parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Patches and grid, on the CPU, of what the tower takes at once; `parts` are the items' patches in order.
+
+        A chunk may be of any size where gradients are recorded: the tower, mostly frozen then, takes it in passes.
+        """
+        if len({part.dtype for part in parts}) > 1:
+            parts = [normalized(part, self.config) for part in parts]
+        patches, start = parts[0] if len(parts) == 1 else torch.cat(parts), 0
+        for (taken,) in split_frames([items], self.pass_frames):
+            end = start + sum(item.num_patches for item in taken)
+            yield patches[start:end], torch.tensor([[item.t, item.h, item.w] for item in taken])
+            start = end
+
+
+class VideoHeadMixin:
+    """For a `PreTrainedModel` whose `model` has a `VideoModelMixin`, with an `lm_head`."""
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.FloatTensor, video_grid_thw: torch.LongTensor, **kwargs):
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    def enable_input_require_grads(self) -> None:
+        self.model.enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        self.model.disable_input_require_grads()
+
+    def _logits_and_loss(
+        self, hidden_BND: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor, skip_logits: bool, **kwargs
+    ) -> dict[str, Tensor | None]:
+        """`logits` and `loss` as forward returns them: with `skip_logits` and labels no logits but the loss."""
+        vocab_size = self.config.text_config.vocab_size
+        if skip_logits and labels is not None:
+            items = kwargs.get("num_items_in_batch")
+            loss = chunked_causal_lm_loss(self.lm_head, hidden_BND, labels, vocab_size, items)
+            return {"logits": None, "loss": loss}
+        logits, loss = self.lm_head(slice_logits_to_keep(hidden_BND, logits_to_keep)), None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return {"logits": logits, "loss": loss}
+
+
+__all__ = ["VideoHeadMixin", "VideoModelMixin"]

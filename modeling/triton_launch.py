@@ -1,0 +1,36 @@
+"""What the Triton kernels share: which tensors they take, and where they are launched."""
+
+import contextlib
+import os
+
+import torch
+from torch import Tensor
+
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+
+def on_gpu(t: Tensor) -> bool:
+    """Whether kernels can run where `t` is; Triton's interpreter takes the CPU for a GPU."""
+    return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether forward kernels take these together: Triton there, all on one GPU, of one floating type up to 32 bits."""
+    first = tensors[0]
+    return (
+        triton is not None
+        and on_gpu(first)
+        and first.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+    )
+
+
+def on_device_of(t: Tensor):
+    """Launches on the tensor's GPU; while torch compiles there is one, and the context cannot be traced."""
+    if torch.compiler.is_compiling() or not t.is_cuda:
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(t)

@@ -38,12 +38,12 @@ def sample(model, frames: int, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     vision, (h, w) = model.config.vision_config, GRID
     per_patch = 3 * vision.temporal_patch_size * vision.patch_size**2
-    block = torch.randint(0, 256, (h * w, per_patch), generator=generator, dtype=torch.uint8)
+    block = torch.randint(0, 256, (h * w, per_patch), generator=generator, dtype=torch.uint8).repeat(frames // 2, 1)
     ids = torch.randint(1000, 2000, (1, TEXT), generator=generator)
     return {
         "input_ids": ids.to(DEVICE),
         "labels": ids.to(DEVICE),
-        "pixel_values_videos": block.repeat(frames // 2, 1),
+        "pixel_values_videos": block.pin_memory() if DEVICE.type == "cuda" else block,  # as Trainer's loader has it
         "video_grid_thw": torch.tensor([[frames // 2, h, w]]),
         "use_cache": False,
     }

@@ -8,7 +8,7 @@ Training is forward and backward of the language model without optimizer, bf16, 
 gradients, as the projector sends them, and a loss on the last 128 tokens. GB (10^9 bytes) are the peak over weights and
 their gradients, beside what this package's memory model and the paper's (arXiv 2411.19460, equation 12) say. Rows are
 written to DIR as they are measured; out of memory is recorded, and the run goes on. Cells of "multi_axis" and "offload"
-are the longest within a tenth of the least memory, those of "auto" the longest within half of the free memory.
+take near the least memory, those of "auto" are what training chooses, `--cells` gives others to all of them.
 """
 
 import argparse
@@ -110,7 +110,7 @@ class Plan:
         offload = mode == "offload"
         if args.cells:
             return cls(min(args.cells[0], num_layers), min(args.cells[1], tokens), offload)
-        budget, waiting = memory_budget(DEVICE) if mode == "auto" else None, int(cpu_budget(args, 0.7))
+        budget, waiting = memory_budget(DEVICE) if mode == "auto" else 0, int(cpu_budget(args, 0.7))
         return cls(*choose_intervals(costs, num_layers, tokens, budget, offload=offload, cpu_budget=waiting), offload)
 
     def switch(self, model: VideoMa2mbaForConditionalGeneration, mode: str) -> None:

@@ -50,66 +50,72 @@ class _CausalConv1d(torch.autograd.Function):
     def forward(ctx, x_BSC, weight_CW, bias_C, state_BTC):
         x_BSC, weight_CW, state_BTC = _unit_stride(x_BSC), weight_CW.contiguous(), state_BTC.contiguous()
         ctx.save_for_backward(x_BSC, weight_CW, bias_C, state_BTC)
-        (B, S, C), W = x_BSC.shape, weight_CW.shape[1]
-        y_BSC = torch.empty(B, S, C, dtype=x_BSC.dtype, device=x_BSC.device)
-        block, rows, warps = _FORWARD
-        grid = (triton.cdiv(C, block) * triton.cdiv(S, rows), B)
-        with torch.cuda.device_of(x_BSC):
-            _forward_kernel[grid](
-                x_BSC,
-                weight_CW,
-                weight_CW if bias_C is None else bias_C.contiguous(),
-                state_BTC,
-                y_BSC,
-                S,
-                C,
-                x_BSC.stride(0),
-                x_BSC.stride(1),
-                W=W,
-                HAS_BIAS=bias_C is not None,
-                ROWS=rows,
-                BLOCK_C=block,
-                num_warps=warps,
-            )
-        return y_BSC
+        return convolve(x_BSC, weight_CW, bias_C, state_BTC)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BSC):
-        x_BSC, weight_CW, bias_C, state_BTC = ctx.saved_tensors
-        dy_BSC = _unit_stride(dy_BSC)
-        (B, S, C), W = x_BSC.shape, weight_CW.shape[1]
-        block, rows, warps = _BACKWARD
-        programs = triton.cdiv(S + MAX_WIDTH - 1, rows)
-        dx_BSC = torch.empty(B, S, C, dtype=x_BSC.dtype, device=x_BSC.device)
-        dstate_BTC = torch.empty_like(state_BTC)
-        partial = torch.empty(B * programs, 1 + MAX_WIDTH, C, dtype=torch.float32, device=x_BSC.device)
-        with torch.cuda.device_of(x_BSC):
-            _backward_kernel[(triton.cdiv(C, block) * programs, B)](
-                x_BSC,
-                weight_CW,
-                weight_CW if bias_C is None else bias_C.contiguous(),
-                state_BTC,
-                dy_BSC,
-                dx_BSC,
-                dstate_BTC,
-                partial,
-                S,
-                C,
-                programs,
-                x_BSC.stride(0),
-                x_BSC.stride(1),
-                dy_BSC.stride(0),
-                dy_BSC.stride(1),
-                W=W,
-                HAS_BIAS=bias_C is not None,
-                ROWS=rows,
-                BLOCK_C=block,
-                num_warps=warps,
-            )
-        sums = partial.sum(0)
-        dweight_CW = sums[1 + MAX_WIDTH - W :].t().to(weight_CW.dtype)
-        return dx_BSC, dweight_CW, None if bias_C is None else sums[0].to(bias_C.dtype), dstate_BTC
+        x_BSC, *_ = ctx.saved_tensors
+        dx_BSC = torch.empty(x_BSC.shape, dtype=x_BSC.dtype, device=x_BSC.device)
+        return dx_BSC, *convolution_gradients(*ctx.saved_tensors, _unit_stride(dy_BSC), dx_BSC)
+
+
+def convolve(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
+    (B, S, C), W = x_BSC.shape, weight_CW.shape[1]
+    y_BSC = torch.empty(B, S, C, dtype=x_BSC.dtype, device=x_BSC.device)
+    block, rows, warps = _FORWARD
+    with torch.cuda.device_of(x_BSC):
+        _forward_kernel[(triton.cdiv(C, block) * triton.cdiv(S, rows), B)](
+            x_BSC,
+            weight_CW,
+            weight_CW if bias_C is None else bias_C.contiguous(),
+            state_BTC,
+            y_BSC,
+            S,
+            C,
+            x_BSC.stride(0),
+            x_BSC.stride(1),
+            W=W,
+            HAS_BIAS=bias_C is not None,
+            ROWS=rows,
+            BLOCK_C=block,
+            num_warps=warps,
+        )
+    return y_BSC
+
+
+def convolution_gradients(x_BSC, weight_CW, bias_C, state_BTC, dy_BSC, dx_BSC):
+    """dweight, dbias and dstate; dx is written to `dx_BSC`, whose channels lie together, as those of x and dy."""
+    (B, S, C), W = x_BSC.shape, weight_CW.shape[1]
+    block, rows, warps = _BACKWARD
+    programs = triton.cdiv(S + MAX_WIDTH - 1, rows)
+    dstate_BTC = torch.empty_like(state_BTC)
+    partial = torch.empty(B * programs, 1 + MAX_WIDTH, C, dtype=torch.float32, device=x_BSC.device)
+    with torch.cuda.device_of(x_BSC):
+        _backward_kernel[(triton.cdiv(C, block) * programs, B)](
+            x_BSC,
+            weight_CW,
+            weight_CW if bias_C is None else bias_C.contiguous(),
+            state_BTC,
+            dy_BSC,
+            dx_BSC,
+            dstate_BTC,
+            partial,
+            S,
+            C,
+            programs,
+            *x_BSC.stride()[:2],
+            *dy_BSC.stride()[:2],
+            *dx_BSC.stride()[:2],
+            W=W,
+            HAS_BIAS=bias_C is not None,
+            ROWS=rows,
+            BLOCK_C=block,
+            num_warps=warps,
+        )
+    sums = partial.sum(0)
+    dweight_CW = sums[1 + MAX_WIDTH - W :].t().to(weight_CW.dtype)
+    return dweight_CW, None if bias_C is None else sums[0].to(bias_C.dtype), dstate_BTC
 
 
 def _unit_stride(t: Tensor) -> Tensor:
@@ -205,10 +211,10 @@ if triton is not None:
         return dy * sigmoid * (1 + a * (1 - sigmoid))
 
     @triton.jit
-    def _store_dx(dx, dstate, g0, g1, g2, g3, w0, w1, w2, w3, t, c, S, C, W: tl.constexpr):
+    def _store_dx(dx, dstate, g0, g1, g2, g3, w0, w1, w2, w3, t, c, S, C, stride_s, W: tl.constexpr):
         """Of input t, seen by tokens t to t + 3, whose gradients are g0 to g3; before the first it is the state's."""
         value = (g0 * w3 + g1 * w2 + g2 * w1 + g3 * w0).to(dx.dtype.element_ty)
-        tl.store(dx + t * C + c, value, mask=c < tl.where((t >= 0) & (t < S), C, 0))
+        tl.store(dx + t * stride_s + c, value, mask=c < tl.where((t >= 0) & (t < S), C, 0))
         if t < 0:
             tl.store(dstate + (t + W - 1) * C + c, value, mask=c < tl.where(t >= 1 - W, C, 0))
 
@@ -229,6 +235,8 @@ if triton is not None:
         stride_xs,
         stride_dyb,
         stride_dys,
+        stride_dxb,
+        stride_dxs,
         W: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         ROWS: tl.constexpr,
@@ -242,7 +250,7 @@ if triton is not None:
         first = program.to(tl.int64) * ROWS
         x += b * stride_xb
         dy += b * stride_dyb
-        dx += b * S * C
+        dx += b * stride_dxb
         state += b * (W - 1) * C
         dstate += b * (W - 1) * C
         w0, w1 = _load_tap(weight, c, C, W, 0), _load_tap(weight, c, C, W, 1)
@@ -275,10 +283,10 @@ if triton is not None:
             dw1 += g3 * x1 + g4 * x2 + g5 * x3 + g6 * x4
             dw2 += g3 * x2 + g4 * x3 + g5 * x4 + g6 * x5
             dw3 += g3 * x3 + g4 * x4 + g5 * x5 + g6 * x6
-            _store_dx(dx, dstate, g0, g1, g2, g3, w0, w1, w2, w3, t - 3, c, S, C, W)
-            _store_dx(dx, dstate, g1, g2, g3, g4, w0, w1, w2, w3, t - 2, c, S, C, W)
-            _store_dx(dx, dstate, g2, g3, g4, g5, w0, w1, w2, w3, t - 1, c, S, C, W)
-            _store_dx(dx, dstate, g3, g4, g5, g6, w0, w1, w2, w3, t, c, S, C, W)
+            _store_dx(dx, dstate, g0, g1, g2, g3, w0, w1, w2, w3, t - 3, c, S, C, stride_dxs, W)
+            _store_dx(dx, dstate, g1, g2, g3, g4, w0, w1, w2, w3, t - 2, c, S, C, stride_dxs, W)
+            _store_dx(dx, dstate, g2, g3, g4, g5, w0, w1, w2, w3, t - 1, c, S, C, stride_dxs, W)
+            _store_dx(dx, dstate, g3, g4, g5, g6, w0, w1, w2, w3, t, c, S, C, stride_dxs, W)
             x0, x1, x2 = x4, x5, x6
             g0, g1, g2 = g4, g5, g6
         partial += (b * programs + program) * 5 * C + c

@@ -45,63 +45,74 @@ def gated_rms_norm_triton(y_BSD: Tensor, gate_BSD: Tensor, weight_D: Tensor, n_g
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_BSD, gate_BSD, weight_D, n_groups, eps):
-        y_RD, gate_RD, weight_D = _rows(y_BSD), _rows(gate_BSD), weight_D.contiguous()
+        y_RD, gate_RD, weight_D = rows_of(y_BSD), rows_of(gate_BSD), weight_D.contiguous()
         ctx.save_for_backward(y_RD, gate_RD, weight_D)
         ctx.n_groups, ctx.eps, ctx.shape = n_groups, eps, y_BSD.shape
-        (R, D), width = y_RD.shape, y_RD.shape[1] // n_groups
-        out_RD = torch.empty(R, D, dtype=y_RD.dtype, device=y_RD.device)
-        block = triton.next_power_of_2(width)
-        with torch.cuda.device_of(y_RD):
-            _forward_kernel[(R, n_groups)](
-                y_RD,
-                gate_RD,
-                weight_D,
-                out_RD,
-                D,
-                width,
-                eps,
-                y_RD.stride(0),
-                gate_RD.stride(0),
-                BLOCK=block,
-                num_warps=_num_warps(block),
-            )
-        return out_RD.view(y_BSD.shape)
+        return normalize(y_RD, gate_RD, weight_D, n_groups, eps).view(y_BSD.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_BSD):
         y_RD, gate_RD, weight_D = ctx.saved_tensors
-        dout_RD = _rows(dout_BSD)
-        (R, D), width = y_RD.shape, y_RD.shape[1] // ctx.n_groups
-        dy_RD, dgate_RD = (torch.empty(R, D, dtype=t.dtype, device=t.device) for t in (y_RD, gate_RD))
-        programs = min(R, _PROGRAMS_BACKWARD)
-        partial = torch.empty(programs, D, dtype=torch.float32, device=y_RD.device)
-        block = triton.next_power_of_2(width)
-        with torch.cuda.device_of(y_RD):
-            _backward_kernel[(programs, ctx.n_groups)](
-                y_RD,
-                gate_RD,
-                weight_D,
-                dout_RD,
-                dy_RD,
-                dgate_RD,
-                partial,
-                R,
-                D,
-                width,
-                ctx.eps,
-                y_RD.stride(0),
-                gate_RD.stride(0),
-                dout_RD.stride(0),
-                BLOCK=block,
-                STAGES=_stages(y_RD, block),
-                num_warps=2 * _num_warps(block),
-            )
-        dweight_D = partial.sum(0).to(weight_D.dtype)
+        dgate_RD = torch.empty(gate_RD.shape, dtype=gate_RD.dtype, device=gate_RD.device)
+        dout_RD = rows_of(dout_BSD)
+        dy_RD, dweight_D = norm_gradients(y_RD, gate_RD, weight_D, ctx.n_groups, ctx.eps, dout_RD, dgate_RD)
         return dy_RD.view(ctx.shape), dgate_RD.view(ctx.shape), dweight_D, None, None
 
 
-def _rows(t: Tensor) -> Tensor:
+def normalize(y_RD: Tensor, gate_RD: Tensor, weight_D: Tensor, n_groups: int, eps: float) -> Tensor:
+    (R, D), width = y_RD.shape, y_RD.shape[1] // n_groups
+    out_RD = torch.empty(R, D, dtype=y_RD.dtype, device=y_RD.device)
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device_of(y_RD):
+        _forward_kernel[(R, n_groups)](
+            y_RD,
+            gate_RD,
+            weight_D,
+            out_RD,
+            D,
+            width,
+            eps,
+            y_RD.stride(0),
+            gate_RD.stride(0),
+            BLOCK=block,
+            num_warps=_num_warps(block),
+        )
+    return out_RD
+
+
+def norm_gradients(y_RD, gate_RD, weight_D, n_groups, eps, dout_RD, dgate_RD):
+    """dy and dweight; dgate is written to `dgate_RD`, whose columns lie together."""
+    (R, D), width = y_RD.shape, y_RD.shape[1] // n_groups
+    dy_RD = torch.empty(R, D, dtype=y_RD.dtype, device=y_RD.device)
+    programs = min(R, _PROGRAMS_BACKWARD)
+    partial = torch.empty(programs, D, dtype=torch.float32, device=y_RD.device)
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device_of(y_RD):
+        _backward_kernel[(programs, n_groups)](
+            y_RD,
+            gate_RD,
+            weight_D,
+            dout_RD,
+            dy_RD,
+            dgate_RD,
+            partial,
+            R,
+            D,
+            width,
+            eps,
+            y_RD.stride(0),
+            gate_RD.stride(0),
+            dout_RD.stride(0),
+            dgate_RD.stride(0),
+            BLOCK=block,
+            STAGES=_stages(y_RD, block),
+            num_warps=2 * _num_warps(block),
+        )
+    return dy_RD, partial.sum(0).to(weight_D.dtype)
+
+
+def rows_of(t: Tensor) -> Tensor:
     """(..., D) -> (R, D) with one stride for all rows: a view wherever the layout allows, otherwise a copy."""
     if t.stride(-1) != 1:
         t = t.contiguous()
@@ -158,6 +169,7 @@ if triton is not None:
         stride_y,
         stride_gate,
         stride_dout,
+        stride_dgate,
         BLOCK: tl.constexpr,
         STAGES: tl.constexpr,
     ):
@@ -180,5 +192,5 @@ if triton is not None:
             dgated = scale * (d - gated * mean)
             tl.store(dy + row * D + offset, (dgated * silu).to(dy.dtype.element_ty), mask=ok)
             dz = dgated * y_row * sigmoid * (1 + z * (1 - sigmoid))
-            tl.store(dgate + row * D + offset, dz.to(dgate.dtype.element_ty), mask=ok)
+            tl.store(dgate + row * stride_dgate + offset, dz.to(dgate.dtype.element_ty), mask=ok)
         tl.store(partial + tl.program_id(0).to(tl.int64) * D + offset, dweight, mask=ok)

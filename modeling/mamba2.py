@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .causal_conv1d import causal_conv1d
+from .causal_conv1d import MAX_WIDTH, causal_conv1d
 from .configuration_vamba import VambaMamba2Config
 from .gated_rms_norm_triton import MAX_GROUP, gated_rms_norm_triton, triton
+from .mamba2_triton import mix_triton
 from .state_space_duality import ssd_scan
+from .triton_launch import takes
 
 
 class Mamba2State(NamedTuple):
@@ -87,6 +89,9 @@ class Mamba2Mixer(nn.Module):
         """
         config, (H, P, G, K) = self.config, self._sizes()
         projected = self.in_proj(hidden_BSD)
+        if self._is_one_operation(projected):
+            y_BSD, *state = self._mix(projected, state, lengths_B)
+            return self.out_proj(y_BSD), Mamba2State(*state)
         gate, xBC, dt = projected.split([H * P, config.conv_dim, H], dim=-1)
         conv_state, ssm_state = (None, None) if state is None else state
         xBC, conv_state = self.conv1d(xBC, conv_state, lengths_B, config.conv_backend)
@@ -94,7 +99,7 @@ class Mamba2Mixer(nn.Module):
         y_BSHP, ssm_state = ssd_scan(
             x.unflatten(-1, (H, P)),
             self._step_sizes(dt, lengths_B),
-            -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp(),
+            self._decay_rates(),
             B_BSGK.unflatten(-1, (G, K)),
             C_BSGK.unflatten(-1, (G, K)),
             self.D,
@@ -106,6 +111,38 @@ class Mamba2Mixer(nn.Module):
 
     def _sizes(self):
         return self.config.num_heads, self.config.head_dim, self.config.n_groups, self.config.state_size
+
+    def _decay_rates(self) -> Tensor:
+        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+
+    def _is_one_operation(self, projected: Tensor) -> bool:
+        """Whether gradients are recorded and our kernels take all that is between the projections."""
+        _, P, G, K = self._sizes()
+        backends = {self.config.ssd_backend, self.config.conv_backend, self.norm.backend}
+        chosen = backends == {"triton"} or (projected.is_cuda and backends <= {"auto", "triton"})
+        fits = self.config.intermediate_size // G <= MAX_GROUP and self.config.conv_kernel <= MAX_WIDTH
+        fits = fits and all(size >= 16 and size & (size - 1) == 0 for size in (P, K))
+        return torch.is_grad_enabled() and chosen and fits and takes(projected) and self._is_unchanged()
+
+    def _is_unchanged(self) -> bool:
+        """Whether no adapter, hook or wrapper stands in the place of convolution and norm."""
+        return all(
+            type(module) is kind
+            and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+            for module, kind in ((self.conv1d, CausalConv1d), (self.norm, GatedRMSNorm))
+        )
+
+    def _mix(self, projected: Tensor, state: Mamba2State | None, lengths_B: Tensor | None) -> tuple[Tensor, ...]:
+        (H, P, _, K), (B, _, _), T = self._sizes(), projected.shape, self.config.conv_kernel - 1
+        conv_state, ssm_state = state or (
+            projected.new_zeros(B, T, self.config.conv_dim),
+            projected.new_zeros(B, H, P, K, dtype=torch.float32),
+        )
+        conv = self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state
+        D, rates = self.D.float(), self._decay_rates()
+        return mix_triton(
+            projected, conv, self.dt_bias, rates, D, ssm_state.float(), self.norm.weight, lengths_B, self.config
+        )
 
     def _step_sizes(self, dt_BSH: Tensor, lengths_B: Tensor | None) -> Tensor:
         compute = torch.promote_types(dt_BSH.dtype, torch.float32)

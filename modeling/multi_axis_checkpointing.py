@@ -115,8 +115,11 @@ class LazyLevels:
         # Tensors are arguments of their own: only those does `checkpoint` save where hooks on saved tensors see them.
         inputs = [sequence.blocks[position], *(tensor for state in states for tensor in state)]
         cell = functools.partial(_run_layers, self.step, levels, sequence.context[position])
-        with offload_saved(*inputs) if self.offload else contextlib.nullcontext():
-            hidden_BSD, states, emitted = checkpoint(cell, *inputs, use_reentrant=False)
+        if levels.stop == self.num_levels and sequence is self.sequences[-1] and position == len(sequence.blocks) - 1:
+            hidden_BSD, states, emitted = cell(*inputs)  # backward begins with it: nothing is gained by forgetting it
+        else:
+            with offload_saved(*inputs) if self.offload else contextlib.nullcontext():
+                hidden_BSD, states, emitted = checkpoint(cell, *inputs, use_reentrant=False)
         sequence.blocks[position] = hidden_BSD
         sequence.states[levels.start : levels.stop] = states
         for index, tensors in zip(levels, emitted):

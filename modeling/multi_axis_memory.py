@@ -5,6 +5,8 @@ from a Mamba-2 configuration: the paper's count the numbers its fused layer keep
 this package's kernels on a GPU. All are per row of a batch; every term grows with the rows alike.
 """
 
+import functools
+import math
 import os
 from math import ceil
 from pathlib import Path
@@ -16,8 +18,11 @@ from .configuration_vamba import VambaMamba2Config
 from .frame_streaming import free_bytes
 
 
-# Near the least memory the length of cells hardly changes it, but short ones are slow.
-SLACK = 1.1
+# What a step takes besides, relative to itself (H200): cells of s tokens cost 600 / s, as kernels have less to do;
+# recomputing a cell of l layers stops before the last one's output projection and saves 0.05 / l; what waits in CPU
+# memory costs thrice its share of all that autograd would save. A tenth less memory is worth two percent of the time.
+SHORT, STOPPED, MOVED, TRADE = 600, 0.05, 3, 0.18
+SLACK = 1.1  # over the least memory there is, where that is too much already
 
 
 class MemoryCosts(NamedTuple):
@@ -75,12 +80,12 @@ def choose_intervals(
     multiple: int = 256,
     longest: int = 32768,
 ) -> tuple[int, int]:
-    """(layers, tokens) of a cell: the longest cells within `budget` bytes, or within a tenth over the least there is.
+    """(layers, tokens) of a cell: of those within `budget` bytes the best trade of time for memory.
 
-    Longer cells run faster, as each kernel has more to do, until a GPU is full (`longest`); how many layers a cell has
-    does not change the speed, so it is what takes least memory. `layer_interval` and `sequence_interval` are fixed
-    where given. A cell's tokens are a multiple of `multiple`, the chunk of the scan, so that no chunk is cut. With
-    `offload` what waits in CPU memory takes `cpu_budget` bytes at most, or as few as can be.
+    `layer_interval` and `sequence_interval` are fixed where given. A cell's tokens are a multiple of `multiple`, the
+    chunk of the scan, so that no chunk is cut, and not more than `longest`, which fill a GPU. With `offload` what waits
+    in CPU memory takes `cpu_budget` bytes at most, or as few as can be; and where nothing fits `budget`, cells take
+    near the least memory there is.
     """
     layers = range(1, num_layers + 1) if layer_interval is None else [layer_interval]
     lengths = [sequence_interval]
@@ -93,9 +98,14 @@ def choose_intervals(
         most = max(cpu_budget, min(waiting.values()))
         cells = [cell for cell in cells if waiting[cell] <= most]
     needed = {cell: costs.total(num_layers, tokens, *cell, offload) for cell in cells}
-    allowed = max(budget or 0, SLACK * min(needed.values()))
-    longest = max(s for (_, s), total in needed.items() if total <= allowed)
-    return min((cell for cell in cells if cell[1] == longest), key=needed.get)
+    allowed = math.inf if budget is None else max(budget, SLACK * min(needed.values()))
+
+    def price(cell: tuple[int, int]) -> float:
+        l, s = cell
+        moved = costs.offloaded(num_layers, tokens, *cell) / (num_layers * tokens * costs.layer) if offload else 0.0
+        return SHORT / s - STOPPED / l + MOVED * moved + TRADE * math.log(needed[cell])
+
+    return min((cell for cell in cells if needed[cell] <= allowed), key=price)
 
 
 def memory_budget(device: torch.device, share: float = 0.5) -> int | None:
@@ -111,8 +121,16 @@ def memory_budget(device: torch.device, share: float = 0.5) -> int | None:
 def cpu_memory_budget(share: float = 0.7) -> int | None:
     """Bytes of CPU memory that each process of this machine may take; None where that cannot be known.
 
-    The rest is for data. Linux says what is available, and a container (cgroup v2) may allow less.
+    The rest is for data. It is a share of what was available when this was first asked: afterwards PyTorch holds what
+    it has pinned, used or not.
     """
+    available = _available_cpu_bytes()
+    return None if available is None else int(share * available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+@functools.cache
+def _available_cpu_bytes() -> int | None:
+    """Linux says what is available, and a container (cgroup v2) may allow less."""
     try:
         available = 1024 * next(
             int(line.split()[1]) for line in Path("/proc/meminfo").open() if line.startswith("MemAvailable:")
@@ -125,7 +143,7 @@ def cpu_memory_budget(share: float = 0.7) -> int | None:
         available = min(available, allowed - used)
     except (OSError, ValueError):  # no container, or one without a limit: "max"
         pass
-    return int(share * max(available, 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(available, 0)
 
 
 def mamba2_costs(
@@ -145,9 +163,9 @@ def mamba2_costs(
     exact = max(size, 4)  # dt and the states are computed in float32
     state = exact * inner * config.state_size + size * (config.conv_kernel - 1) * config.conv_dim
     layer = 2 * size * config.hidden_size + exact  # before and after the norm, and its scale
-    layer += size * rows + exact * 2 * heads  # in_proj's gate, inputs and dt; dt again before and after the softplus
+    layer += size * rows + exact * 3 * heads  # in_proj's gate, inputs and dt; three numbers of each step and its decay
     layer += size * (config.conv_dim + 2 * inner)  # after the convolution, the scan, and the gated norm
-    work = size * (rows + 2 * config.conv_dim + 3 * inner) + 2 * size * inner * config.state_size // 64
+    work = size * (rows + config.conv_dim + 2 * inner) + 2 * size * inner * config.state_size // 64
     border = (residual_dtype or dtype).itemsize * config.hidden_size
     spared = border - size * config.hidden_size
     return MemoryCosts(border, state, layer, work, emitted * size, always=border, spared=max(spared, 0))
@@ -157,7 +175,7 @@ def paper_costs(config: VambaMamba2Config, dtype: torch.dtype = torch.bfloat16) 
     """The constants of the paper's table 7, which hold for mamba-ssm's fused layer, in bytes.
 
     Its C_state is per token (equation 16), though the states that backward recomputes are one per chunk; with it the
-    model comes close to the paper's measurements (table 3), which are 1.0 to 1.8 times what it says.
+    model comes close to the paper's measurements (table 3), which are 1.0 to 1.9 times what it says.
     """
     inner, conv_dim = config.intermediate_size, config.conv_dim
     state = inner * config.state_size

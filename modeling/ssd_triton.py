@@ -27,6 +27,7 @@ except ImportError:
     triton = None
 
 _SEGMENT_TILES = 16  # of a sequence's many segments; fewer make more programs, and more states between them
+_FILLING = 1280  # programs that leave few of a GPU's multiprocessors idle at the end, two running on each of 132
 _BLOCK_HEADS = 16
 _BLOCK_STATE = 1024
 
@@ -63,49 +64,62 @@ class _SSDScan(torch.autograd.Function):
     def forward(ctx, x, dt, A, Bm, Cm, D, state, chunk_size):
         x, Bm, Cm = (_unit_stride(t) for t in (x, Bm, Cm))
         A, D, state = A.contiguous(), D.contiguous(), state.contiguous()
-        (B, S, H, P), (G, K) = x.shape, Bm.shape[2:]
-        low = x.dtype != torch.float32  # float32 products run without tensor cores: small tiles
-        Q = max(16, min(64 if low else 16, 1 << (chunk_size.bit_length() - 1)))
-        with torch.cuda.device_of(x):
-            times = _steps(dt, A, Q)
-            entering = _enter(x, Bm, state, times, reverse=False)
-            y, final = torch.empty(B, S, H, P, dtype=x.dtype, device=x.device), torch.empty_like(state)
-            _output_kernel[(H, entering.shape[1], B)](
-                x,
-                Bm,
-                Cm,
-                D,
-                *times[1:],
-                entering,
-                y,
-                final,
-                S,
-                times.shape[3],
-                _SEGMENT_TILES,
-                H // G,
-                *x.stride()[:3],
-                *Bm.stride()[:3],
-                *Cm.stride()[:3],
-                Q=Q,
-                P=P,
-                K=K,
-                MASKED=S % Q > 0,  # a second copy of the loop's body would spill
-                num_warps=4,
-                num_stages=2 if low else 1,
-            )
+        y, final, times, entering = scan(x, dt, A, Bm, Cm, D, state, chunk_size)
         ctx.save_for_backward(x, A, Bm, Cm, D, times, entering)
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dfinal):
-        x, A, Bm, Cm, D, times, entering = ctx.saved_tensors
-        dy, dfinal = _unit_stride(dy.to(x.dtype)), dfinal.contiguous()
-        with torch.cuda.device_of(x):
-            inside, _ = _walk(x, Bm, entering, times, reverse=False)
-            leaving, dstate = _walk(dy, Cm, _enter(dy, Cm, dfinal, times, reverse=True), times, reverse=True)
-            dx, ddt, dA, dB, dC, dD = scan_gradients(x, A, Bm, Cm, D, times, inside, leaving, dy)
+        x, _, Bm, Cm, *_ = ctx.saved_tensors
+        dx, dB, dC = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, Bm, Cm))
+        dy = _unit_stride(dy.to(x.dtype))
+        ddt, dA, dD, dstate = backward_scan(*ctx.saved_tensors, dy, dfinal, dx, dB, dC)
         return dx, ddt, dA, dB, dC, dD, dstate, None
+
+
+def scan(x, dt, A, Bm, Cm, D, state, chunk_size):
+    """y, the last state, and what `backward_scan` needs: the tokens' times and the states before the segments."""
+    (B, S, H, P), (G, K) = x.shape, Bm.shape[2:]
+    low = x.dtype != torch.float32  # float32 products run without tensor cores: small tiles
+    Q = max(16, min(64 if low else 16, 1 << (chunk_size.bit_length() - 1)))
+    with torch.cuda.device_of(x):
+        times = _steps(dt, A, Q)
+        entering = _enter(x, Bm, state, times, reverse=False)
+        y, final = torch.empty(B, S, H, P, dtype=x.dtype, device=x.device), torch.empty_like(state)
+        _output_kernel[(H, entering.shape[1], B)](
+            x,
+            Bm,
+            Cm,
+            D,
+            *times[1:],
+            entering,
+            y,
+            final,
+            S,
+            times.shape[3],
+            _segment_tiles(times),
+            H // G,
+            *x.stride()[:3],
+            *Bm.stride()[:3],
+            *Cm.stride()[:3],
+            Q=Q,
+            P=P,
+            K=K,
+            MASKED=S % Q > 0,  # a second copy of the loop's body would spill
+            num_warps=4,
+            num_stages=2 if low else 1,
+        )
+    return y, final, times, entering
+
+
+def backward_scan(x, A, Bm, Cm, D, times, entering, dy, dfinal, dx, dB, dC):
+    """ddt, dA, dD and dstate; dx, dB and dC are written to the given tensors, of x's dtype and unit stride."""
+    with torch.cuda.device_of(x):
+        inside, _ = _walk(x, Bm, entering, times, reverse=False)
+        entering = _enter(dy, Cm, dfinal.contiguous(), times, reverse=True)
+        leaving, dstate = _walk(dy, Cm, entering, times, reverse=True)
+        return *scan_gradients(x, A, Bm, Cm, D, times, inside, leaving, dy, dx, dB, dC), dstate
 
 
 def _unit_stride(t: Tensor) -> Tensor:
@@ -126,10 +140,17 @@ def _steps(dt_BSH: Tensor, A_H: Tensor, Q: int) -> Tensor:
     return times
 
 
+def _segment_tiles(times: Tensor) -> int:
+    """Tiles of a segment: fewer where a sequence of medium length would make too few programs."""
+    _, B, H, C, _ = times.shape
+    many = C <= 4 * _SEGMENT_TILES or B * H * triton.cdiv(C, _SEGMENT_TILES) >= _FILLING
+    return _SEGMENT_TILES if many else _SEGMENT_TILES // 2
+
+
 def _enter(v_BSHP, w_BSGK, state_BHPK, times, reverse):
     """The state before each segment, (B, N, H, P, K) float32, in the order of the walk: `_walk`'s recurrence."""
     (B, _, H, P), K = v_BSHP.shape, w_BSGK.shape[3]
-    N = triton.cdiv(times.shape[3], _SEGMENT_TILES)
+    N = triton.cdiv(times.shape[3], _segment_tiles(times))
     if N == 1:
         return state_BHPK.unsqueeze(1)
     entering = torch.empty(B, N, H, P, K, dtype=torch.float32, device=v_BSHP.device)
@@ -166,7 +187,7 @@ def _launch_states(programs, v, w, entering, times, out, totals, states, N, reve
         S,
         C,
         N,
-        _SEGMENT_TILES,
+        _segment_tiles(times),
         H // G,
         *v.stride()[:3],
         *w.stride()[:3],

@@ -18,28 +18,29 @@ try:
 except ImportError:
     triton = None
 
-_HEADS = 28  # of one program
+_HEADS = (28, 14)  # of one program: many, which write fewer sums, or fewer where there would be few programs
+_FILLING = 660  # programs for which that is many: five for each of a GPU's 132 multiprocessors
 
 
-def scan_gradients(x, A, Bm, Cm, D, times, inside, leaving, dy):
-    """dx, ddt, dA, dB, dC, dD from the states before the tiles and the gradients of those after them, (B, C, H, K, P).
+def scan_gradients(x, A, Bm, Cm, D, times, inside, leaving, dy, dx, dB, dC):
+    """ddt, dA and dD from the states before the tiles and the gradients of those after them, (B, C, H, K, P).
 
-    `times` (3, B, H, C, Q) is `ssd_triton._steps`'s; dy has x's dtype.
+    `times` (3, B, H, C, Q) is `ssd_triton._steps`'s; dy has x's dtype, and so have dx, dB and dC, which are written.
     """
     (B, S, H, P), (G, K), (C, Q) = x.shape, Bm.shape[2:], times.shape[3:]
     steps, decays, _ = times
-    blocks = triton.cdiv(H // G, _HEADS)
+    many, few = _HEADS
+    heads = many if B * C * G * triton.cdiv(H // G, many) >= _FILLING else few
+    blocks = triton.cdiv(H // G, heads)
 
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=x.device)
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
 
-    dx, ddt = empty(B, S, H, P, dtype=x.dtype), empty(B, S, H)
-    (direct, dlog), (dA, dD) = empty(2, B, H, C * Q), empty(2, B, C, H)
+    ddt, (direct, dlog), (dA, dD) = empty(B, S, H), empty(2, B, H, C * Q), empty(2, B, C, H)
     dscores, parts = empty(blocks, B, C, G, Q, Q), empty(2, blocks, B, S, G, K)
-    dB, dC = empty(2, B, S, G, K, dtype=x.dtype)
     x_strides, B_strides, C_strides, dy_strides = (t.stride()[:3] for t in (x, Bm, Cm, dy))
     options = {
-        "HEADS": _HEADS,
+        "HEADS": heads,
         "Q": Q,
         "P": P,
         "K": K,
@@ -68,6 +69,7 @@ def scan_gradients(x, A, Bm, Cm, D, times, inside, leaving, dy):
         *B_strides,
         *C_strides,
         *dy_strides,
+        *dx.stride()[:3],
         **options,
     )
     _dstates_kernel[(blocks * G, C, B)](
@@ -94,9 +96,25 @@ def scan_gradients(x, A, Bm, Cm, D, times, inside, leaving, dy):
         **options,
     )
     _sum_kernel[(G, C, B)](
-        Bm, Cm, dscores, *parts, dB, dC, S, C, G, *B_strides, *C_strides, BLOCKS=blocks, Q=Q, K=K, num_warps=8
+        Bm,
+        Cm,
+        dscores,
+        *parts,
+        dB,
+        dC,
+        S,
+        C,
+        G,
+        *B_strides,
+        *C_strides,
+        *dB.stride()[:3],
+        *dC.stride()[:3],
+        BLOCKS=blocks,
+        Q=Q,
+        K=K,
+        num_warps=8,
     )
-    return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1))
+    return ddt, dA.sum((0, 1)), dD.sum((0, 1))
 
 
 if triton is not None:
@@ -132,6 +150,9 @@ if triton is not None:
         stride_dyb,
         stride_dys,
         stride_dyh,
+        stride_dxb,
+        stride_dxs,
+        stride_dxh,
         HEADS: tl.constexpr,
         Q: tl.constexpr,
         P: tl.constexpr,
@@ -152,7 +173,7 @@ if triton is not None:
         dscores_tile = tl.zeros([Q, Q], tl.float32)
         x += b * stride_xb + start * stride_xs
         dy += b * stride_dyb + start * stride_dys
-        dx += (b * S + start) * H * P
+        dx += b * stride_dxb + start * stride_dxs
         for h in range(g * heads + block * HEADS, g * heads + tl.minimum(block * HEADS + HEADS, heads)):
             row = (b * H + h) * C * Q + start
             decay = tl.load(decays + row + q)
@@ -173,7 +194,8 @@ if triton is not None:
             dinput = tl.dot((scores * between).to(dy_tile.dtype), dy_tile, dinput, input_precision="ieee")
             tl.store(direct + row + q, tl.sum(x_exact * dinput, 1))
             dx_tile = dinput * step[:, None] + dy_tile.to(tl.float32) * tl.load(D + h)
-            tl.store(dx + h * P + q[:, None] * (H * P) + p[None, :], dx_tile.to(dx.dtype.element_ty), mask=ok)
+            offset = tl.cast(h, tl.int64) * stride_dxh + q[:, None] * stride_dxs + p[None, :]
+            tl.store(dx + offset, dx_tile.to(dx.dtype.element_ty), mask=ok)
             # Tokens of one tile: y_i += sum_j scores_ji between_ji dt_j x_j; the diagonal of x dy^T is dD's.
             dmixing = tl.dot(x_tile, tl.trans(dy_tile), input_precision="ieee")
             diagonal = tl.sum(tl.where(q[:, None] == q[None, :], dmixing, 0.0), 1)
@@ -283,6 +305,12 @@ if triton is not None:
         stride_Cb,
         stride_Cs,
         stride_Cg,
+        stride_dBb,
+        stride_dBs,
+        stride_dBg,
+        stride_dCb,
+        stride_dCs,
+        stride_dCg,
         BLOCKS: tl.constexpr,
         Q: tl.constexpr,
         K: tl.constexpr,
@@ -309,6 +337,7 @@ if triton is not None:
         pairs = pairs.to(B_tile.dtype)
         dB_tile += tl.dot(pairs, C_tile, input_precision="ieee")
         dC_tile += tl.dot(tl.trans(pairs), B_tile, input_precision="ieee")
-        offset = ((b * S + start) * G + g) * K + q[:, None] * (G * K) + k[None, :]
-        tl.store(dB + offset, dB_tile.to(dB.dtype.element_ty), mask=ok)
-        tl.store(dC + offset, dC_tile.to(dC.dtype.element_ty), mask=ok)
+        dB += b * stride_dBb + g * stride_dBg + start * stride_dBs
+        dC += b * stride_dCb + g * stride_dCg + start * stride_dCs
+        tl.store(dB + q[:, None] * stride_dBs + k[None, :], dB_tile.to(dB.dtype.element_ty), mask=ok)
+        tl.store(dC + q[:, None] * stride_dCs + k[None, :], dC_tile.to(dC.dtype.element_ty), mask=ok)

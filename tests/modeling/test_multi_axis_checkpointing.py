@@ -140,7 +140,7 @@ def test_offloading_changes_nothing_and_moves_what_it_should(monkeypatch):
     shift = torch.randn(2, 12, 2 * D, dtype=torch.float64, requires_grad=True)
     arguments = (toy, vision, [*initial_states(2), None], None, text, shift)
     offloaded = results(*arguments, (2, 5), offload=True)
-    borders = 3 * vision.nbytes
+    borders = 3 * vision.nbytes - vision[:, 10:].nbytes  # but for the last cell's, which is not run again
     states = 3 * sum(t.nbytes for state in arguments[2][:-1] for t in state)  # before each of three blocks
     keys_values = L * shift.nbytes
     assert sum(moved) == borders + states + keys_values
@@ -270,6 +270,7 @@ def test_backward_finishes_a_group_before_the_one_below_gets_gradients():
     expected = []
     for group in reversed(groups):
         expected += [("gradient", i) for i in reversed(group)] + [("cell", i, size) for size in (2, 5) for i in group]
+    expected.remove(("cell", 4, 2))  # the last one, with which backward begins, has been kept
     assert log == expected
 
 
@@ -347,7 +348,7 @@ def test_the_peak_is_what_the_memory_model_says(cells):
     assert predicted * 0.75 <= peak <= predicted * 1.05
     groups, blocks = -(-8 // cells[0]), 128 // cells[1]
     kept = (groups - 1) * 128 + 8 * 128 + (blocks - 1) * 2 * 8
-    assert kept <= after <= kept + 10
+    assert kept <= after <= kept + cells[0] * cells[1] * 9 + 10  # and the cell with which backward begins
 
 
 def test_gradients_of_what_is_emitted_live_a_group_at_a_time():
@@ -416,7 +417,7 @@ def test_settings_give_intervals():
     assert MultiAxisSettings("auto", 2500).intervals(costs, 8, hidden, module)[1] == [2500, 2500]
     assert MultiAxisSettings(3, "auto").intervals(costs, 8, hidden, module)[0] == 3
     l, sizes = MultiAxisSettings().intervals(costs, 8, hidden, module)
-    assert 1 <= l <= 8 and sum(sizes) == 5000 and sizes[0] % 256 == 0
+    assert 1 <= l <= 8 and sum(sizes) == 5000 and (len(sizes) == 1 or sizes[0] % 256 == 0)
     assert MultiAxisSettings(9, 9000).intervals(costs, 8, hidden, module) == (9, [5000])
 
 

@@ -54,19 +54,29 @@ def test_the_papers_model_beside_its_measurements(name, measured):
     """Table 3, GB at 2^10, 2^11, ... tokens: the model leaves out gradients and what one layer is at."""
     costs = paper_costs(CONFIGS[name])
     for exponent, gigabytes in enumerate(measured, start=10):
-        cells = choose_intervals(costs, LAYERS[name], 2**exponent)
+        cells = choose_intervals(costs, LAYERS[name], 2**exponent, budget=0)
         ratio = gigabytes * GB / costs.total(LAYERS[name], 2**exponent, *cells)
-        assert 0.85 < ratio < 1.85, (exponent, cells, ratio)
+        assert 0.85 < ratio < 1.9, (exponent, cells, ratio)
 
 
-def test_the_longest_cells_near_the_least_memory():
+def test_near_the_least_memory_where_that_is_too_much():
     costs, tokens = mamba2_costs(CONFIGS["1.3b"], torch.bfloat16), 100_000
-    l, s = choose_intervals(costs, 48, tokens)
-    memory = costs.total(48, tokens, l, s)
-    every = {(a, b): costs.total(48, tokens, a, b) for a in range(1, 49) for b in range(256, 32769, 256)}
-    assert memory <= 1.1 * min(every.values())
-    assert all(b <= s for (_, b), other in every.items() if other <= 1.1 * min(every.values()))
-    assert memory == min(every[a, s] for a in range(1, 49))
+    memory = costs.total(48, tokens, *choose_intervals(costs, 48, tokens, budget=1))
+    least = min(costs.total(48, tokens, l, s) for l in range(1, 49) for s in range(256, 32769, 256))
+    assert least <= memory <= 1.1 * least
+    assert choose_intervals(costs, 48, tokens, budget=1) == choose_intervals(costs, 48, tokens, budget=int(least))
+
+
+def test_time_and_memory_are_traded():
+    """More memory buys longer cells of fewer layers; where memory is the same the fastest are chosen."""
+    costs, tokens = mamba2_costs(CONFIGS["1.3b"], torch.bfloat16), 2**18
+    least = min(costs.total(48, tokens, l, s) for l in range(1, 49) for s in range(256, 32769, 256))
+    chosen = choose_intervals(costs, 48, tokens)
+    leanest = min((costs.total(48, tokens, l, s), l, s) for l in range(1, 49) for s in range(256, 32769, 256))[1:]
+    assert chosen[1] > leanest[1] and least < costs.total(48, tokens, *chosen) < 1.3 * least
+    assert choose_intervals(costs, 48, tokens, budget=int(1.05 * least))[1] <= chosen[1]
+    flat = MemoryCosts(border=0, state=0, layer=0, always=1)
+    assert choose_intervals(flat, 48, tokens) == (1, 32768)
 
 
 COSTS_7B = mamba2_costs(VAMBA_7B, torch.bfloat16, KEYS_VALUES)
@@ -75,15 +85,15 @@ COSTS_7B = mamba2_costs(VAMBA_7B, torch.bfloat16, KEYS_VALUES)
 @pytest.mark.parametrize(
     ("tokens", "budget", "offload", "expected"),
     [
-        (1, None, False, (2, 256)),
-        (76_544, None, False, (4, 6400)),
-        (153_088, None, False, (7, 9728)),
-        (153_088, 40 * GB, False, (4, 32768)),
+        (1, None, False, (1, 256)),
+        (76_544, None, False, (4, 11008)),
+        (153_088, None, False, (4, 14080)),
+        (153_088, 25 * GB, False, (4, 11776)),
         (153_088, 1 * GB, False, (7, 9728)),  # nothing fits: near the least
-        (612_352, None, False, (7, 16640)),
-        (1_048_576, None, False, (10, 22016)),
-        (1_048_576, None, True, (1, 7936)),
-        (1_048_576, 40 * GB, True, (1, 32768)),
+        (612_352, None, False, (7, 20480)),
+        (1_048_576, None, False, (7, 25600)),
+        (1_048_576, None, True, (4, 16384)),
+        (1_048_576, 25 * GB, True, (2, 11264)),
     ],
 )
 def test_chosen_cells_of_vambas_7b(tokens, budget, offload, expected):
@@ -94,13 +104,13 @@ def test_chosen_cells_of_vambas_7b(tokens, budget, offload, expected):
 
 
 def test_cpu_memory_bounds_what_is_offloaded():
-    """Least memory on the GPU would want a group for each layer, and terabytes of borders on the CPU."""
+    """Little memory on the GPU wants many groups of layers, and more of their borders on the CPU than there is."""
     costs = mamba2_costs(CONFIGS["2.7b"], torch.bfloat16)
     tokens, budget = 2**20, 90 * GB
-    free = choose_intervals(costs, 64, tokens, offload=True)
-    bound = choose_intervals(costs, 64, tokens, offload=True, cpu_budget=budget)
-    assert free[0] == 1 and costs.offloaded(64, tokens, *free) > 300 * GB
-    assert costs.offloaded(64, tokens, *bound) <= budget and bound[0] > 1
+    free = choose_intervals(costs, 64, tokens, 0, offload=True)
+    bound = choose_intervals(costs, 64, tokens, 0, offload=True, cpu_budget=budget)
+    assert free[0] < bound[0] and costs.offloaded(64, tokens, *free) > 150 * GB
+    assert costs.offloaded(64, tokens, *bound) <= budget
     assert choose_intervals(costs, 64, tokens, cpu_budget=1) == choose_intervals(costs, 64, tokens)
     least = choose_intervals(costs, 64, tokens, offload=True, cpu_budget=1)  # does not fit: as little as can be
     assert costs.offloaded(64, tokens, *least) == min(
@@ -113,6 +123,12 @@ def test_cpu_budget_is_a_share_of_what_is_available(monkeypatch):
     assert 2**28 < whole < 2**45 and 0.3 * whole < cpu_memory_budget(0.5) < 0.7 * whole
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert cpu_memory_budget(1.0) < 0.3 * whole
+
+
+def test_cpu_budget_stays_when_the_step_before_has_pinned_memory(monkeypatch):
+    before = cpu_memory_budget()
+    monkeypatch.setattr("pathlib.Path.open", lambda self: ["MemAvailable: 1 kB"])
+    assert cpu_memory_budget() == before
 
 
 def test_what_is_given_stays():
@@ -150,7 +166,7 @@ def test_video_ma2mbas_targets():
     cells = choose_intervals(costs, 64, 2**22, offload=True, cpu_budget=100 * GB)
     assert costs.total(64, 2**22, *cells, offload=True) < 100 * GB
     wide = mamba2_costs(CONFIGS["2.7b"], torch.bfloat16, residual_dtype=torch.float32)
-    memory = {n: wide.total(64, 2**n, *choose_intervals(wide, 64, 2**n)) for n in (19, 20)}
+    memory = {n: wide.total(64, 2**n, *choose_intervals(wide, 64, 2**n, budget=0)) for n in (19, 20)}
     assert 42.2 * GB < memory[19] < 46 * GB and memory[20] < 80 * GB
     assert min(wide.total(64, 2**19, l, s) for l in range(1, 65) for s in range(1024, 16384, 1024)) < 42.2 * GB
 

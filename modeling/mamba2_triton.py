@@ -1,0 +1,115 @@
+"""A Mamba-2 mixer between its two projections as one operation for autograd: convolution, scan and gated norm.
+
+What is unusual: the kernels are those of the single operations, but their gradients are written straight into the
+columns of in_proj's output, (B, S, [z, x, B, C, dt]). Autograd would join them by copying, twice, and would pad the
+gradient of the convolution's last inputs, three rows, to the length of the sequence.
+
+Shapes: B batch, S tokens, H heads, P head dim, G groups, K state size, C conv channels, T conv taps kept.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .causal_conv1d_triton import convolution_gradients, convolve
+from .configuration_vamba import VambaMamba2Config
+from .gated_rms_norm_triton import norm_gradients, normalize, rows_of
+from .ssd_triton import backward_scan, scan
+
+
+def mix_triton(
+    projected_BSE: Tensor,
+    conv: tuple[Tensor, Tensor | None, Tensor],
+    dt_bias_H: Tensor,
+    A_H: Tensor,
+    D_H: Tensor,
+    ssm_BHPK: Tensor,
+    norm_weight: Tensor,
+    lengths_B: Tensor | None,
+    config: VambaMamba2Config,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gated and normalised outputs, (B, S, H·P), and both states after each row's last token.
+
+    `conv` holds weight (C, W), bias (C,) or None, and the last inputs (B, T, C). P and K are powers of two from 16.
+    """
+    return _Mix.apply(projected_BSE.contiguous(), *conv, dt_bias_H, A_H, D_H, ssm_BHPK, norm_weight, lengths_B, config)
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, projected, weight, bias, conv_state, dt_bias, A, D, state, norm_weight, lengths, config):
+        weight, conv_state, state = weight.contiguous(), conv_state.to(projected.dtype).contiguous(), state.contiguous()
+        gate, xBC, dt = _columns(projected, config)
+        steps = F.softplus(dt.float() + dt_bias.float()).clamp(*config.time_step_limit)
+        if lengths is not None:
+            steps *= (torch.arange(steps.shape[1], device=steps.device) < lengths.unsqueeze(1)).unsqueeze(-1)
+        convolved = convolve(xBC, weight, bias, conv_state)
+        y, state, times, entering = scan(*_scanned(convolved, config, steps, A), D, state, config.chunk_size)
+        y = y.flatten(2)
+        out = normalize(rows_of(y), rows_of(gate), norm_weight, config.n_groups, config.layer_norm_epsilon)
+        index = _last_places(conv_state, xBC, lengths)
+        recent = torch.where(
+            index < conv_state.shape[1], _rows_at(conv_state, index), _rows_at(xBC, index - conv_state.shape[1])
+        )
+        ctx.config = config
+        ctx.save_for_backward(
+            projected, weight, bias, conv_state, dt_bias, A, D, norm_weight, lengths, convolved, y, times, entering
+        )
+        return out.view(y.shape), recent, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, drecent, dstate):
+        (
+            projected, weight, bias, conv_state, dt_bias, A, D, norm_weight, lengths, convolved, y, times, entering,
+        ) = ctx.saved_tensors  # fmt: skip
+        config, dprojected = ctx.config, torch.empty_like(projected)
+        (gate, xBC, _), (dgate, dxBC, ddt) = _columns(projected, config), _columns(dprojected, config)
+        norm = rows_of(y), rows_of(gate), norm_weight, config.n_groups, config.layer_norm_epsilon
+        dy, dnorm_weight = norm_gradients(*norm, rows_of(dout.to(y.dtype)), rows_of(dgate))
+        dconvolved = torch.empty_like(convolved)
+        x, _, _, Bm, Cm = _scanned(convolved, config)
+        dx, _, _, dB, dC = _scanned(dconvolved, config)
+        dy = dy.view(x.shape)
+        dsteps, dA, dD, dstate = backward_scan(x, A, Bm, Cm, D, times, entering, dy, dstate, dx, dB, dC)
+        dconv = convolution_gradients(xBC, weight, bias, conv_state, dconvolved, dxBC)
+        _add_to_last(dconv[2], dxBC, _last_places(conv_state, xBC, lengths), drecent)
+        # The derivative of the softplus is 1 - exp(-softplus); what is clamped, or padding, has none.
+        steps = times[0].flatten(2)[..., : dsteps.shape[1]].transpose(1, 2)
+        low, high = config.time_step_limit
+        dsteps *= torch.where((steps > low) & (steps < high), -torch.expm1(-steps), 0)
+        ddt.copy_(dsteps)
+        return dprojected, *dconv, dsteps.sum((0, 1)).to(dt_bias.dtype), dA, dD, dstate, dnorm_weight, None, None
+
+
+def _columns(projected_BSE: Tensor, config: VambaMamba2Config) -> tuple[Tensor, ...]:
+    """z, [x, B, C] and dt."""
+    return projected_BSE.split([config.intermediate_size, config.conv_dim, config.num_heads], -1)
+
+
+def _scanned(convolved_BSC: Tensor, config: VambaMamba2Config, steps_BSH=None, A_H=None) -> tuple[Tensor | None, ...]:
+    """The scan's inputs in its order: x (B, S, H, P), dt and A as given, B and C (B, S, G, K)."""
+    G, K = config.n_groups, config.state_size
+    x, Bm, Cm = convolved_BSC.split([config.intermediate_size, G * K, G * K], -1)
+    x = x.unflatten(-1, (config.num_heads, config.head_dim))
+    return x, steps_BSH, A_H, Bm.unflatten(-1, (G, K)), Cm.unflatten(-1, (G, K))
+
+
+def _last_places(state_BTC: Tensor, xBC: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """(B, T, 1), where the next T inputs to keep are in `cat([state, xBC], 1)`."""
+    (B, T, _), S = state_BTC.shape, xBC.shape[1]
+    first_B1 = torch.full((B, 1), S, device=xBC.device) if lengths_B is None else lengths_B.unsqueeze(1)
+    return (first_B1 + torch.arange(T, device=xBC.device)).unsqueeze(-1)
+
+
+def _rows_at(t_BSC: Tensor, index_BT1: Tensor) -> Tensor:
+    return t_BSC.gather(1, index_BT1.clamp(0, t_BSC.shape[1] - 1).expand(-1, -1, t_BSC.shape[2]))
+
+
+def _add_to_last(dstate_BTC: Tensor, dxBC: Tensor, index_BT1: Tensor, drecent_BTC: Tensor) -> None:
+    """Adds the gradient of the inputs kept to those of the state and of the inputs that they were."""
+    T = dstate_BTC.shape[1]
+    for target, index, mine in ((dstate_BTC, index_BT1, index_BT1 < T), (dxBC, index_BT1 - T, index_BT1 >= T)):
+        index = index.clamp(0, target.shape[1] - 1).expand(-1, -1, target.shape[2])
+        target.scatter_add_(1, index, torch.where(mine, drecent_BTC, 0).to(target.dtype))

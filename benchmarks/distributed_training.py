@@ -1,6 +1,6 @@
 """Training the 7B's shapes on several GPUs with FSDP2: tokens a second of each GPU, and losses that must be one GPU's.
 
-    torchrun --nproc-per-node 2 benchmarks/distributed_training.py [--stage full] [--frames 256] [--out FILE]
+    torchrun --nproc-per-node 2 benchmarks/distributed_training.py [--stage stage2] [--frames 256] [--out FILE]
 
 Each step trains on `--samples` samples in all, shared out among the GPUs: with the same seed the losses of any number
 of GPUs are the same up to rounding. Weights that train are float32, computed with in bfloat16; AdamW; checkpointing
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from training import GRID, TRAINED, choose_trainable, sample
 
 from vamba.bench.measure import now, peak, reset_peak
 from vamba.bench.models import load_ours
@@ -23,33 +24,10 @@ from vamba.modeling.decoder_layer import VambaDecoderLayer
 from vamba.modeling.mamba2 import Mamba2Block
 
 
-TEXT, GRID = 128, (26, 46)
-TRAINED = {
-    "stage1": ("video_encoder.", "cross_attn.", ".alpha"),
-    "full": ("video_encoder.", "language_model.", "lm_head.", "merger."),
-}
-
-
-def sample(model, frames: int, seed: int, device: torch.device) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    vision, vocabulary = model.config.vision_config, model.config.text_config.vocab_size
-    numbers = 3 * vision.temporal_patch_size * vision.patch_size**2
-    block = torch.randint(0, 256, (GRID[0] * GRID[1], numbers), generator=generator, dtype=torch.uint8)
-    ids = torch.randint(vocabulary // 10, vocabulary // 2, (1, TEXT), generator=generator).to(device)
-    return {
-        "input_ids": ids,
-        "labels": ids,
-        "pixel_values_videos": block.repeat(frames // 2, 1),
-        "video_grid_thw": torch.tensor([[frames // 2, *GRID]]),
-        "use_cache": False,
-    }
-
-
 def shard(model, stage: str, device: torch.device):
-    for name, parameter in model.named_parameters():
-        trains = any(part in name for part in TRAINED[stage])
-        parameter.requires_grad_(trains)
-        if trains:
+    choose_trainable(model, stage)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.train().gradient_checkpointing_enable()
     if dist.get_world_size() == 1:
@@ -63,7 +41,7 @@ def shard(model, stage: str, device: torch.device):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", choices=TRAINED, default="full")
+    parser.add_argument("--stage", choices=TRAINED, default="stage2")
     parser.add_argument("--frames", type=int, default=256)
     parser.add_argument("--samples", type=int, default=2, help="of one step, a multiple of the GPUs")
     parser.add_argument("--steps", type=int, default=4)
@@ -87,7 +65,7 @@ def main() -> None:
         start, total = now(device), torch.zeros((), device=device)
         for index in mine:
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                loss = model(**sample(model, args.frames, index, device)).loss / len(mine)
+                loss = model(**sample(model, args.frames, index)).loss / len(mine)
             loss.backward()
             total += loss.detach()
         optimizer.step()

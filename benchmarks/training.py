@@ -2,12 +2,14 @@
 
     python benchmarks/training.py [--frames 512 1024 4096] [--modes layer multi_axis offload] [--stages stage1 stage2]
                                   [--peer 128] [--lora 3600] [--model 7b] [--out training.json]
+    python benchmarks/training.py --report training.json... --out DIR/training
 
 Forward and backward of one sample, 640x360 frames and 128 text tokens, without optimizer, bf16, random weights; the
 vision tower is frozen. "stage1" trains cross-attention, Mamba blocks and alpha, "stage2" the language model and the
 merger as well. Seconds are the median of three steps after one to warm up; GiB are the peak over the weights, gradients
 included. MFU counts useful operations only (`vamba.training.flops`). `--lora` fine-tunes adapters with AdamW on that
-many frames and prints the losses. Out of memory is recorded, and the run goes on.
+many frames and prints the losses. Out of memory is recorded, and the run goes on. A report has a table and a plot of
+the steps of several runs.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import torch
 
 from vamba.bench.measure import allocated, now, peak, release, reset_peak
 from vamba.bench.models import SEVEN_BILLION, load_ours, load_peer
+from vamba.bench.report import table
 from vamba.modeling import VambaConfig
 from vamba.training.flops import FlopsModel, peak_flops
 
@@ -34,16 +37,16 @@ MODES = ("plain", "layer", "multi_axis", "offload")
 
 
 def sample(model, frames: int, seed: int = 0) -> dict:
-    """Text with labels and raw patches, which stay on the CPU until they are needed."""
-    generator = torch.Generator().manual_seed(seed)
+    """Text with labels, and raw patches on the CPU, pinned as by Trainer's loader."""
+    generator, device = torch.Generator().manual_seed(seed), model.device
     vision, (h, w) = model.config.vision_config, GRID
-    per_patch = 3 * vision.temporal_patch_size * vision.patch_size**2
-    block = torch.randint(0, 256, (h * w, per_patch), generator=generator, dtype=torch.uint8).repeat(frames // 2, 1)
-    ids = torch.randint(1000, 2000, (1, TEXT), generator=generator)
+    per_patch, vocabulary = 3 * vision.temporal_patch_size * vision.patch_size**2, model.config.text_config.vocab_size
+    patches = torch.randint(0, 256, (h * w, per_patch), generator=generator, dtype=torch.uint8).repeat(frames // 2, 1)
+    ids = torch.randint(vocabulary // 10, vocabulary // 2, (1, TEXT), generator=generator).to(device)
     return {
-        "input_ids": ids.to(DEVICE),
-        "labels": ids.to(DEVICE),
-        "pixel_values_videos": block.pin_memory() if DEVICE.type == "cuda" else block,  # as Trainer's loader has it
+        "input_ids": ids,
+        "labels": ids,
+        "pixel_values_videos": patches.pin_memory() if device.type == "cuda" else patches,
         "video_grid_thw": torch.tensor([[frames // 2, h, w]]),
         "use_cache": False,
     }
@@ -161,6 +164,38 @@ def peer(args) -> list[dict]:
     return rows
 
 
+def report(files: list[Path], out: Path) -> None:
+    """`out` with ".md" and ".png": the steps of several runs."""
+    runs = [json.loads(path.read_text()) for path in files]
+    rows = [row | {"losses": ", ".join(map(str, row.get("losses", ())))} for run in runs for row in run["steps"]]
+    lines = ["# A training step against the length of the video\n", __doc__.partition("\n\n")[2].partition("\n\n")[2]]
+    lines += [f"`{run['command']}`: {run['gpu']}, PyTorch {run['torch']}\n" for run in runs]
+    lines.append(table(rows, {name: name for name in dict.fromkeys(name for row in rows for name in row)}))
+    draw(rows, out.with_suffix(".png"))
+    out.with_suffix(".md").write_text("\n".join([*lines, f"\n![steps]({out.name}.png)\n"]))
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Seconds and GiB of a step against frames, a line for each model and way of checkpointing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    ways = dict.fromkeys((row["model"], row["stage"], row["checkpointing"]) for row in rows)
+    lengths = sorted({row["frames"] for row in rows})
+    for plot, quantity in zip(figure.subplots(1, 2), ("seconds", "peak_GiB")):
+        for number, way in enumerate(ways):
+            mine = [row for row in rows if (row["model"], row["stage"], row["checkpointing"]) == way]
+            points = sorted((row["frames"], row[quantity]) for row in mine if quantity in row)
+            if points:
+                plot.plot(*zip(*points), "o-", color=f"C{number}", label=", ".join(way))
+        plot.set(xscale="log", yscale="log", xlabel="frames", ylabel=quantity.replace("_", " over weights, "))
+        plot.set_xticks(lengths, lengths, rotation=45)
+        plot.set_xticks([], minor=True)
+        plot.grid(alpha=0.3, which="both")
+        plot.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, nargs="+", default=[512, 1024, 4096])
@@ -169,8 +204,12 @@ def main() -> None:
     parser.add_argument("--peer", type=int, nargs="*", default=[], help="frames for Qwen2-VL")
     parser.add_argument("--lora", type=int, help="frames of a LoRA fine-tuning of a few steps")
     parser.add_argument("--model", default="7b")
+    parser.add_argument("--report", type=Path, nargs="+", help="results of runs to join, instead of a run")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.report:
+        report(args.report, args.out)
+        return
     rows = ours(args)
     release(DEVICE)
     rows += peer(args) if args.peer else []

@@ -165,6 +165,7 @@ def mamba2_costs(
     layer = 2 * size * config.hidden_size + exact  # before and after the norm, and its scale
     layer += size * rows + exact * 3 * heads  # in_proj's gate, inputs and dt; three numbers of each step and its decay
     layer += size * (config.conv_dim + 2 * inner)  # after the convolution, the scan, and the gated norm
+    layer += exact * inner * config.state_size // 1024  # before each of the scan's segments of 16 tiles
     work = size * (rows + config.conv_dim + 2 * inner) + 2 * size * inner * config.state_size // 64
     border = (residual_dtype or dtype).itemsize * config.hidden_size
     spared = border - size * config.hidden_size

@@ -62,9 +62,10 @@ def test_training_in_cells_is_plain_training(kind, cells, ordinary, batch):
     runs = []
     hooks = [layer.register_forward_pre_hook(lambda module, _: runs.append(module)) for layer in layers]
     compare(results(model, inputs), plain)
-    blocks = 1 if cells[1] == "auto" else None
-    assert len({runs.count(layer) for layer in layers}) == 1
-    assert runs.count(layers[0]) == 2 * blocks if blocks else runs.count(layers[0]) > 2
+    # Every block of every layer runs twice, but for those of the last cell, which is kept.
+    counts = [runs.count(layer) for layer in layers]
+    assert counts == sorted(counts, reverse=True) and counts[0] - counts[-1] <= 1
+    assert counts[0] in (1, 2) if cells[1] == "auto" else counts[0] > 2
     for hook in hooks:
         hook.remove()
     model.disable_multi_axis_checkpointing()

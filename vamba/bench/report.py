@@ -112,15 +112,15 @@ def markdown(results: dict) -> str:
         "Medians. Floors: operations of the matrix products at the measured rate; bytes of weights and video memory at "
         "the measured rate of copies. The peak does not count the peer's pixels.\n"
     )
-    lines.append(_table(_with_units(results["lengths"]), _LENGTHS))
+    lines.append(table(_with_units(results["lengths"]), _LENGTHS))
     lines += _ratios(results["lengths"])
     lines.append("\n## Parts, one chunk and one prompt\n")
-    lines.append(_table(results["parts"], {"part": "part", "calls": "calls", "ms": "ms", "floor_ms": "floor ms"}))
+    lines.append(table(results["parts"], {"part": "part", "calls": "calls", "ms": "ms", "floor_ms": "floor ms"}))
     lines.append("\n## Kernels of one Mamba-2 block, one chunk\n")
-    lines.append(_table(results["kernels"], {"kernel": "kernel", "calls": "calls", "ms": "ms"}))
+    lines.append(table(results["kernels"], {"kernel": "kernel", "calls": "calls", "ms": "ms"}))
     lines.append("\n## Reading video\n")
     names = ("video", "kept", "frames", "seconds", "decoded_frames_per_s", "times_real_time")
-    lines.append(_table(results["videos"], {name: name.replace("_", " ") for name in names}))
+    lines.append(table(results["videos"], {name: name.replace("_", " ") for name in names}))
     return "\n".join(lines) + "\n"
 
 
@@ -143,7 +143,8 @@ def _ratios(rows: list[dict]) -> list[str]:
     ]
 
 
-def _table(rows: list[dict], columns: dict[str, str]) -> str:
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    """Markdown of the columns, name to title, that any row has."""
     columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     for row in rows:

@@ -2,7 +2,7 @@
 
 What is unusual: layers x sequence are cut into cells of `layer_interval` layers by `sequence_interval` tokens, and one
 cell is one `torch.utils.checkpoint` call, so that autograd chains them and DDP, FSDP2 and autocast know nothing of it.
-Forward keeps what crosses the borders of cells, backward recomputes one cell at a time, but for the last, which is kept.
+Forward keeps what crosses the borders of cells, backward recomputes cell by cell, but for the last, which is kept.
 Groups of layers are run on demand (`LazyLevels`): autograd runs backward what ran last, so what a consumer of the
 levels (Vamba's text layers) sends back exists for one group at a time. Hidden states stay a list of blocks, which no
 `cat` doubles.

@@ -19,20 +19,7 @@ from pathlib import Path
 
 import torch
 
-
-QWEN2_VL_7B = {
-    "text_config": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
-    "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4},
-}
+from vamba.bench.models import SEVEN_BILLION
 
 
 class Report:
@@ -62,7 +49,7 @@ def write_random_checkpoint(folder: Path, layers: int) -> None:
     """Qwen2-VL with random bfloat16 weights, made on the GPU and saved by transformers."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    config = Qwen2VLConfig(**QWEN2_VL_7B, dtype="bfloat16")
+    config = Qwen2VLConfig(**SEVEN_BILLION, dtype="bfloat16")
     config.text_config.num_hidden_layers = layers
     config.text_config.layer_types = config.text_config.layer_types[:layers]
     with torch.device("cuda"):

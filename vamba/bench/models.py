@@ -16,9 +16,15 @@ from transformers import (
 from vamba.modeling import VambaConfig, VambaForConditionalGeneration
 
 
-SEVEN_BILLION = {
+SEVEN_BILLION = {  # for our configuration and Qwen2-VL's
     "text_config": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
         "vocab_size": 152064,
+        "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     },
     "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4},

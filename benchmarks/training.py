@@ -167,12 +167,12 @@ def peer(args) -> list[dict]:
 def report(files: list[Path], out: Path) -> None:
     """`out` with ".md" and ".png": the steps of several runs."""
     runs = [json.loads(path.read_text()) for path in files]
-    rows = [row | {"losses": ", ".join(map(str, row.get("losses", ())))} for run in runs for row in run["steps"]]
+    rows = [row for run in runs for row in run["steps"]]
     lines = ["# A training step against the length of the video\n", __doc__.partition("\n\n")[2].partition("\n\n")[2]]
     lines += [f"`{run['command']}`: {run['gpu']}, PyTorch {run['torch']}\n" for run in runs]
     lines.append(table(rows, {name: name for name in dict.fromkeys(name for row in rows for name in row)}))
-    draw(rows, out.with_suffix(".png"))
-    out.with_suffix(".md").write_text("\n".join([*lines, f"\n![steps]({out.name}.png)\n"]))
+    draw(rows, out.with_name(f"{out.name}.png"))
+    out.with_name(f"{out.name}.md").write_text("\n".join([*lines, f"\n![steps]({out.name}.png)\n"]))
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -182,13 +182,14 @@ def draw(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     ways = dict.fromkeys((row["model"], row["stage"], row["checkpointing"]) for row in rows)
     lengths = sorted({row["frames"] for row in rows})
-    for plot, quantity in zip(figure.subplots(1, 2), ("seconds", "peak_GiB")):
+    labels = {"seconds": "seconds", "peak_GiB": "peak over weights, GiB"}
+    for plot, (quantity, label) in zip(figure.subplots(1, 2), labels.items()):
         for number, way in enumerate(ways):
             mine = [row for row in rows if (row["model"], row["stage"], row["checkpointing"]) == way]
             points = sorted((row["frames"], row[quantity]) for row in mine if quantity in row)
             if points:
                 plot.plot(*zip(*points), "o-", color=f"C{number}", label=", ".join(way))
-        plot.set(xscale="log", yscale="log", xlabel="frames", ylabel=quantity.replace("_", " over weights, "))
+        plot.set(xscale="log", yscale="log", xlabel="frames", ylabel=label)
         plot.set_xticks(lengths, lengths, rotation=45)
         plot.set_xticks([], minor=True)
         plot.grid(alpha=0.3, which="both")
@@ -208,6 +209,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.report:
+        if args.out is None:
+            parser.error("--report needs --out, the name of the report without its ending")
         report(args.report, args.out)
         return
     rows = ours(args)

@@ -26,13 +26,13 @@ from .cross_attention import VambaCrossAttention
 from .text_triton import (
     FusedRMSNorm,
     fusible,
-    is_unhooked,
     mix_norm_triton,
     rotate_triton,
     silu_mul_triton,
     store_token_triton,
     three_linears_triton,
 )
+from .triton_launch import is_unhooked
 from .video_level import VideoLevel
 
 

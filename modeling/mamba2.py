@@ -20,7 +20,7 @@ from .configuration_vamba import VambaMamba2Config
 from .gated_rms_norm_triton import MAX_GROUP, gated_rms_norm_triton, triton
 from .mamba2_triton import mix_triton
 from .state_space_duality import ssd_scan
-from .triton_launch import takes
+from .triton_launch import is_unhooked, takes
 
 
 class Mamba2State(NamedTuple):
@@ -118,7 +118,7 @@ class Mamba2Mixer(nn.Module):
     def _is_one_operation(self, projected: Tensor) -> bool:
         """Whether gradients are recorded and our kernels take all that is between the projections."""
         _, P, G, K = self._sizes()
-        backends = {self.config.ssd_backend, self.config.conv_backend, self.norm.backend}
+        backends = {self.config.ssd_backend, self.config.conv_backend, self.config.norm_backend}
         chosen = backends == {"triton"} or (projected.is_cuda and backends <= {"auto", "triton"})
         fits = self.config.intermediate_size // G <= MAX_GROUP and self.config.conv_kernel <= MAX_WIDTH
         fits = fits and all(size >= 16 and size & (size - 1) == 0 for size in (P, K))
@@ -126,11 +126,8 @@ class Mamba2Mixer(nn.Module):
 
     def _is_unchanged(self) -> bool:
         """Whether no adapter, hook or wrapper stands in the place of convolution and norm."""
-        return all(
-            type(module) is kind
-            and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-            for module, kind in ((self.conv1d, CausalConv1d), (self.norm, GatedRMSNorm))
-        )
+        kinds = ((self.conv1d, CausalConv1d), (self.norm, GatedRMSNorm))
+        return all(type(module) is kind and is_unhooked(module) for module, kind in kinds)
 
     def _mix(self, projected: Tensor, state: Mamba2State | None, lengths_B: Tensor | None) -> tuple[Tensor, ...]:
         (H, P, _, K), (B, _, _), T = self._sizes(), projected.shape, self.config.conv_kernel - 1

@@ -364,7 +364,10 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         if weights_are_sharded(self.video_encoder):
             idle = largest_of_ranks([encoded], self.visual.device)[0] - encoded
         memories = [self.encode_media([row], pixels, VideoMemory(self.config), read_once=True) for row in rows]
-        return [*zip(lengths, memories), *((0, self._idle_memory()) for _ in range(idle))]
+        memories += [self._idle_memory() for _ in range(idle)]
+        for memory in memories:
+            memory.keep_no_cell()
+        return [*zip([*lengths, *[0] * idle], memories)]
 
     def _idle_memory(self) -> VideoMemory:
         """256 black video tokens: where weights are sharded, each call of a layer gathers them from all ranks, so one

@@ -71,10 +71,13 @@ class LazyLevels:
 
     Args:
         step: one layer on one block, `step(index, hidden_BSD, state, *context) -> (hidden_BSD, state, emitted)`, with
-            `emitted` a tuple of tensors. It is called a second time in backward.
+            `emitted` a tuple of tensors. It is called a second time in backward, but for the last cell.
         sequences: the sequences, independent of each other, with one state per layer.
         layer_interval: layers of a group.
-        offload: keep in (pinned) CPU memory what crosses the borders of cells.
+        offload: keep in (pinned) CPU memory what crosses the borders of cells that are called again.
+
+    Attributes:
+        keeps_last: whether the last cell is kept, as backward begins with it. To be set before anything is taken.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class LazyLevels:
     ):
         self.step, self.sequences = step, sequences
         self.layer_interval, self.offload = layer_interval, offload
-        self.num_levels = len(sequences[0].states)
+        self.num_levels, self.keeps_last = len(sequences[0].states), True
         self._reached = 0
         self._emitted: dict[int, list[tuple[Tensor, ...]]] = {}
 
@@ -116,8 +119,9 @@ class LazyLevels:
         # Tensors are arguments of their own: only those does `checkpoint` save where hooks on saved tensors see them.
         inputs = [sequence.blocks[position], *(tensor for state in states for tensor in state)]
         cell = functools.partial(_run_layers, self.step, levels, sequence.context[position])
-        if levels.stop == self.num_levels and sequence is self.sequences[-1] and position == len(sequence.blocks) - 1:
-            hidden_BSD, states, emitted = cell(*inputs)  # backward begins with it: nothing is gained by forgetting it
+        last = levels.stop == self.num_levels and sequence is self.sequences[-1]
+        if last and position == len(sequence.blocks) - 1 and self.keeps_last:
+            hidden_BSD, states, emitted = cell(*inputs)  # nothing is gained by forgetting it
         else:
             with offload_saved(*inputs) if self.offload else contextlib.nullcontext():
                 hidden_BSD, states, emitted = checkpoint(cell, *inputs, use_reentrant=False)
@@ -292,8 +296,8 @@ class MultiAxisCheckpointingMixin:
         """Trains with multi-axis gradient checkpointing (arXiv 2411.19460): memory for seconds, gradients unchanged.
 
         Args:
-            layer_interval, sequence_interval: layers and tokens of a cell; "auto" chooses them for each input: within
-                half of the free memory, where a tenth less memory is worth two percent of the time.
+            layer_interval, sequence_interval: layers and tokens of a cell; "auto" chooses them for each input, so that
+                they take half of the free memory at most, and no more for little gain in time.
             offload: keep what crosses the borders of cells in pinned CPU memory until backward.
 
         Raises:

@@ -80,7 +80,7 @@ def choose_intervals(
     multiple: int = 256,
     longest: int = 32768,
 ) -> tuple[int, int]:
-    """(layers, tokens) of a cell: of those within `budget` bytes the best trade of time for memory.
+    """(layers, tokens) of a cell: of those within `budget` bytes (None: of all) the best trade of time for memory.
 
     `layer_interval` and `sequence_interval` are fixed where given. A cell's tokens are a multiple of `multiple`, the
     chunk of the scan, so that no chunk is cut, and not more than `longest`, which fill a GPU. With `offload` what waits
@@ -140,8 +140,9 @@ def _available_cpu_bytes() -> int | None:
     group = Path("/sys/fs/cgroup")
     try:
         allowed, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        available = min(available, allowed - used)
-    except (OSError, ValueError):  # no container, or one without a limit: "max"
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        available = min(available, allowed - used + int(counts["inactive_file"]))  # what was read from files may go
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit: "max"
         pass
     return max(available, 0)
 
@@ -165,7 +166,8 @@ def mamba2_costs(
     layer = 2 * size * config.hidden_size + exact  # before and after the norm, and its scale
     layer += size * rows + exact * 3 * heads  # in_proj's gate, inputs and dt; three numbers of each step and its decay
     layer += size * (config.conv_dim + 2 * inner)  # after the convolution, the scan, and the gated norm
-    layer += exact * inner * config.state_size // 1024  # before each of the scan's segments of 16 tiles
+    tile = 64 if size < 4 else 16
+    layer += exact * inner * config.state_size // (8 * tile)  # the states before the scan's segments of 8 tiles or more
     work = size * (rows + config.conv_dim + 2 * inner) + 2 * size * inner * config.state_size // 64
     border = (residual_dtype or dtype).itemsize * config.hidden_size
     spared = border - size * config.hidden_size

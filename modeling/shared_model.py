@@ -36,15 +36,22 @@ class VideoModelMixin:
         return any(p.requires_grad for name, p in self.visual.named_parameters() if not name.startswith("merger."))
 
     def enable_input_require_grads(self) -> None:
-        """Of tokens, and of frames where the tower trains: through a frozen one a graph would be kept for nothing."""
+        """Of the embeddings of text and media, and of frames where the tower trains.
+
+        transformers' own asks for those of frames always: through a frozen tower a graph would be kept for nothing.
+        """
 
         def frames(module, args, output):
             output.requires_grad_(output.requires_grad or self.tower_trains)
+
+        def media(module, args, output):
+            output.pooler_output.requires_grad_()
 
         self.disable_input_require_grads()
         self._require_grads_hooks = [
             self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_()),
             self.visual.get_input_embeddings().register_forward_hook(frames),
+            self.visual.register_forward_hook(media),
         ]
 
     @property

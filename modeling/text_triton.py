@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
-from .triton_launch import on_device_of, takes
+from .triton_launch import is_unhooked, on_device_of, takes
 
 
 try:
@@ -52,11 +52,6 @@ def three_linears_triton(x_BND: Tensor, modules: tuple[nn.Linear, nn.Linear, nn.
 def _is_plain(module: nn.Module, x: Tensor) -> bool:
     plain = type(module) is nn.Linear and is_unhooked(module) and type(module.weight) in (nn.Parameter, Tensor)
     return plain and fusible(x, module.weight) and module.weight.is_contiguous()
-
-
-def is_unhooked(module: nn.Module) -> bool:
-    """Whether nobody wants to see the calls of this module, so that a kernel may take its place."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def rotate_triton(queries_BNHP: Tensor, keys_BNHP: Tensor, cos_BNP: Tensor, sin_BNP: Tensor) -> None:

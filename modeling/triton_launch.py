@@ -1,10 +1,10 @@
-"""What the Triton kernels share: which tensors they take, and where they are launched."""
+"""What the Triton kernels share: which tensors they take, for which modules they stand in, where they are launched."""
 
 import contextlib
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 try:
@@ -18,8 +18,14 @@ def on_gpu(t: Tensor) -> bool:
     return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether nobody wants to see the calls of this module, so that a kernel may take its place."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not (any(getattr(module, name) for name in hooks) or "forward" in module.__dict__)
+
+
 def takes(*tensors: Tensor) -> bool:
-    """Whether forward kernels take these together: Triton there, all on one GPU, of one floating type up to 32 bits."""
+    """Whether kernels take these together: Triton there, all on one GPU, of one floating type up to 32 bits."""
     first = tensors[0]
     return (
         triton is not None

@@ -161,6 +161,11 @@ class VideoMemory(Cache):
         """The keys and values of further tokens, made when a layer is read; from then on each can be read once."""
         self._deferred = levels
 
+    def keep_no_cell(self) -> None:
+        """Of deferred levels not even the last: where there are several memories, backward begins with one of them."""
+        if self._deferred is not None:
+            self._deferred.keeps_last = False
+
     @property
     def offloads_saved(self) -> bool:
         """Whether what autograd saves of deferred levels goes to the CPU."""

@@ -47,4 +47,4 @@ def test_accelerate_reads_the_configuration(name, model):
         assert int(arguments.fsdp_version) == 2
         assert modules >= set(classes)
     if name == "deepspeed_zero3":
-        assert arguments.zero_stage == 3 and arguments.deepspeed_moe_layer_cls_names in modules
+        assert arguments.zero_stage == 3

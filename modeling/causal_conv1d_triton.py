@@ -8,11 +8,11 @@ once; the backward recomputes the pre-activation and sums dweight and dbias per 
 Shapes: B batch, S tokens, C channels, W width of the convolution (at most 4), T = W - 1 remembered inputs.
 """
 
-import os
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .triton_launch import on_gpu
 
 
 try:
@@ -40,7 +40,7 @@ def causal_conv1d_triton(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None
             f"backend='triton' convolves at most {MAX_WIDTH} taps and not in float64, got {weight_CW.shape[1]} taps "
             f"and {x_BSC.dtype}; use backend='torch'."
         )
-    if not x_BSC.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not on_gpu(x_BSC):
         raise ValueError(f"backend='triton' runs on a GPU, the tensors are on {x_BSC.device}; use backend='torch'.")
     return _CausalConv1d.apply(x_BSC, weight_CW, bias_C, state_BTC.to(x_BSC.dtype))
 
@@ -61,6 +61,7 @@ class _CausalConv1d(torch.autograd.Function):
 
 
 def convolve(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
+    """The forward pass; x's channels lie together, weight and state are contiguous."""
     (B, S, C), W = x_BSC.shape, weight_CW.shape[1]
     y_BSC = torch.empty(B, S, C, dtype=x_BSC.dtype, device=x_BSC.device)
     block, rows, warps = _FORWARD

@@ -7,11 +7,11 @@ number of programs walks the rows, the next ones on their way, so that dweight i
 Shapes: R rows (all leading dims), N groups, D / N numbers per group.
 """
 
-import os
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .triton_launch import on_gpu
 
 
 try:
@@ -37,7 +37,7 @@ def gated_rms_norm_triton(y_BSD: Tensor, gate_BSD: Tensor, weight_D: Tensor, n_g
             f"backend='triton' normalises up to {MAX_GROUP} numbers and not in float64, got "
             f"{y_BSD.shape[-1] // n_groups} and {y_BSD.dtype}; use backend='torch'."
         )
-    if not y_BSD.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not on_gpu(y_BSD):
         raise ValueError(f"backend='triton' runs on a GPU, the tensors are on {y_BSD.device}; use backend='torch'.")
     return _GatedRMSNorm.apply(y_BSD, gate_BSD, weight_D, n_groups, eps)
 
@@ -48,7 +48,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         y_RD, gate_RD, weight_D = rows_of(y_BSD), rows_of(gate_BSD), weight_D.contiguous()
         ctx.save_for_backward(y_RD, gate_RD, weight_D)
         ctx.n_groups, ctx.eps, ctx.shape = n_groups, eps, y_BSD.shape
-        return normalize(y_RD, gate_RD, weight_D, n_groups, eps).view(y_BSD.shape)
+        return gated_norm(y_RD, gate_RD, weight_D, n_groups, eps).view(y_BSD.shape)
 
     @staticmethod
     @once_differentiable
@@ -60,7 +60,8 @@ class _GatedRMSNorm(torch.autograd.Function):
         return dy_RD.view(ctx.shape), dgate_RD.view(ctx.shape), dweight_D, None, None
 
 
-def normalize(y_RD: Tensor, gate_RD: Tensor, weight_D: Tensor, n_groups: int, eps: float) -> Tensor:
+def gated_norm(y_RD: Tensor, gate_RD: Tensor, weight_D: Tensor, n_groups: int, eps: float) -> Tensor:
+    """The forward pass over rows as `rows_of` makes them; the weight is contiguous."""
     (R, D), width = y_RD.shape, y_RD.shape[1] // n_groups
     out_RD = torch.empty(R, D, dtype=y_RD.dtype, device=y_RD.device)
     block = triton.next_power_of_2(width)

@@ -4,7 +4,8 @@ What is unusual: the kernels are those of the single operations, but their gradi
 columns of in_proj's output, (B, S, [z, x, B, C, dt]). Autograd would join them by copying, twice, and would pad the
 gradient of the convolution's last inputs, three rows, to the length of the sequence.
 
-Shapes: B batch, S tokens, H heads, P head dim, G groups, K state size, C conv channels, T conv taps kept.
+Shapes: B batch, S tokens, E outputs of in_proj, H heads, P head dim, G groups, K state size, C conv channels, T conv
+taps kept.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from .causal_conv1d_triton import convolution_gradients, convolve
 from .configuration_vamba import VambaMamba2Config
-from .gated_rms_norm_triton import norm_gradients, normalize, rows_of
+from .gated_rms_norm_triton import gated_norm, norm_gradients, rows_of
 from .ssd_triton import backward_scan, scan
 
 
@@ -47,7 +48,7 @@ class _Mix(torch.autograd.Function):
         convolved = convolve(xBC, weight, bias, conv_state)
         y, state, times, entering = scan(*_scanned(convolved, config, steps, A), D, state, config.chunk_size)
         y = y.flatten(2)
-        out = normalize(rows_of(y), rows_of(gate), norm_weight, config.n_groups, config.layer_norm_epsilon)
+        out = gated_norm(rows_of(y), rows_of(gate), norm_weight, config.n_groups, config.layer_norm_epsilon)
         index = _last_places(conv_state, xBC, lengths)
         recent = torch.where(
             index < conv_state.shape[1], _rows_at(conv_state, index), _rows_at(xBC, index - conv_state.shape[1])

@@ -10,14 +10,13 @@ Shapes: B batch, S tokens, H heads, P head dim, G groups (H is a multiple), K st
 tiles of Q tokens.
 """
 
-import os
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .ssd_triton_backward import scan_gradients
+from .triton_launch import on_gpu
 
 
 try:
@@ -42,7 +41,7 @@ def ssd_scan_triton(x_BSHP, dt_BSH, A_H, B_BSGK, C_BSGK, D_H=None, state_BHPK=No
         raise ImportError("backend='triton' needs Triton: pip install triton, or use backend='torch'.")
     if x_BSHP.dtype == torch.float64:
         raise ValueError("backend='triton' does not compute in float64; use backend='torch'.")
-    if not x_BSHP.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not on_gpu(x_BSHP):
         raise ValueError(f"backend='triton' runs on a GPU, the tensors are on {x_BSHP.device}; use backend='torch'.")
     (B, _, H, P), K = x_BSHP.shape, B_BSGK.shape[3]
     D_H = torch.zeros(H, device=x_BSHP.device) if D_H is None else D_H.float()
@@ -79,7 +78,10 @@ class _SSDScan(torch.autograd.Function):
 
 
 def scan(x, dt, A, Bm, Cm, D, state, chunk_size):
-    """y, the last state, and what `backward_scan` needs: the tokens' times and the states before the segments."""
+    """y, the last state, and what `backward_scan` needs: the tokens' times and the states before the segments.
+
+    x, B and C have unit stride along their last dimension; the rest is contiguous.
+    """
     (B, S, H, P), (G, K) = x.shape, Bm.shape[2:]
     low = x.dtype != torch.float32  # float32 products run without tensor cores: small tiles
     Q = max(16, min(64 if low else 16, 1 << (chunk_size.bit_length() - 1)))

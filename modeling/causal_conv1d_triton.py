@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .triton_launch import on_gpu
+from .triton_launch import on_gpu, unit_stride
 
 
 try:
@@ -48,7 +48,7 @@ def causal_conv1d_triton(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BSC, weight_CW, bias_C, state_BTC):
-        x_BSC, weight_CW, state_BTC = _unit_stride(x_BSC), weight_CW.contiguous(), state_BTC.contiguous()
+        x_BSC, weight_CW, state_BTC = unit_stride(x_BSC), weight_CW.contiguous(), state_BTC.contiguous()
         ctx.save_for_backward(x_BSC, weight_CW, bias_C, state_BTC)
         return convolve(x_BSC, weight_CW, bias_C, state_BTC)
 
@@ -57,7 +57,7 @@ class _CausalConv1d(torch.autograd.Function):
     def backward(ctx, dy_BSC):
         x_BSC, *_ = ctx.saved_tensors
         dx_BSC = torch.empty(x_BSC.shape, dtype=x_BSC.dtype, device=x_BSC.device)
-        return dx_BSC, *convolution_gradients(*ctx.saved_tensors, _unit_stride(dy_BSC), dx_BSC)
+        return dx_BSC, *convolution_gradients(*ctx.saved_tensors, unit_stride(dy_BSC), dx_BSC)
 
 
 def convolve(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
@@ -117,10 +117,6 @@ def convolution_gradients(x_BSC, weight_CW, bias_C, state_BTC, dy_BSC, dx_BSC):
     sums = partial.sum(0)
     dweight_CW = sums[1 + MAX_WIDTH - W :].t().to(weight_CW.dtype)
     return dweight_CW, None if bias_C is None else sums[0].to(bias_C.dtype), dstate_BTC
-
-
-def _unit_stride(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 if triton is not None:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .ssd_triton_backward import scan_gradients
-from .triton_launch import on_gpu
+from .triton_launch import on_gpu, unit_stride
 
 
 try:
@@ -61,7 +61,7 @@ def ssd_scan_triton(x_BSHP, dt_BSH, A_H, B_BSGK, C_BSGK, D_H=None, state_BHPK=No
 class _SSDScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, Bm, Cm, D, state, chunk_size):
-        x, Bm, Cm = (_unit_stride(t) for t in (x, Bm, Cm))
+        x, Bm, Cm = (unit_stride(t) for t in (x, Bm, Cm))
         A, D, state = A.contiguous(), D.contiguous(), state.contiguous()
         y, final, times, entering = scan(x, dt, A, Bm, Cm, D, state, chunk_size)
         ctx.save_for_backward(x, A, Bm, Cm, D, times, entering)
@@ -72,7 +72,7 @@ class _SSDScan(torch.autograd.Function):
     def backward(ctx, dy, dfinal):
         x, _, Bm, Cm, *_ = ctx.saved_tensors
         dx, dB, dC = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, Bm, Cm))
-        dy = _unit_stride(dy.to(x.dtype))
+        dy = unit_stride(dy.to(x.dtype))
         ddt, dA, dD, dstate = backward_scan(*ctx.saved_tensors, dy, dfinal, dx, dB, dC)
         return dx, ddt, dA, dB, dC, dD, dstate, None
 
@@ -122,10 +122,6 @@ def backward_scan(x, A, Bm, Cm, D, times, entering, dy, dfinal, dx, dB, dC):
         entering = _enter(dy, Cm, dfinal.contiguous(), times, reverse=True)
         leaving, dstate = _walk(dy, Cm, entering, times, reverse=True)
         return *scan_gradients(x, A, Bm, Cm, D, times, inside, leaving, dy, dx, dB, dC), dstate
-
-
-def _unit_stride(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _steps(dt_BSH: Tensor, A_H: Tensor, Q: int) -> Tensor:

@@ -40,3 +40,8 @@ def on_device_of(t: Tensor):
     if torch.compiler.is_compiling() or not t.is_cuda:
         return contextlib.nullcontext()
     return torch.cuda.device_of(t)
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """`t`, copied if its last dimension does not lie together."""
+    return t if t.stride(-1) == 1 else t.contiguous()

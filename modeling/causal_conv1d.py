@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .causal_conv1d_triton import MAX_WIDTH, causal_conv1d_triton, triton
+from .causal_conv1d_triton import MAX_WIDTH, causal_conv1d_triton
+from .triton_launch import are_preferred
 
 
 def causal_conv1d(
@@ -41,15 +42,14 @@ def causal_conv1d(
         ValueError: an unknown backend. ImportError: a backend whose package is not installed.
     """
     if backend == "auto":
-        fused = x_BSC.is_cuda and x_BSC.dtype != torch.float64 and triton is not None
-        backend = "triton" if fused and weight_CW.shape[1] <= MAX_WIDTH else "torch"
+        backend = "triton" if are_preferred(x_BSC) and weight_CW.shape[1] <= MAX_WIDTH else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"Unknown convolution backend {backend!r}; choose one of {['auto', *BACKENDS]}.")
     T = weight_CW.shape[1] - 1
     if state_BTC is None:
         state_BTC = x_BSC.new_zeros(x_BSC.shape[0], T, x_BSC.shape[2])
     y_BSC = BACKENDS[backend](x_BSC, weight_CW, bias_C, state_BTC)
-    return y_BSC, _last_inputs(x_BSC, state_BTC, lengths_B)
+    return y_BSC, last_inputs(x_BSC, state_BTC, lengths_B)
 
 
 def causal_conv1d_torch(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
@@ -74,14 +74,25 @@ def causal_conv1d_dao(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, s
     return y_BCS.transpose(1, 2)
 
 
-def _last_inputs(x_BSC: Tensor, state_BTC: Tensor, lengths_B: Tensor | None) -> Tensor:
+def last_inputs(x_BSC: Tensor, state_BTC: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """The T inputs before each row's end, (B, T, C) in x's dtype: the next state."""
     S, T = x_BSC.shape[1], state_BTC.shape[1]
     if lengths_B is None:
         recent = x_BSC[:, max(S - T, 0) :]
         return torch.cat([state_BTC[:, state_BTC.shape[1] - (T - recent.shape[1]) :].to(x_BSC.dtype), recent], 1)
-    extended = torch.cat([state_BTC.to(x_BSC.dtype), x_BSC], 1)
-    index_BT = lengths_B.unsqueeze(1) + torch.arange(T, device=x_BSC.device)
-    return extended.gather(1, index_BT.unsqueeze(-1).expand(-1, -1, x_BSC.shape[2]))
+    index_BT1 = last_places(x_BSC, state_BTC, lengths_B)
+    from_state, from_x = (
+        t_BSC.gather(1, index.clamp(0, max(t_BSC.shape[1] - 1, 0)).expand(-1, -1, t_BSC.shape[2]))
+        for t_BSC, index in ((state_BTC, index_BT1), (x_BSC, index_BT1 - T))
+    )
+    return torch.where(index_BT1 < T, from_state.to(x_BSC.dtype), from_x)
+
+
+def last_places(x_BSC: Tensor, state_BTC: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """(B, T, 1) int64: where in `cat([state, x], 1)` each row's last T inputs stand."""
+    (B, S, _), T = x_BSC.shape, state_BTC.shape[1]
+    ends_B1 = torch.full((B, 1), S, device=x_BSC.device) if lengths_B is None else lengths_B.unsqueeze(1)
+    return (ends_B1 + torch.arange(T, device=x_BSC.device)).unsqueeze(-1)
 
 
 @functools.cache

@@ -43,19 +43,8 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         if generation_config.disable_compile or generation_config.compile_config is not None:
             return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
         quantizer = getattr(self, "hf_quantizer", None)
-        return (
-            GraphedDecoding.suits(self) and not self._is_watched() and (quantizer is None or quantizer.is_compileable)
-        )
-
-    def _is_watched(self) -> bool:
-        """Whether modules have hooks, which a replay would pass over, or gather their weights from other processes.
-
-        transformers' own hooks pick hidden states, which are among the outputs of a recording.
-        """
-        kinds = (kind for module in self.modules() for kind in (module._forward_hooks, module._forward_pre_hooks))
-        hooks = (hook for kind in kinds for hook in kind.values())
-        foreign = any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
-        return foreign or weights_are_sharded(self)
+        watched = GraphedDecoding.is_watched(self) or weights_are_sharded(self)  # or gathers them from other processes
+        return GraphedDecoding.suits(self) and not watched and (quantizer is None or quantizer.is_compileable)
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config

@@ -17,10 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .causal_conv1d import MAX_WIDTH, causal_conv1d
 from .configuration_vamba import VambaMamba2Config
-from .gated_rms_norm_triton import MAX_GROUP, gated_rms_norm_triton, triton
+from .gated_rms_norm_triton import MAX_GROUP, gated_rms_norm_triton
 from .mamba2_triton import mix_triton
 from .state_space_duality import ssd_scan
-from .triton_launch import is_unhooked, takes
+from .triton_launch import are_preferred, is_unhooked, takes
 
 
 class Mamba2State(NamedTuple):
@@ -41,8 +41,7 @@ class GatedRMSNorm(nn.Module):
         self.n_groups, self.eps, self.backend = n_groups, eps, backend
 
     def forward(self, y_BSD: Tensor, gate_BSD: Tensor) -> Tensor:
-        fused = y_BSD.is_cuda and y_BSD.dtype != torch.float64 and triton is not None
-        fused = fused and y_BSD.shape[-1] // self.n_groups <= MAX_GROUP
+        fused = are_preferred(y_BSD) and y_BSD.shape[-1] // self.n_groups <= MAX_GROUP
         if self.backend == "triton" or (self.backend == "auto" and fused):
             return gated_rms_norm_triton(y_BSD, gate_BSD, self.weight, self.n_groups, self.eps)
         compute = torch.promote_types(y_BSD.dtype, torch.float32)
@@ -119,7 +118,7 @@ class Mamba2Mixer(nn.Module):
         """Whether gradients are recorded and our kernels take all that is between the projections."""
         _, P, G, K = self._sizes()
         backends = {self.config.ssd_backend, self.config.conv_backend, self.config.norm_backend}
-        chosen = backends == {"triton"} or (projected.is_cuda and backends <= {"auto", "triton"})
+        chosen = backends == {"triton"} or (are_preferred(projected) and backends <= {"auto", "triton"})
         fits = self.config.intermediate_size // G <= MAX_GROUP and self.config.conv_kernel <= MAX_WIDTH
         fits = fits and all(size >= 16 and size & (size - 1) == 0 for size in (P, K))
         return torch.is_grad_enabled() and chosen and fits and takes(projected) and self._is_unchanged()
@@ -136,9 +135,11 @@ class Mamba2Mixer(nn.Module):
             projected.new_zeros(B, H, P, K, dtype=torch.float32),
         )
         conv = self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state
-        D, rates = self.D.float(), self._decay_rates()
+        with torch.no_grad():
+            dt_BSH = self._step_sizes(projected[..., -H:], lengths_B)
+        rates, D, ssm_state = self._decay_rates(), self.D.float(), ssm_state.float()
         return mix_triton(
-            projected, conv, self.dt_bias, rates, D, ssm_state.float(), self.norm.weight, lengths_B, self.config
+            projected, conv, dt_BSH, self.dt_bias, rates, D, ssm_state, self.norm.weight, lengths_B, self.config
         )
 
     def _step_sizes(self, dt_BSH: Tensor, lengths_B: Tensor | None) -> Tensor:

@@ -11,8 +11,8 @@ taps kept.
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from .causal_conv1d import last_inputs, last_places
 from .causal_conv1d_triton import convolution_gradients, convolve
 from .configuration_vamba import VambaMamba2Config
 from .gated_rms_norm_triton import gated_norm, norm_gradients, rows_of
@@ -22,6 +22,7 @@ from .ssd_triton import backward_scan, scan
 def mix_triton(
     projected_BSE: Tensor,
     conv: tuple[Tensor, Tensor | None, Tensor],
+    dt_BSH: Tensor,
     dt_bias_H: Tensor,
     A_H: Tensor,
     D_H: Tensor,
@@ -32,32 +33,29 @@ def mix_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gated and normalised outputs, (B, S, H·P), and both states after each row's last token.
 
-    `conv` holds weight (C, W), bias (C,) or None, and the last inputs (B, T, C). P and K are powers of two from 16.
+    `conv` holds weight (C, W), bias (C,) or None, and the last inputs (B, T, C). `dt_BSH` are the step sizes as the
+    mixer makes them of projected_BSE and dt_bias_H, without a gradient: that is sent to those two from here. P and K
+    are powers of two from 16.
     """
-    return _Mix.apply(projected_BSE.contiguous(), *conv, dt_bias_H, A_H, D_H, ssm_BHPK, norm_weight, lengths_B, config)
+    return _Mix.apply(
+        projected_BSE.contiguous(), *conv, dt_BSH, dt_bias_H, A_H, D_H, ssm_BHPK, norm_weight, lengths_B, config
+    )
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, projected, weight, bias, conv_state, dt_bias, A, D, state, norm_weight, lengths, config):
+    def forward(ctx, projected, weight, bias, conv_state, dt, dt_bias, A, D, state, norm_weight, lengths, config):
         weight, conv_state, state = weight.contiguous(), conv_state.to(projected.dtype).contiguous(), state.contiguous()
-        gate, xBC, dt = _columns(projected, config)
-        steps = F.softplus(dt.float() + dt_bias.float()).clamp(*config.time_step_limit)
-        if lengths is not None:
-            steps *= (torch.arange(steps.shape[1], device=steps.device) < lengths.unsqueeze(1)).unsqueeze(-1)
+        gate, xBC, _ = _columns(projected, config)
         convolved = convolve(xBC, weight, bias, conv_state)
-        y, state, times, entering = scan(*_scanned(convolved, config, steps, A), D, state, config.chunk_size)
+        y, state, times, entering = scan(*_scanned(convolved, config, dt, A), D, state, config.chunk_size)
         y = y.flatten(2)
         out = gated_norm(rows_of(y), rows_of(gate), norm_weight, config.n_groups, config.layer_norm_epsilon)
-        index = _last_places(conv_state, xBC, lengths)
-        recent = torch.where(
-            index < conv_state.shape[1], _rows_at(conv_state, index), _rows_at(xBC, index - conv_state.shape[1])
-        )
         ctx.config = config
         ctx.save_for_backward(
             projected, weight, bias, conv_state, dt_bias, A, D, norm_weight, lengths, convolved, y, times, entering
         )
-        return out.view(y.shape), recent, state
+        return out.view(y.shape), last_inputs(xBC, conv_state, lengths), state
 
     @staticmethod
     @once_differentiable
@@ -75,13 +73,14 @@ class _Mix(torch.autograd.Function):
         dy = dy.view(x.shape)
         dsteps, dA, dD, dstate = backward_scan(x, A, Bm, Cm, D, times, entering, dy, dstate, dx, dB, dC)
         dconv = convolution_gradients(xBC, weight, bias, conv_state, dconvolved, dxBC)
-        _add_to_last(dconv[2], dxBC, _last_places(conv_state, xBC, lengths), drecent)
+        _add_to_last(dconv[2], dxBC, last_places(xBC, conv_state, lengths), drecent)
         # The derivative of the softplus is 1 - exp(-softplus); what is clamped, or padding, has none.
         steps = times[0].flatten(2)[..., : dsteps.shape[1]].transpose(1, 2)
         low, high = config.time_step_limit
         dsteps *= torch.where((steps > low) & (steps < high), -torch.expm1(-steps), 0)
         ddt.copy_(dsteps)
-        return dprojected, *dconv, dsteps.sum((0, 1)).to(dt_bias.dtype), dA, dD, dstate, dnorm_weight, None, None
+        ddt_bias = dsteps.sum((0, 1)).to(dt_bias.dtype)
+        return dprojected, *dconv, None, ddt_bias, dA, dD, dstate, dnorm_weight, None, None
 
 
 def _columns(projected_BSE: Tensor, config: VambaMamba2Config) -> tuple[Tensor, ...]:
@@ -95,17 +94,6 @@ def _scanned(convolved_BSC: Tensor, config: VambaMamba2Config, steps_BSH=None, A
     x, Bm, Cm = convolved_BSC.split([config.intermediate_size, G * K, G * K], -1)
     x = x.unflatten(-1, (config.num_heads, config.head_dim))
     return x, steps_BSH, A_H, Bm.unflatten(-1, (G, K)), Cm.unflatten(-1, (G, K))
-
-
-def _last_places(state_BTC: Tensor, xBC: Tensor, lengths_B: Tensor | None) -> Tensor:
-    """(B, T, 1), where the next T inputs to keep are in `cat([state, xBC], 1)`."""
-    (B, T, _), S = state_BTC.shape, xBC.shape[1]
-    first_B1 = torch.full((B, 1), S, device=xBC.device) if lengths_B is None else lengths_B.unsqueeze(1)
-    return (first_B1 + torch.arange(T, device=xBC.device)).unsqueeze(-1)
-
-
-def _rows_at(t_BSC: Tensor, index_BT1: Tensor) -> Tensor:
-    return t_BSC.gather(1, index_BT1.clamp(0, t_BSC.shape[1] - 1).expand(-1, -1, t_BSC.shape[2]))
 
 
 def _add_to_last(dstate_BTC: Tensor, dxBC: Tensor, index_BT1: Tensor, drecent_BTC: Tensor) -> None:

@@ -18,6 +18,11 @@ def on_gpu(t: Tensor) -> bool:
     return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def are_preferred(t: Tensor) -> bool:
+    """Whether kernels are what "auto" stands for where `t` is: on a GPU with Triton, but for float64."""
+    return triton is not None and t.is_cuda and t.dtype != torch.float64
+
+
 def is_unhooked(module: nn.Module) -> bool:
     """Whether nobody wants to see the calls of this module, so that a kernel may take its place."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

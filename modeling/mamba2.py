@@ -88,7 +88,7 @@ class Mamba2Mixer(nn.Module):
         """
         config, (H, P, G, K) = self.config, self._sizes()
         projected = self.in_proj(hidden_BSD)
-        if self._is_one_operation(projected):
+        if torch.is_grad_enabled() and self._is_one_operation(projected):
             y_BSD, *state = self._mix(projected, state, lengths_B)
             return self.out_proj(y_BSD), Mamba2State(*state)
         gate, xBC, dt = projected.split([H * P, config.conv_dim, H], dim=-1)
@@ -115,13 +115,13 @@ class Mamba2Mixer(nn.Module):
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
 
     def _is_one_operation(self, projected: Tensor) -> bool:
-        """Whether gradients are recorded and our kernels take all that is between the projections."""
+        """Whether our kernels take all between the projections, and nobody watches or replaces what is there."""
         _, P, G, K = self._sizes()
         backends = {self.config.ssd_backend, self.config.conv_backend, self.config.norm_backend}
         chosen = backends == {"triton"} or (are_preferred(projected) and backends <= {"auto", "triton"})
         fits = self.config.intermediate_size // G <= MAX_GROUP and self.config.conv_kernel <= MAX_WIDTH
         fits = fits and all(size >= 16 and size & (size - 1) == 0 for size in (P, K))
-        return torch.is_grad_enabled() and chosen and fits and takes(projected) and self._is_unchanged()
+        return chosen and fits and takes(projected) and self._is_unchanged()
 
     def _is_unchanged(self) -> bool:
         """Whether no adapter, hook or wrapper stands in the place of convolution and norm."""

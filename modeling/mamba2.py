@@ -19,6 +19,7 @@ from .causal_conv1d import MAX_WIDTH, causal_conv1d
 from .configuration_vamba import VambaMamba2Config
 from .gated_rms_norm_triton import MAX_GROUP, gated_rms_norm_triton
 from .mamba2_triton import mix_triton
+from .residual_norm_triton import add_to_residual, residual_norm
 from .state_space_duality import ssd_scan
 from .triton_launch import are_preferred, is_unhooked, takes
 
@@ -155,7 +156,7 @@ class Mamba2Mixer(nn.Module):
 
 
 class Mamba2Block(GradientCheckpointingLayer):
-    """V + Mixer(RMSNorm(V)), the pre-norm residual block."""
+    """V + Mixer(RMSNorm(V)), the pre-norm residual block; V may be wider than the weights, and stays so."""
 
     def __init__(self, config: VambaMamba2Config):
         super().__init__()
@@ -165,8 +166,10 @@ class Mamba2Block(GradientCheckpointingLayer):
     def forward(
         self, hidden_BSD: Tensor, state: Mamba2State | None = None, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, Mamba2State]:
-        mixed_BSD, state = self.mixer(self.norm(hidden_BSD), state, lengths_B)
-        return hidden_BSD + mixed_BSD, state
+        backend = self.mixer.config.norm_backend
+        hidden_BSD, normed_BSD = residual_norm(hidden_BSD, self.norm, backend)
+        mixed_BSD, state = self.mixer(normed_BSD, state, lengths_B)
+        return add_to_residual(hidden_BSD, mixed_BSD, backend), state
 
 
 @torch.no_grad()

@@ -32,13 +32,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vamba import VambaConfig, VambaTextConfig
+from .cpu_offloading import offload_saved
 from .cross_attention import VambaCrossAttention
 from .decoder_layer import VambaDecoderLayer
 from .frame_streaming import default_chunk_frames, load_ahead, normalized, to_device
 from .generation_vamba import VambaGenerationMixin
 from .graphed_decoding import GraphedDecoding
 from .media import MediaItem, assign_media, chunk_patches, list_media, media_positions, split_frames
-from .multi_axis_checkpointing import largest_of_ranks, offload_saved, weights_are_sharded
+from .multi_axis_checkpointing import largest_of_ranks, weights_are_sharded
 from .shared_model import VideoHeadMixin, VideoModelMixin
 from .text_triton import FusedRMSNorm
 from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder

@@ -35,7 +35,6 @@ from .multi_axis_checkpointing import (
     MultiAxisCheckpointingMixin,
     MultiAxisSettings,
     largest_of_ranks,
-    read_blocks,
     run_cells,
     weights_are_sharded,
 )
@@ -53,8 +52,7 @@ class VideoMa2mbaBlock(Mamba2Block):
     def forward(
         self, hidden_BSD: Tensor, state: Mamba2State | None = None, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, Mamba2State]:
-        mixed_BSD, state = self.mixer(self.norm(hidden_BSD.to(self.norm.weight.dtype)), state, lengths_B)
-        return hidden_BSD.to(residual_dtype(self.mixer.config, hidden_BSD.dtype)) + mixed_BSD, state
+        return super().forward(hidden_BSD.to(residual_dtype(self.mixer.config, hidden_BSD.dtype)), state, lengths_B)
 
 
 def residual_dtype(config: VideoMa2mbaTextConfig, dtype: torch.dtype) -> torch.dtype:
@@ -126,15 +124,15 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
             Rows and places of the tokens whose outputs are wanted, `(n, hidden_size)`; all are if not given.
         """
         hidden_BSD, states = inputs_embeds, past_key_values.states
+        if read_at is not None:
+            read_at = tuple(index.to(hidden_BSD.device) for index in read_at)
         if self.runs_cells:
-            blocks = self._run_cells(hidden_BSD, states, lengths_B)
-            hidden_BSD = torch.cat(blocks, 1) if read_at is None else read_blocks(blocks, *read_at)
-            del blocks
+            hidden_BSD = self._run_cells(hidden_BSD, states, lengths_B, read_at)
         else:
             for index, block in enumerate(self.layers):
                 hidden_BSD, states[index] = block(hidden_BSD, states[index], lengths_B)
             if read_at is not None:
-                hidden_BSD = hidden_BSD[tuple(index.to(hidden_BSD.device) for index in read_at)]
+                hidden_BSD = hidden_BSD[read_at]
         hidden_BSD = self.norm(hidden_BSD).to(inputs_embeds.dtype)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BSD, past_key_values=past_key_values)
 
@@ -142,21 +140,22 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
     def runs_cells(self) -> bool:
         return self.multi_axis_checkpointing is not None and self.training and torch.is_grad_enabled()
 
-    def _run_cells(self, hidden_BSD: Tensor, states: list, lengths_B: Tensor | None) -> list[Tensor]:
+    def _run_cells(self, hidden_BSD: Tensor, states: list, lengths_B: Tensor | None, read_at) -> Tensor:
         settings = self.multi_axis_checkpointing
         residual = residual_dtype(self.config, hidden_BSD.dtype)
         costs = mamba2_costs(self.config, self.norm.weight.dtype, residual_dtype=residual)
         layers, sizes = settings.intervals(costs, len(self.layers), hidden_BSD, self)
-        blocks, states[:] = run_cells(
+        hidden_BSD, states[:] = run_cells(
             self.layers,
             hidden_BSD,
             states,
             lengths_B,
+            read_at,
             layer_interval=layers,
             sequence_interval=sizes,
             offload=settings.offload,
         )
-        return blocks
+        return hidden_BSD
 
 
 @auto_docstring

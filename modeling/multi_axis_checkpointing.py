@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from .cpu_offloading import offload_saved
 from .mamba2 import Mamba2State
 from .multi_axis_memory import MemoryCosts, choose_intervals, cpu_memory_budget, memory_budget
 
@@ -146,84 +146,48 @@ def run_cells(
     hidden_BSD: Tensor,
     states: Iterable[Mamba2State | None] | None = None,
     lengths_B: Tensor | None = None,
+    read_at: tuple[Tensor, Tensor] | None = None,
     *,
     layer_interval: int,
     sequence_interval: int | list[int],
     offload: bool = False,
-) -> tuple[list[Tensor], list[Mamba2State]]:
+) -> tuple[Tensor, list[Mamba2State]]:
     """A stack of Mamba-2 blocks, `layer(hidden_BSD, state, lengths_B) -> (hidden_BSD, state)`, in checkpointed cells.
 
     Returns:
-        The last layer's hidden states as a list of blocks along the sequence, (B, S, D) each, and each layer's state
-        after the last token. `torch.cat(blocks, 1)` is the whole; `read_blocks` takes tokens out without it.
+        The last layer's hidden states, (B, S, D), and each layer's state after the last token. With `read_at`, rows
+        and places of n tokens (int64), the hidden states are those of the tokens, (n, D): they are taken inside the
+        cells, so that of all others neither the last layer's hidden states nor their gradients are ever held.
     """
 
     def step(index, hidden_BSD, state, lengths_B):
         return *layers[index](hidden_BSD, state, lengths_B), ()
 
-    states = [None] * len(layers) if states is None else states
-    sequence = CutSequence.cut(hidden_BSD, states, sequence_interval, lengths_B)
-    LazyLevels(step, [sequence], layer_interval, offload).finish()
-    return sequence.blocks, sequence.states
+    def reading_step(index, hidden_BSD, state, lengths_B, rows, places):
+        hidden_BSD, state = layers[index](hidden_BSD, state, lengths_B)
+        if index < len(layers) - 1:
+            return hidden_BSD, state, ()
+        return hidden_BSD.new_empty(0), state, (hidden_BSD[rows, places],)
+
+    sequence = CutSequence.cut(hidden_BSD, states or [None] * len(layers), sequence_interval, lengths_B)
+    if read_at is None:
+        LazyLevels(step, [sequence], layer_interval, offload).finish()
+        return torch.cat(sequence.blocks, 1), sequence.states
+    order, inside = _places_in_blocks(*read_at, [block.shape[1] for block in sequence.blocks])
+    sequence.context = [(lengths, *taken) for (lengths,), taken in zip(sequence.context, inside)]
+    emitted = LazyLevels(reading_step, [sequence], layer_interval, offload).take(len(layers) - 1)
+    return torch.cat([read for (read,) in emitted])[order], sequence.states
 
 
-def read_blocks(blocks: list[Tensor], rows: Tensor, places: Tensor) -> Tensor:
-    """`torch.cat(blocks, 1)[rows, places]`, (n, D), without joining (B, S, D) blocks; rows and places int64 (n,)."""
-    picked, order, start = [], [], 0
-    for block in blocks:
-        inside = ((places >= start) & (places < start + block.shape[1])).nonzero().flatten()
-        picked.append(block[rows[inside], places[inside] - start])
-        order.append(inside)
-        start += block.shape[1]
-    return torch.cat(picked)[torch.cat(order).argsort()]
-
-
-class offload_saved(saved_tensors_hooks):  # noqa: N801, a context manager like its base
-    """Within, autograd keeps the given tensors (and their views) in CPU memory between forward and backward.
-
-    Of all that is saved only these are moved, so that weights stay where they are. Memory is pinned, and copies are
-    enqueued on the current stream, where they wait for nobody. A tensor whose values are copied before they are saved,
-    as keys that a kernel wants repeated or in another layout, is not recognised and stays.
-    """
-
-    def __init__(self, *tensors: Tensor | None):
-        storages = {t.untyped_storage().data_ptr() for t in tensors if t is not None}
-
-        def pack(tensor: Tensor):
-            return _OnCPU(tensor) if tensor.untyped_storage().data_ptr() in storages else tensor
-
-        def unpack(saved):
-            return saved.load() if isinstance(saved, _OnCPU) else saved
-
-        super().__init__(pack, unpack)
-
-
-class _OnCPU:
-    """A copy of a tensor in pinned memory, in pieces: PyTorch rounds a pinned allocation up to a power of two."""
-
-    piece_bytes = 64 * 2**20
-
-    @torch.no_grad()
-    def __init__(self, tensor: Tensor):
-        # Strides are kept, for in backward an operation goes the way that it went in forward; gaps are not.
-        self.like = torch.empty_like(tensor, device="meta")
-        self.device = tensor.device
-        dense = tensor if tensor.stride() == self.like.stride() else tensor.contiguous()
-        self.pieces = []
-        for part in self._flat(dense):
-            piece = torch.empty_like(part, device="cpu", pin_memory=tensor.is_cuda)
-            self.pieces.append(piece.copy_(part, non_blocking=True))
-
-    @torch.no_grad()
-    def load(self) -> Tensor:
-        tensor = torch.empty_like(self.like, device=self.device)
-        for part, piece in zip(self._flat(tensor), self.pieces):
-            part.copy_(piece, non_blocking=True)
-        return tensor
-
-    def _flat(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The tensor's numbers as they lie in memory, in pieces."""
-        return tensor.as_strided((tensor.numel(),), (1,)).split(self.piece_bytes // tensor.itemsize)
+def _places_in_blocks(rows: Tensor, places: Tensor, sizes: list[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Rows and places within each block of the tokens that lie there, and what brings all of them into order again."""
+    order, inside, start = [], [], 0
+    for size in sizes:
+        here = ((places >= start) & (places < start + size)).nonzero().flatten()
+        inside.append((rows[here], places[here] - start))
+        order.append(here)
+        start += size
+    return torch.cat(order).argsort(), inside
 
 
 class MultiAxisSettings(NamedTuple):
@@ -335,8 +299,6 @@ __all__ = [
     "MultiAxisCheckpointingMixin",
     "MultiAxisSettings",
     "largest_of_ranks",
-    "offload_saved",
-    "read_blocks",
     "run_cells",
     "weights_are_sharded",
 ]

@@ -16,13 +16,15 @@ import torch
 
 from .configuration_vamba import VambaMamba2Config
 from .frame_streaming import free_bytes
+from .ssd_triton import GROUP_TOKENS
 
 
 # What a step takes besides, relative to itself (H200): cells of s tokens cost 600 / s, as kernels have less to do;
 # recomputing a cell of l layers stops before the last one's output projection and saves 0.05 / l; what waits in CPU
-# memory costs thrice its share of all that autograd would save. A tenth less memory is worth two percent of the time.
-SHORT, STOPPED, MOVED, TRADE = 600, 0.05, 3, 0.18
-SLACK = 1.1  # over the least memory there is, where that is too much already
+# memory costs half its share of all that autograd would save. A tenth less memory is worth two percent of the time,
+# where there is much of it: less than a few GB are little beside the weights.
+SHORT, STOPPED, MOVED, TRADE, LITTLE = 600, 0.05, 0.5, 0.225, 4e9
+SLACK = 1.05  # over the least memory there is, where that is too much already
 
 
 class MemoryCosts(NamedTuple):
@@ -33,31 +35,40 @@ class MemoryCosts(NamedTuple):
         state: per layer, the Mamba state that enters a block of tokens (C_S-ckpt).
         layer: per token and layer, what autograd saves inside the cell that backward is at (C_grid).
         work: per token of that cell, what backward through one layer needs besides (C_state).
+        scan: the same, but per token of those whose states our scan holds at once (`ssd_triton.GROUP_TOKENS`).
         emitted: per token and layer, what the layers give away (Vamba: keys and values); its gradient is as large.
-        always: per token, whatever the cells (the gradient of the hidden states).
         spared: per token, by how much what enters the first group is narrower than a border.
+        weights: per layer of a group, gradients of weights, which autograd sums over blocks before it passes them on.
     """
 
     border: int
     state: int
     layer: int
     work: int = 0
+    scan: int = 0
     emitted: int = 0
-    always: int = 0
     spared: int = 0
+    weights: int = 0
 
     def total(self, num_layers: int, tokens: int, layer_interval: int, sequence_interval: int, offload: bool = False):
-        """Bytes at the peak of backward. With `offload` borders, states and what is emitted wait in CPU memory."""
+        """Bytes at the peak of backward. With `offload` borders, states and what is emitted wait in CPU memory.
+
+        Of the last layer's hidden states few are read or none. The gradient of a border, and that of what a layer
+        emitted, takes the place of the thing itself, but while it is made.
+        """
         groups, blocks = ceil(num_layers / layer_interval), ceil(tokens / sequence_interval)
         layers = min(layer_interval, num_layers)
-        cell = min(sequence_interval, tokens) * (layers * self.layer + self.work)
-        if offload:  # on the GPU are one border, one group's states and gradients, and what one layer emitted
-            kept = tokens * self.border + layers * self.state
-            emitted = tokens * (layers + 1) * self.emitted
-        else:  # the gradient of what a layer emitted takes the place of that, but while it is made
-            kept = tokens * (groups * self.border - self.spared) + num_layers * blocks * self.state
+        length = min(sequence_interval, tokens)
+        cell = length * (layers * self.layer + self.work) + min(length, GROUP_TOKENS) * self.scan
+        cell += layers * self.weights if blocks > 1 else 0
+        if offload:  # on the GPU are the first border, another, what two cells need and what two layers emitted
+            kept = tokens * (2 * self.border - self.spared)
+            kept += 2 * (length * self.border + layers * self.state)
+            emitted = tokens * (layers + 2) * self.emitted
+        else:
+            kept = tokens * (max(groups, 2) * self.border - self.spared) + num_layers * blocks * self.state
             emitted = tokens * (num_layers + 1) * self.emitted
-        return kept + emitted + cell + tokens * self.always
+        return kept + emitted + cell
 
     def offloaded(self, num_layers: int, tokens: int, layer_interval: int, sequence_interval: int) -> int:
         """Bytes that `offload` puts into CPU memory, where a pinned allocation is rounded up to a power of two."""
@@ -89,9 +100,11 @@ def choose_intervals(
     """
     layers = range(1, num_layers + 1) if layer_interval is None else [layer_interval]
     lengths = [sequence_interval]
-    if sequence_interval is None:
-        most = min(ceil(tokens / multiple), max(longest // multiple, 1))
-        lengths = range(multiple, (most + 1) * multiple, multiple)
+    if sequence_interval is None:  # blocks of about one length, as a short one takes the time of a long one's launches
+        lengths = {
+            multiple * ceil(tokens / (blocks * multiple))
+            for blocks in range(ceil(tokens / longest), ceil(tokens / multiple) + 1)
+        }
     cells = [(l, s) for s in lengths for l in layers]
     if offload and cpu_budget is not None:
         waiting = {cell: costs.offloaded(num_layers, tokens, *cell) for cell in cells}
@@ -103,7 +116,7 @@ def choose_intervals(
     def price(cell: tuple[int, int]) -> float:
         l, s = cell
         moved = costs.offloaded(num_layers, tokens, *cell) / (num_layers * tokens * costs.layer) if offload else 0.0
-        return SHORT / s - STOPPED / l + MOVED * moved + TRADE * math.log(needed[cell])
+        return SHORT / s - STOPPED / l + MOVED * moved + TRADE * math.log(needed[cell] + LITTLE)
 
     return min((cell for cell in cells if needed[cell] <= allowed), key=price)
 
@@ -152,8 +165,8 @@ def mamba2_costs(
 ) -> MemoryCosts:
     """The costs of `Mamba2Block`s computed in `dtype` with this package's Triton kernels.
 
-    `layer` is what autograd saves (tests compare it with what is measured); `work` is an estimate: the gradients of
-    the layer's intermediate tensors and the states between the scan's chunks of 64 tokens, there and back.
+    `layer` is what autograd saves (tests compare it with what is measured); `work` and `scan` are estimates: the
+    gradients of the layer's intermediate tensors, and the states between the scan's tiles of 64 tokens, there and back.
 
     Args:
         emitted: numbers per token and layer that go elsewhere, such as keys and values.
@@ -163,15 +176,17 @@ def mamba2_costs(
     rows = inner + config.conv_dim + heads  # of in_proj
     exact = max(size, 4)  # dt and the states are computed in float32
     state = exact * inner * config.state_size + size * (config.conv_kernel - 1) * config.conv_dim
-    layer = 2 * size * config.hidden_size + exact  # before and after the norm, and its scale
+    layer = 2 * size * config.hidden_size  # before and after the norm
     layer += size * rows + exact * 3 * heads  # in_proj's gate, inputs and dt; three numbers of each step and its decay
     layer += size * (config.conv_dim + 2 * inner)  # after the convolution, the scan, and the gated norm
     tile = 64 if size < 4 else 16
     layer += exact * inner * config.state_size // (8 * tile)  # the states before the scan's segments of 8 tiles or more
-    work = size * (rows + config.conv_dim + 2 * inner) + 2 * size * inner * config.state_size // 64
+    work = size * (rows + config.conv_dim + 2 * inner)
+    scan = 2 * size * inner * config.state_size // tile
     border = (residual_dtype or dtype).itemsize * config.hidden_size
     spared = border - size * config.hidden_size
-    return MemoryCosts(border, state, layer, work, emitted * size, always=border, spared=max(spared, 0))
+    weights = size * config.hidden_size * (rows + inner)  # of the two projections
+    return MemoryCosts(border, state, layer, work, scan, emitted * size, max(spared, 0), weights)
 
 
 def paper_costs(config: VambaMamba2Config, dtype: torch.dtype = torch.bfloat16) -> MemoryCosts:

@@ -36,16 +36,18 @@ class VideoModelMixin:
         return any(p.requires_grad for name, p in self.visual.named_parameters() if not name.startswith("merger."))
 
     def enable_input_require_grads(self) -> None:
-        """Of the embeddings of text and media, and of frames where the tower trains.
+        """Of the embeddings of text, of frames where the tower trains, and of media where checkpoints are reentrant.
 
         transformers' own asks for those of frames always: through a frozen tower a graph would be kept for nothing.
+        Gradients of the media's embeddings, which nobody reads, would take as much memory as the embeddings.
         """
 
         def frames(module, args, output):
             output.requires_grad_(output.requires_grad or self.tower_trains)
 
         def media(module, args, output):
-            output.pooler_output.requires_grad_()
+            if self._checkpoints_are_reentrant:
+                output.pooler_output.requires_grad_()
 
         self.disable_input_require_grads()
         self._require_grads_hooks = [
@@ -53,6 +55,13 @@ class VideoModelMixin:
             self.visual.get_input_embeddings().register_forward_hook(frames),
             self.visual.register_forward_hook(media),
         ]
+
+    @property
+    def _checkpoints_are_reentrant(self) -> bool:
+        """Whether a layer is checkpointed only if something that enters it wants a gradient."""
+        layers = (module for module in self.modules() if getattr(module, "gradient_checkpointing", False))
+        functions = (getattr(layer, "_gradient_checkpointing_func", None) for layer in layers)
+        return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
     @property
     def pass_frames(self) -> int:

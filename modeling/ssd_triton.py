@@ -27,6 +27,7 @@ except ImportError:
 
 _SEGMENT_TILES = 16  # of a sequence's many segments; fewer make more programs, and more states between them
 _FILLING = 1280  # programs that leave few of a GPU's multiprocessors idle at the end, two running on each of 132
+GROUP_TOKENS = 16384  # whose states between tiles backward holds at once; with fewer a GPU idles between kernels
 _BLOCK_HEADS = 16
 _BLOCK_STATE = 1024
 
@@ -87,7 +88,8 @@ def scan(x, dt, A, Bm, Cm, D, state, chunk_size):
     Q = max(16, min(64 if low else 16, 1 << (chunk_size.bit_length() - 1)))
     with torch.cuda.device_of(x):
         times = _steps(dt, A, Q)
-        entering = _enter(x, Bm, state, times, reverse=False)
+        T = _segment_tiles(times)
+        entering = _enter(x, Bm, state, times, T, reverse=False)
         y, final = torch.empty(B, S, H, P, dtype=x.dtype, device=x.device), torch.empty_like(state)
         _output_kernel[(H, entering.shape[1], B)](
             x,
@@ -100,7 +102,7 @@ def scan(x, dt, A, Bm, Cm, D, state, chunk_size):
             final,
             S,
             times.shape[3],
-            _segment_tiles(times),
+            T,
             H // G,
             *x.stride()[:3],
             *Bm.stride()[:3],
@@ -116,12 +118,33 @@ def scan(x, dt, A, Bm, Cm, D, state, chunk_size):
 
 
 def backward_scan(x, A, Bm, Cm, D, times, entering, dy, dfinal, dx, dB, dC):
-    """ddt, dA, dD and dstate; dx, dB and dC are written to the given tensors, of x's dtype and unit stride."""
+    """ddt, dA, dD and dstate; dx, dB and dC are written to the given tensors, of x's dtype and unit stride.
+
+    The states between tiles, 57 KB a token for 112 heads of 64 x 128, are there for one group of segments at a time.
+    """
+    (C, Q), N, T = times.shape[3:], entering.shape[1], _segment_tiles(times)
+    groups = triton.cdiv(C * Q, GROUP_TOKENS)
+    segments = triton.cdiv(N, groups)
     with torch.cuda.device_of(x):
-        inside, _ = _walk(x, Bm, entering, times, reverse=False)
-        entering = _enter(dy, Cm, dfinal.contiguous(), times, reverse=True)
-        leaving, dstate = _walk(dy, Cm, entering, times, reverse=True)
-        return *scan_gradients(x, A, Bm, Cm, D, times, inside, leaving, dy, dx, dB, dC), dstate
+        leaving = _enter(dy, Cm, dfinal.contiguous(), times, T, reverse=True)
+        parts = []
+        for first in range(0, N, segments):
+            end = min(first + segments, N)
+            tiles, tokens = slice(first * T, end * T), slice(first * T * Q, end * T * Q)
+            states = entering[:, first:end], leaving[:, N - end : N - first]  # these in the order of their walk
+            given = (t[:, tokens] for t in (x, Bm, Cm, dy, dx, dB, dC))
+            parts.append(_backward_segments(A, D, times[:, :, :, tiles].contiguous(), T, *states, *given))
+    if len(parts) == 1:
+        return parts[0]
+    ddt, dA, dD, dstates = zip(*parts)
+    return torch.cat(ddt, 1), sum(dA), sum(dD), dstates[0]
+
+
+def _backward_segments(A, D, times, T, entering, leaving, x, Bm, Cm, dy, dx, dB, dC):
+    """ddt, dA, dD and the gradient of the state before these segments, from what `_enter` gave for them."""
+    inside, _ = _walk(x, Bm, entering.contiguous(), times, T, reverse=False)
+    after, dstate = _walk(dy, Cm, leaving.contiguous(), times, T, reverse=True)
+    return *scan_gradients(x, A, Bm, Cm, D, times, inside, after, dy, dx, dB, dC), dstate
 
 
 def _steps(dt_BSH: Tensor, A_H: Tensor, Q: int) -> Tensor:
@@ -145,21 +168,21 @@ def _segment_tiles(times: Tensor) -> int:
     return _SEGMENT_TILES if many else _SEGMENT_TILES // 2
 
 
-def _enter(v_BSHP, w_BSGK, state_BHPK, times, reverse):
+def _enter(v_BSHP, w_BSGK, state_BHPK, times, T, reverse):
     """The state before each segment, (B, N, H, P, K) float32, in the order of the walk: `_walk`'s recurrence."""
     (B, _, H, P), K = v_BSHP.shape, w_BSGK.shape[3]
-    N = triton.cdiv(times.shape[3], _segment_tiles(times))
+    N = triton.cdiv(times.shape[3], T)
     if N == 1:
         return state_BHPK.unsqueeze(1)
     entering = torch.empty(B, N, H, P, K, dtype=torch.float32, device=v_BSHP.device)
     totals = torch.empty(B, N, H, dtype=torch.float32, device=v_BSHP.device)
-    _launch_states(N - 1, v_BSHP, w_BSGK, None, times, entering, totals, None, N, reverse)
+    _launch_states(N - 1, v_BSHP, w_BSGK, None, times, T, entering, totals, None, N, reverse)
     block = min(P * K, _BLOCK_STATE)
     _pass_kernel[(P * K // block, H, B)](state_BHPK, totals, entering, N, SIZE=P * K, BLOCK=block, num_warps=4)
     return entering
 
 
-def _walk(v_BSHP, w_BSGK, entering, times, reverse):
+def _walk(v_BSHP, w_BSGK, entering, times, T, reverse):
     """The recurrence over tiles: the state before each, (B, C, H, K, P) in v's dtype, and the last state in float32.
 
     Forward, tile c adds sum_j exp(cs_Q - cs_j) dt_j v_j w_j^T (v = x, w = B); in reverse, for the gradient of the
@@ -168,11 +191,11 @@ def _walk(v_BSHP, w_BSGK, entering, times, reverse):
     (B, _, H, P), K, N = v_BSHP.shape, w_BSGK.shape[3], entering.shape[1]
     states = torch.empty(B, times.shape[3], H, K, P, dtype=v_BSHP.dtype, device=v_BSHP.device)
     last = torch.empty(B, H, P, K, dtype=torch.float32, device=v_BSHP.device)
-    _launch_states(N, v_BSHP, w_BSGK, entering, times, last, None, states, N, reverse)
+    _launch_states(N, v_BSHP, w_BSGK, entering, times, T, last, None, states, N, reverse)
     return states, last
 
 
-def _launch_states(programs, v, w, entering, times, out, totals, states, N, reverse):
+def _launch_states(programs, v, w, entering, times, T, out, totals, states, N, reverse):
     (B, S, H, P), (G, K), (C, Q) = v.shape, w.shape[2:], times.shape[3:]
     _states_kernel[(H, programs, B)](
         v,
@@ -185,7 +208,7 @@ def _launch_states(programs, v, w, entering, times, out, totals, states, N, reve
         S,
         C,
         N,
-        _segment_tiles(times),
+        T,
         H // G,
         *v.stride()[:3],
         *w.stride()[:3],

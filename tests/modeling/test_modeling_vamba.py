@@ -178,21 +178,26 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("trains", [None, "blocks.0.attn.qkv.weight", "merger.ln_q.weight"])
 def test_checkpointing_keeps_no_graph_of_a_frozen_tower(use_reentrant, trains):
-    model, recorded = tiny_model().train(), []
+    model, recorded, media_recorded = tiny_model().train(), [], []
     model.model.visual.requires_grad_(False)
     if trains:
         model.model.visual.get_parameter(trains).requires_grad_(True)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     last = model.model.visual.blocks[-1]
     last.register_forward_hook(lambda module, args, output: recorded.append(output.requires_grad))
+    model.model.visual.register_forward_hook(
+        lambda module, args, output: media_recorded.append(output.pooler_output.requires_grad)
+    )
     pixels, grid = media((3, 4, 6))
     ids = prompt(9, items=1)
     model(ids, labels=ids, use_cache=False, pixel_values_videos=pixels, video_grid_thw=grid).loss.backward()
     assert recorded[0] == (trains is not None and trains.startswith("blocks"))
+    assert media_recorded[0] == (trains is not None or use_reentrant)  # nobody else reads their gradients
     assert trains is None or model.model.visual.get_parameter(trains).grad.norm() > 0
     assert all(p.grad is not None for p in model.model.video_encoder.parameters())
     model.gradient_checkpointing_disable()
     model.disable_input_require_grads()
+    model.model.visual._forward_hooks.popitem()  # that of this test
     hooked = (model.get_input_embeddings(), model.model.visual, model.model.visual.patch_embed)
     assert not any(module._forward_hooks for module in hooked)
 

@@ -63,7 +63,7 @@ def test_near_the_least_memory_where_that_is_too_much():
     costs, tokens = mamba2_costs(CONFIGS["1.3b"], torch.bfloat16), 100_000
     memory = costs.total(48, tokens, *choose_intervals(costs, 48, tokens, budget=1))
     least = min(costs.total(48, tokens, l, s) for l in range(1, 49) for s in range(256, 32769, 256))
-    assert least <= memory <= 1.1 * least
+    assert least <= memory <= 1.05 * least
     assert choose_intervals(costs, 48, tokens, budget=1) == choose_intervals(costs, 48, tokens, budget=int(least))
 
 
@@ -75,7 +75,7 @@ def test_time_and_memory_are_traded():
     leanest = min((costs.total(48, tokens, l, s), l, s) for l in range(1, 49) for s in range(256, 32769, 256))[1:]
     assert chosen[1] > leanest[1] and least < costs.total(48, tokens, *chosen) < 1.3 * least
     assert choose_intervals(costs, 48, tokens, budget=int(1.05 * least))[1] <= chosen[1]
-    flat = MemoryCosts(border=0, state=0, layer=0, always=1)
+    flat = MemoryCosts(border=0, state=0, layer=0, emitted=1)
     assert choose_intervals(flat, 48, tokens) == (1, 32768)
 
 
@@ -88,12 +88,13 @@ COSTS_7B = mamba2_costs(VAMBA_7B, torch.bfloat16, KEYS_VALUES)
         (1, None, False, (1, 256)),
         (76_544, None, False, (4, 11008)),
         (153_088, None, False, (4, 14080)),
-        (153_088, 25 * GB, False, (4, 11008)),
-        (153_088, 1 * GB, False, (7, 9472)),  # nothing fits: near the least
-        (612_352, None, False, (7, 20480)),
-        (1_048_576, None, False, (7, 25600)),
-        (1_048_576, None, True, (2, 18432)),
-        (1_048_576, 25 * GB, True, (2, 10752)),
+        (153_088, 25 * GB, False, (4, 11776)),
+        (153_088, 1 * GB, False, (7, 7680)),  # nothing fits: near the least
+        (612_352, None, False, (7, 19200)),
+        (1_048_576, None, False, (7, 24576)),
+        (76_544, None, True, (1, 9728)),
+        (1_048_576, None, True, (1, 21504)),
+        (1_048_576, 23 * GB, True, (1, 5632)),
     ],
 )
 def test_chosen_cells_of_vambas_7b(tokens, budget, offload, expected):
@@ -149,30 +150,27 @@ def test_a_million_tokens_of_vambas_7b():
 def test_a_wide_residual_stream_widens_the_borders():
     costs = mamba2_costs(CONFIGS["2.7b"], torch.bfloat16, residual_dtype=torch.float32)
     plain = mamba2_costs(CONFIGS["2.7b"], torch.bfloat16)
-    assert costs == plain._replace(border=4 * 2560, always=4 * 2560, spared=2 * 2560)
+    assert costs == plain._replace(border=4 * 2560, spared=2 * 2560)
     wider = costs.total(64, 1000, 8, 1000) - plain.total(64, 1000, 8, 1000)
-    assert wider == 1000 * 2 * 2560 * 8  # seven borders, as the embeddings are as narrow as before, and a gradient
+    assert wider == 1000 * 2 * 2560 * 7  # seven borders: the embeddings are as narrow as before
 
 
 def test_video_ma2mbas_targets():
-    """2.7B: 2^19 tokens within the paper's 42.2 GB, 2^20 within 80 GB; 2^22 within 139 GB with borders on the CPU.
+    """2.7B: 2^19 tokens within the paper's 42.2 GB, 2^20 within 80 GB, with the residual stream in float32 as well.
 
-    The first and the last for a residual stream in bfloat16, in which the paper reckons; in float32, as the published
-    language models have it, borders are twice as wide.
+    2^22 within 139 GB, with weights and gradients, takes one in bfloat16, and borders in CPU memory.
     """
+    for residual in (torch.bfloat16, torch.float32):
+        costs = mamba2_costs(CONFIGS["2.7b"], torch.bfloat16, residual_dtype=residual)
+        memory = {n: costs.total(64, 2**n, *choose_intervals(costs, 64, 2**n, budget=0)) for n in (19, 20, 22)}
+        assert memory[19] < 42.2 * GB and memory[20] < 80 * GB and 127 * GB < memory[22]
     costs = mamba2_costs(CONFIGS["2.7b"], torch.bfloat16)
-    memory = {n: costs.total(64, 2**n, *choose_intervals(costs, 64, 2**n)) for n in (19, 20, 22)}
-    assert memory[19] < 42.2 * GB and memory[20] < 80 * GB < 139 * GB < memory[22]
     cells = choose_intervals(costs, 64, 2**22, offload=True, cpu_budget=100 * GB)
     assert costs.total(64, 2**22, *cells, offload=True) < 100 * GB
-    wide = mamba2_costs(CONFIGS["2.7b"], torch.bfloat16, residual_dtype=torch.float32)
-    memory = {n: wide.total(64, 2**n, *choose_intervals(wide, 64, 2**n, budget=0)) for n in (19, 20)}
-    assert 42.2 * GB < memory[19] < 47 * GB and memory[20] < 80 * GB
-    assert min(wide.total(64, 2**19, l, s) for l in range(1, 65) for s in range(1024, 16384, 1024)) < 42.2 * GB
 
 
 def test_more_of_anything_takes_more():
-    costs = MemoryCosts(border=1, state=2, layer=3, work=4, emitted=5, always=6)
+    costs = MemoryCosts(border=1, state=2, layer=3, work=4, emitted=5, weights=6)
     assert costs.total(8, 1000, 2, 100) < costs.total(8, 1001, 2, 100) < costs.total(9, 1001, 2, 100)
     for name in set(costs._fields) - {"spared"}:
         more = costs._replace(**{name: getattr(costs, name) + 1})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import vamba.modeling.multi_axis_checkpointing as cells_module
+from vamba.modeling.cpu_offloading import _OnCPU
 
 import tiny_vamba
 import tiny_video_ma2mba
@@ -90,10 +90,8 @@ def test_of_packed_samples_no_cell_is_kept():
 def test_keys_and_values_are_offloaded(monkeypatch, ordinary):
     """Those of all three layers, however attention saves them."""
     moved = []
-    initialise = cells_module._OnCPU.__init__
-    monkeypatch.setattr(
-        cells_module._OnCPU, "__init__", lambda self, t: (moved.append(tuple(t.shape)), initialise(self, t))[0]
-    )
+    initialise = _OnCPU.__init__
+    monkeypatch.setattr(_OnCPU, "__init__", lambda self, t: (moved.append(tuple(t.shape)), initialise(self, t))[0])
     model = tiny_vamba.tiny_model().double().train()
     if ordinary:
         model.gradient_checkpointing_enable()

@@ -178,10 +178,11 @@ def test_scan(S, H, G, P, K, dtype, tolerance):
 
 @on_a_gpu
 @precisions
-@pytest.mark.parametrize("S", [64, 100])
-def test_scan_over_several_segments(S, dtype, tolerance, monkeypatch):
-    """A last segment that is whole, and one that is not and whose last tile is not."""
+@pytest.mark.parametrize(("S", "group"), [(64, 8192), (100, 8192), (64, 32), (100, 70), (170, 100)])
+def test_scan_over_several_segments(S, group, dtype, tolerance, monkeypatch):
+    """A last segment that is whole, or is not, nor its last tile; one group in backward, or several."""
     monkeypatch.setattr(ssd_module, "_SEGMENT_TILES", 2)
+    monkeypatch.setattr(ssd_module, "GROUP_TOKENS", group)
     sizes = (2, 1, 16, 16)
     compare(
         on_views(lambda *t: ssd_scan_triton(*t, chunk_size=16), *sizes),

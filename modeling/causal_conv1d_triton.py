@@ -55,9 +55,9 @@ class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BSC):
-        x_BSC, *_ = ctx.saved_tensors
+        saved = x_BSC, *_ = ctx.saved_tensors  # to be asked for once: a checkpoint gives them once
         dx_BSC = torch.empty(x_BSC.shape, dtype=x_BSC.dtype, device=x_BSC.device)
-        return dx_BSC, *convolution_gradients(*ctx.saved_tensors, unit_stride(dy_BSC), dx_BSC)
+        return dx_BSC, *convolution_gradients(*saved, unit_stride(dy_BSC), dx_BSC)
 
 
 def convolve(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:

@@ -71,10 +71,10 @@ class _SSDScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dfinal):
-        x, _, Bm, Cm, *_ = ctx.saved_tensors
+        saved = x, _, Bm, Cm, *_ = ctx.saved_tensors  # to be asked for once: a checkpoint gives them once
         dx, dB, dC = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, Bm, Cm))
         dy = unit_stride(dy.to(x.dtype))
-        ddt, dA, dD, dstate = backward_scan(*ctx.saved_tensors, dy, dfinal, dx, dB, dC)
+        ddt, dA, dD, dstate = backward_scan(*saved, dy, dfinal, dx, dB, dC)
         return dx, ddt, dA, dB, dC, dD, dstate, None
 
 

@@ -11,13 +11,16 @@ import pytest
 import torch
 from test_state_space_duality import recurrence, relative
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from triton_interpreter import DEVICE, INTERPRETED, on_a_gpu, run_interpreted
 
 import vamba.modeling
 import vamba.modeling.gated_rms_norm_triton as gated_rms_norm_module
 import vamba.modeling.ssd_triton as ssd_module
 from vamba.modeling.causal_conv1d_triton import causal_conv1d_triton
+from vamba.modeling.configuration_vamba import VambaMamba2Config
 from vamba.modeling.gated_rms_norm_triton import gated_rms_norm_triton
+from vamba.modeling.mamba2 import Mamba2Mixer, init_mamba2_mixer
 from vamba.modeling.ssd_triton import ssd_scan_triton
 
 
@@ -190,6 +193,22 @@ def test_scan_over_several_segments(S, group, dtype, tolerance, monkeypatch):
         scan_inputs(S, dtype, *sizes, B=2),
         tolerance,
     )
+
+
+@on_a_gpu
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_operations_within_a_checkpoint(use_reentrant):
+    """Each apart, as where hooks keep the mixer from being one operation."""
+    backends = dict.fromkeys(("ssd_backend", "conv_backend", "norm_backend"), "triton")
+    mixer = Mamba2Mixer(VambaMamba2Config(hidden_size=32, state_size=16, head_dim=16, chunk_size=16, **backends))
+    init_mamba2_mixer(mixer.to(DEVICE), 2)
+    mixer.norm.register_forward_hook(lambda module, args, output: output)
+    hidden = torch.randn(1, 20, 32, device=DEVICE, requires_grad=True)
+    leaves = [hidden, *mixer.parameters()]
+    plain = torch.autograd.grad(mixer(hidden)[0].square().sum(), leaves)
+    checkpoint(lambda t: mixer(t)[0], hidden, use_reentrant=use_reentrant).square().sum().backward()
+    for leaf, expected in zip(leaves, plain):
+        assert torch.equal(leaf.grad, expected)
 
 
 @on_a_gpu

@@ -8,7 +8,7 @@ Training is forward and backward of the language model without optimizer, bf16, 
 gradients, as the projector sends them, and a loss on the last 128 tokens. GB (10^9 bytes) are the peak over weights and
 their gradients, beside what this package's memory model and the paper's (arXiv 2411.19460, equation 12) say. Rows are
 written to DIR as they are measured; out of memory is recorded, and the run goes on. Cells of "multi_axis" and "offload"
-take near the least memory, those of "auto" are what training chooses, `--cells` gives others to all of them.
+take near the least memory, those of "auto" are what training chooses, `--cells 4 32768 --cells 8 16384` gives others.
 """
 
 import argparse
@@ -103,13 +103,13 @@ class Plan:
     offload: bool = False
 
     @classmethod
-    def of(cls, mode: str, costs: MemoryCosts, num_layers: int, tokens: int, args: argparse.Namespace) -> "Plan":
+    def of(cls, mode: str, cells, costs: MemoryCosts, num_layers: int, tokens: int, args: argparse.Namespace) -> "Plan":
         if mode in ("none", "layer", "sqrt"):
             layers = {"none": num_layers, "layer": 1, "sqrt": round(math.sqrt(num_layers))}[mode]
             return cls(layers, tokens)
         offload = mode == "offload"
-        if args.cells:
-            return cls(min(args.cells[0], num_layers), min(args.cells[1], tokens), offload)
+        if cells:
+            return cls(min(cells[0], num_layers), min(cells[1], tokens), offload)
         budget, waiting = memory_budget(DEVICE) if mode == "auto" else 0, int(cpu_budget(args, 0.7))
         return cls(*choose_intervals(costs, num_layers, tokens, budget, offload=offload, cpu_budget=waiting), offload)
 
@@ -178,12 +178,13 @@ def train(args: argparse.Namespace) -> None:
             Plan(2, 256).switch(model, mode)
             step(model, tokens)  # kernels are compiled, gradients made
         for mode in args.modes:
-            train_mode(model, size, mode, args)
+            for cells in args.cells if mode in ("multi_axis", "offload") and args.cells else [None]:
+                train_mode(model, size, mode, cells, args)
         del model
         release(DEVICE)
 
 
-def train_mode(model, size: str, mode: str, args: argparse.Namespace) -> None:
+def train_mode(model, size: str, mode: str, cells: list[int] | None, args: argparse.Namespace) -> None:
     """Rising lengths until one does not fit or would take too long."""
     text = model.config.text_config
     wide = torch.float32 if text.residual_in_fp32 else DTYPE
@@ -191,13 +192,13 @@ def train_mode(model, size: str, mode: str, args: argparse.Namespace) -> None:
     speed = None
     for exponent in range(args.exponents[0], args.exponents[-1] + 1):
         tokens, layers = 2**exponent, text.num_hidden_layers
-        plan = Plan.of(mode, ours, layers, tokens, args)
-        cells = (plan.layers, plan.tokens)
-        waiting = ours.offloaded(layers, tokens, *cells) if plan.offload else 0
+        plan = Plan.of(mode, cells, ours, layers, tokens, args)
+        taken = (plan.layers, plan.tokens)
+        waiting = ours.offloaded(layers, tokens, *taken) if plan.offload else 0
         row = {"size": size, "residual": args.residual, "mode": mode, "tokens": tokens}
         row |= {"layer_interval": plan.layers, "sequence_interval": plan.tokens, "cpu_GB": round(waiting / 1e9, 1)}
-        row |= {"ours_GB": round(ours.total(layers, tokens, *cells, plan.offload) / 1e9, 2)}
-        row |= {"paper_GB": round(theirs.total(layers, tokens, *cells, plan.offload) / 1e9, 2)}
+        row |= {"ours_GB": round(ours.total(layers, tokens, *taken, plan.offload) / 1e9, 2)}
+        row |= {"paper_GB": round(theirs.total(layers, tokens, *taken, plan.offload) / 1e9, 2)}
         expected = tokens / speed if speed else 0.0
         if expected > args.limit:
             row["status"] = f"not tried: about {expected:.0f} s"
@@ -355,7 +356,9 @@ def main() -> None:
     training.add_argument("--modes", nargs="+", choices=MODES, default=["layer", "multi_axis"])
     training.add_argument("--exponents", type=int, nargs="+", default=[10, 20], help="first and last power of two")
     training.add_argument("--residual", choices=("float32", "bfloat16"), default="float32")
-    training.add_argument("--cells", type=int, nargs=2, help="layers and tokens of a cell, instead of chosen ones")
+    training.add_argument(
+        "--cells", type=int, nargs=2, action="append", help="layers and tokens of a cell, instead of chosen ones"
+    )
     training.add_argument("--cpu-gb", type=float, default=110, help="GB that offloading may take of the CPU's memory")
     training.add_argument("--limit", type=float, default=60, help="seconds for one length; default: 60")
     training.set_defaults(run=train)

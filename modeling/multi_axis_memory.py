@@ -22,8 +22,8 @@ from .ssd_triton import GROUP_TOKENS
 # What a step takes besides, relative to itself (H200): cells of s tokens cost 600 / s, as kernels have less to do;
 # recomputing a cell of l layers stops before the last one's output projection and saves 0.05 / l; what waits in CPU
 # memory costs half its share of all that autograd would save. A tenth less memory is worth two percent of the time,
-# where there is much of it: less than a few GB are little beside the weights.
-SHORT, STOPPED, MOVED, TRADE, LITTLE = 600, 0.05, 0.5, 0.225, 4e9
+# where there is as much of it as of weights and gradients, and less where there is less.
+SHORT, STOPPED, MOVED, TRADE, LITTLE = 600, 0.05, 0.5, 0.36, 16e9
 SLACK = 1.05  # over the least memory there is, where that is too much already
 
 

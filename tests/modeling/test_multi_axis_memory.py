@@ -87,13 +87,13 @@ COSTS_7B = mamba2_costs(VAMBA_7B, torch.bfloat16, KEYS_VALUES)
     [
         (1, None, False, (1, 256)),
         (76_544, None, False, (4, 11008)),
-        (153_088, None, False, (4, 14080)),
+        (153_088, None, False, (4, 12800)),
         (153_088, 25 * GB, False, (4, 11776)),
         (153_088, 1 * GB, False, (7, 7680)),  # nothing fits: near the least
-        (612_352, None, False, (7, 19200)),
-        (1_048_576, None, False, (7, 24576)),
-        (76_544, None, True, (1, 9728)),
-        (1_048_576, None, True, (1, 21504)),
+        (612_352, None, False, (7, 16128)),
+        (1_048_576, None, False, (14, 14592)),
+        (76_544, None, True, (1, 12800)),
+        (1_048_576, None, True, (1, 20224)),
         (1_048_576, 23 * GB, True, (1, 5632)),
     ],
 )

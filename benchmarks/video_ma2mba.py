@@ -321,7 +321,10 @@ def markdown(rows: list[dict], columns: tuple[str, ...]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Memory against tokens for each size: measured (points), ours (dashed), the paper's model (dotted)."""
+    """Memory against tokens for each size: measured (points), ours (dashed), the paper's model (dotted).
+
+    Of several cells for one length the leanest are drawn.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -332,10 +335,11 @@ def draw(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(6 * len(sizes), 5), layout="constrained")
     for plot, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes):
         curves = {}
-        for row in (row for row in rows if row["size"] == size):
-            curves.setdefault((row["mode"], row["residual"]), []).append(row)
-        for number, ((mode, residual), curve) in enumerate(curves.items()):
-            color, tokens = f"C{number % 10}", [int(row["tokens"]) for row in curve]
+        for row in sorted(rows, key=lambda row: (int(row["tokens"]), -float(row["ours_GB"]))):
+            if row["size"] == size:
+                curves.setdefault((row["mode"], row["residual"]), {})[int(row["tokens"])] = row
+        for number, ((mode, residual), by_tokens) in enumerate(curves.items()):
+            color, tokens, curve = f"C{number % 10}", list(by_tokens), by_tokens.values()
             measured = [(int(row["tokens"]), float(row["over_GB"])) for row in curve if row["over_GB"]]
             label = f"{mode}, {residual}"
             plot.plot(*zip(*measured), "o-", color=color, label=label) if measured else plot.plot([], label=label)

@@ -79,6 +79,12 @@ def test_time_and_memory_are_traded():
     assert choose_intervals(flat, 48, tokens) == (1, 32768)
 
 
+def test_cells_of_small_models_are_long_enough_for_the_gpu_to_be_busy():
+    small, large = (mamba2_costs(CONFIGS[name], torch.bfloat16) for name in ("370m", "2.7b"))
+    assert choose_intervals(small, 48, 2**17)[1] > 20_000 > choose_intervals(large, 64, 2**17)[1]
+    assert choose_intervals(small, 48, 2**17, budget=0)[1] < 10_000  # where memory decides
+
+
 COSTS_7B = mamba2_costs(VAMBA_7B, torch.bfloat16, KEYS_VALUES)
 
 

@@ -39,9 +39,10 @@ class VambaMamba2Config(PreTrainedConfig):
         time_step_min, time_step_max, time_step_floor, A_init_bounds: initialisation of dt_bias and A_log.
         time_step_limit: dt is clamped to this range after the softplus.
         layer_norm_epsilon: of both RMSNorms of the block.
-        ssd_backend, conv_backend, norm_backend: which implementation runs the scan, the convolution and the gated
-            norm: "auto" (the fastest there is), "torch" (the reference), "triton" (on a GPU), or the optional packages
-            "mamba_ssm" for the scan and "causal_conv1d" for the convolution. A matter of speed, not of result.
+        ssd_backend, conv_backend, norm_backend: which implementation runs the scan, the convolution, and the block's
+            norms and residual stream: "auto" (the fastest there is), "torch" (the reference), "triton" (on a GPU), or
+            the optional packages "mamba_ssm" for the scan and "causal_conv1d" for the convolution. A matter of speed,
+            not of result.
     """
 
     model_type = "vamba_mamba2"

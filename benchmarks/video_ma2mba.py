@@ -103,7 +103,15 @@ class Plan:
     offload: bool = False
 
     @classmethod
-    def of(cls, mode: str, cells, costs: MemoryCosts, num_layers: int, tokens: int, args: argparse.Namespace) -> "Plan":
+    def of(
+        cls,
+        mode: str,
+        cells: list[int] | None,
+        costs: MemoryCosts,
+        num_layers: int,
+        tokens: int,
+        args: argparse.Namespace,
+    ) -> "Plan":
         if mode in ("none", "layer", "sqrt"):
             layers = {"none": num_layers, "layer": 1, "sqrt": round(math.sqrt(num_layers))}[mode]
             return cls(layers, tokens)
@@ -323,7 +331,7 @@ def markdown(rows: list[dict], columns: tuple[str, ...]) -> str:
 def draw(rows: list[dict], path: Path) -> None:
     """Memory against tokens for each size: measured (points), ours (dashed), the paper's model (dotted).
 
-    Of several cells for one length the leanest are drawn.
+    Of several cells for one length the leanest that were measured are drawn.
     """
     try:
         from matplotlib.figure import Figure
@@ -335,7 +343,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(6 * len(sizes), 5), layout="constrained")
     for plot, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes):
         curves = {}
-        for row in sorted(rows, key=lambda row: (int(row["tokens"]), -float(row["ours_GB"]))):
+        for row in sorted(rows, key=lambda row: (int(row["tokens"]), bool(row["over_GB"]), -float(row["ours_GB"]))):
             if row["size"] == size:
                 curves.setdefault((row["mode"], row["residual"]), {})[int(row["tokens"])] = row
         for number, ((mode, residual), by_tokens) in enumerate(curves.items()):
@@ -361,7 +369,7 @@ def main() -> None:
     training.add_argument("--exponents", type=int, nargs="+", default=[10, 20], help="first and last power of two")
     training.add_argument("--residual", choices=("float32", "bfloat16"), default="float32")
     training.add_argument(
-        "--cells", type=int, nargs=2, action="append", help="layers and tokens of a cell, instead of chosen ones"
+        "--cells", type=int, nargs=2, action="append", help="layers and tokens of a cell of multi_axis and offload"
     )
     training.add_argument("--cpu-gb", type=float, default=110, help="GB that offloading may take of the CPU's memory")
     training.add_argument("--limit", type=float, default=60, help="seconds for one length; default: 60")

@@ -19,6 +19,8 @@ class offload_saved(saved_tensors_hooks):  # noqa: N801, a context manager like 
 
     Of all that is saved only these are moved, so that weights stay where they are. A tensor whose values are copied
     before they are saved, as keys that a kernel wants repeated or in another layout, is not recognised and stays.
+    They must not be changed in place, as a copy may still be under way. What was brought along and is not asked for, as
+    by a backward through a part of the graph, stays on the GPU until the graph is gone.
     """
 
     def __init__(self, *tensors: Tensor | None):
@@ -46,7 +48,7 @@ class _OnCPU:
         self.like = torch.empty_like(tensor, device="meta")
         self.device, self.pieces = tensor.device, []
         self._loaded, self._arriving = False, None
-        dense = tensor if tensor.stride() == self.like.stride() else tensor.contiguous()
+        dense = tensor if tensor.stride() == self.like.stride() else tensor.clone()  # as empty_like lays it out
         with _beside(self.device, wait=True) as stream:
             for part in self._flat(dense):
                 piece = torch.empty_like(part, device="cpu", pin_memory=tensor.is_cuda)

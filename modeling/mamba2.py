@@ -19,7 +19,7 @@ from .causal_conv1d import MAX_WIDTH, causal_conv1d
 from .configuration_vamba import VambaMamba2Config
 from .gated_rms_norm_triton import MAX_GROUP, gated_rms_norm_triton
 from .mamba2_triton import mix_triton
-from .residual_norm_triton import add_to_residual, residual_norm
+from .residual_norm_triton import add_to_residual_triton, residual_norm_triton
 from .state_space_duality import ssd_scan
 from .triton_launch import are_preferred, is_unhooked, takes
 
@@ -166,10 +166,28 @@ class Mamba2Block(GradientCheckpointingLayer):
     def forward(
         self, hidden_BSD: Tensor, state: Mamba2State | None = None, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, Mamba2State]:
-        backend = self.mixer.config.norm_backend
-        hidden_BSD, normed_BSD = residual_norm(hidden_BSD, self.norm, backend)
+        hidden_BSD, normed_BSD = self._norm(hidden_BSD)
         mixed_BSD, state = self.mixer(normed_BSD, state, lengths_B)
-        return add_to_residual(hidden_BSD, mixed_BSD, backend), state
+        widens = mixed_BSD.dtype != hidden_BSD.dtype == torch.float32
+        if widens and self._takes_kernels(hidden_BSD):
+            return add_to_residual_triton(hidden_BSD, mixed_BSD), state
+        return hidden_BSD + mixed_BSD, state
+
+    def _norm(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, to be used from here on, and its norm in the dtype of the norm's weight."""
+        weight_D = self.norm.weight
+        unchanged = (
+            type(self.norm) is nn.RMSNorm and is_unhooked(self.norm) and type(weight_D) in (nn.Parameter, Tensor)
+        )
+        if unchanged and self._takes_kernels(hidden_BSD):
+            return residual_norm_triton(hidden_BSD, weight_D, self.norm.eps)
+        return hidden_BSD, self.norm(hidden_BSD.to(weight_D.dtype))
+
+    def _takes_kernels(self, hidden_BSD: Tensor) -> bool:
+        backend = self.mixer.config.norm_backend
+        return backend == "triton" or (
+            backend == "auto" and are_preferred(hidden_BSD) and hidden_BSD.shape[-1] <= MAX_GROUP
+        )
 
 
 @torch.no_grad()

@@ -124,15 +124,13 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
             Rows and places of the tokens whose outputs are wanted, `(n, hidden_size)`; all are if not given.
         """
         hidden_BSD, states = inputs_embeds, past_key_values.states
-        if read_at is not None:
-            read_at = tuple(index.to(hidden_BSD.device) for index in read_at)
         if self.runs_cells:
             hidden_BSD = self._run_cells(hidden_BSD, states, lengths_B, read_at)
         else:
             for index, block in enumerate(self.layers):
                 hidden_BSD, states[index] = block(hidden_BSD, states[index], lengths_B)
             if read_at is not None:
-                hidden_BSD = hidden_BSD[read_at]
+                hidden_BSD = hidden_BSD[tuple(index.to(hidden_BSD.device) for index in read_at)]
         hidden_BSD = self.norm(hidden_BSD).to(inputs_embeds.dtype)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BSD, past_key_values=past_key_values)
 
@@ -140,7 +138,13 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
     def runs_cells(self) -> bool:
         return self.multi_axis_checkpointing is not None and self.training and torch.is_grad_enabled()
 
-    def _run_cells(self, hidden_BSD: Tensor, states: list, lengths_B: Tensor | None, read_at) -> Tensor:
+    def _run_cells(
+        self,
+        hidden_BSD: Tensor,
+        states: list[Mamba2State | None],
+        lengths_B: Tensor | None,
+        read_at: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         settings = self.multi_axis_checkpointing
         residual = residual_dtype(self.config, hidden_BSD.dtype)
         costs = mamba2_costs(self.config, self.norm.weight.dtype, residual_dtype=residual)

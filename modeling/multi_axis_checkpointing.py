@@ -5,7 +5,7 @@ cell is one `torch.utils.checkpoint` call, so that autograd chains them and DDP,
 Forward keeps what crosses the borders of cells, backward recomputes cell by cell, but for the last, which is kept.
 Groups of layers are run on demand (`LazyLevels`): autograd runs backward what ran last, so what a consumer of the
 levels (Vamba's text layers) sends back exists for one group at a time. Hidden states stay a list of blocks, which no
-`cat` doubles.
+`cat` doubles, unless all of the last layer's are asked for.
 
 Shapes: B batch, S tokens of one block, D hidden.
 """
@@ -156,8 +156,8 @@ def run_cells(
 
     Returns:
         The last layer's hidden states, (B, S, D), and each layer's state after the last token. With `read_at`, rows
-        and places of n tokens (int64), the hidden states are those of the tokens, (n, D): they are taken inside the
-        cells, so that of all others neither the last layer's hidden states nor their gradients are ever held.
+        and places of n tokens (int64, not negative), the hidden states are those of the tokens, (n, D): they are taken
+        inside the cells, so that of all others neither the last layer's hidden states nor their gradients are held.
     """
 
     def step(index, hidden_BSD, state, lengths_B):
@@ -167,6 +167,7 @@ def run_cells(
         hidden_BSD, state = layers[index](hidden_BSD, state, lengths_B)
         if index < len(layers) - 1:
             return hidden_BSD, state, ()
+        rows, places = rows.to(hidden_BSD.device), places.to(hidden_BSD.device)
         return hidden_BSD.new_empty(0), state, (hidden_BSD[rows, places],)
 
     sequence = CutSequence.cut(hidden_BSD, states or [None] * len(layers), sequence_interval, lengths_B)
@@ -176,7 +177,8 @@ def run_cells(
     order, inside = _places_in_blocks(*read_at, [block.shape[1] for block in sequence.blocks])
     sequence.context = [(lengths, *taken) for (lengths,), taken in zip(sequence.context, inside)]
     emitted = LazyLevels(reading_step, [sequence], layer_interval, offload).take(len(layers) - 1)
-    return torch.cat([read for (read,) in emitted])[order], sequence.states
+    read = torch.cat([read for (read,) in emitted])
+    return read[order.to(read.device)], sequence.states
 
 
 def _places_in_blocks(rows: Tensor, places: Tensor, sizes: list[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -204,24 +206,23 @@ class MultiAxisSettings(NamedTuple):
 
         `costs` are those of one row, `module` holds the layers. Where its weights are sharded (FSDP2, ZeRO-3) every
         call of a layer gathers them from all ranks, so ranks must run the same cells: they agree on the number of
-        blocks that the longest sequence needs, and each cuts its own evenly.
+        blocks that the longest sequence and the largest batch need, and each cuts its own evenly.
 
         Raises:
             ValueError: fewer tokens than blocks.
         """
         B, S, _ = hidden_BSD.shape
         budget, waiting = memory_budget(hidden_BSD.device), cpu_memory_budget() if self.offload else None
-        budget, waiting = (None if each is None else each // B for each in (budget, waiting))
-        longest = S
+        longest, rows = S, B
         sharded = weights_are_sharded(module)
         if sharded:
             least = [-(budget or 0), -(waiting or 0)]
-            *least, longest = largest_of_ranks([*least, longest], hidden_BSD.device)
+            *least, longest, rows = largest_of_ranks([*least, longest, rows], hidden_BSD.device)
             budget, waiting = (None if mine is None else -all_of for mine, all_of in zip((budget, waiting), least))
         layer, sequence = (None if value == "auto" else value for value in self[:2])
         layer, sequence = choose_intervals(
             costs, num_layers, longest, budget,
-            offload=self.offload, cpu_budget=waiting, layer_interval=layer, sequence_interval=sequence,
+            rows=rows, offload=self.offload, cpu_budget=waiting, layer_interval=layer, sequence_interval=sequence,
         )  # fmt: skip
         blocks = ceil(longest / sequence)
         if S < blocks:

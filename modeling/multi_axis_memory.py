@@ -2,7 +2,7 @@
 
 What is unusual: the paper's memory model (equation 12) and ours are one formula with two sets of constants, both made
 from a Mamba-2 configuration: the paper's count the numbers its fused layer keeps, ours the bytes autograd saves with
-this package's kernels on a GPU. All are per row of a batch; every term grows with the rows alike.
+this package's kernels on a GPU. Both are made for one row of a batch.
 """
 
 import functools
@@ -21,9 +21,9 @@ from .ssd_triton import GROUP_TOKENS
 
 # What a step takes besides, relative to itself (H200): cells of s tokens cost 600 / s, as kernels have less to do;
 # recomputing a cell of l layers stops before the last one's output projection and saves 0.05 / l; what waits in CPU
-# memory costs half its share of all that autograd would save. A tenth less memory is worth two percent of the time,
-# where there is as much of it as of weights and gradients, and less where there is less.
-SHORT, STOPPED, MOVED, TRADE, LITTLE = 600, 0.05, 0.5, 0.36, 16e9
+# memory costs half its share of all that autograd would save. A tenth less memory is worth two percent of the time
+# where it is about 16 GB, as much as a 7B's weights, and less where there is little of it.
+SHORT, STOPPED, MOVED, TRADE, BESIDE = 600, 0.05, 0.5, 0.36, 16e9
 # Launching what a layer does with a block takes the CPU 3.3 ms; the GPU is done with a token of it in a second for each
 # 10^14 bytes of weights, and waits where blocks are shorter than that (those of small models).
 LAUNCHES, BYTES_PER_S = 3.3e-3, 1e14
@@ -31,7 +31,7 @@ SLACK = 1.05  # over the least memory there is, where that is too much already
 
 
 class MemoryCosts(NamedTuple):
-    """Bytes of one row of a stack of Mamba-2 layers in training.
+    """Bytes of a stack of Mamba-2 layers in training, for one row of a batch, or for several (`of_rows`).
 
     Attributes:
         border: per token, hidden states that enter a group of layers (the paper's C_L-ckpt).
@@ -52,6 +52,9 @@ class MemoryCosts(NamedTuple):
     emitted: int = 0
     spared: int = 0
     weights: int = 0
+
+    def of_rows(self, rows: int) -> "MemoryCosts":
+        return MemoryCosts(*(rows * value for value in self[:-1]), self.weights)
 
     def total(self, num_layers: int, tokens: int, layer_interval: int, sequence_interval: int, offload: bool = False):
         """Bytes at the peak of backward. With `offload` borders, states and what is emitted wait in CPU memory.
@@ -87,6 +90,7 @@ def choose_intervals(
     tokens: int,
     budget: int | None = None,
     *,
+    rows: int = 1,
     offload: bool = False,
     cpu_budget: int | None = None,
     layer_interval: int | None = None,
@@ -96,11 +100,13 @@ def choose_intervals(
 ) -> tuple[int, int]:
     """(layers, tokens) of a cell: of those within `budget` bytes (None: of all) the best trade of time for memory.
 
+    `costs` are those of one row, budgets are for all `rows` of the batch, which a cell takes together.
     `layer_interval` and `sequence_interval` are fixed where given. A cell's tokens are a multiple of `multiple`, the
     chunk of the scan, so that no chunk is cut, and not more than `longest`, which fill a GPU. With `offload` what waits
     in CPU memory takes `cpu_budget` bytes at most, or as few as can be; and where nothing fits `budget`, cells take
     near the least memory there is.
     """
+    costs = costs.of_rows(rows)
     layers = range(1, num_layers + 1) if layer_interval is None else [layer_interval]
     lengths = [sequence_interval]
     if sequence_interval is None:  # blocks of about one length, as a short one takes the time of a long one's launches
@@ -117,10 +123,10 @@ def choose_intervals(
     allowed = math.inf if budget is None else max(budget, SLACK * min(needed.values()))
 
     def price(cell: tuple[int, int]) -> float:
-        l, s = cell
+        l, work = cell[0], rows * cell[1]
         moved = costs.offloaded(num_layers, tokens, *cell) / (num_layers * tokens * costs.layer) if offload else 0.0
-        waits = max(LAUNCHES * BYTES_PER_S / (s * costs.weights) - 1, 0.0) if costs.weights else 0.0
-        return waits + SHORT / s - STOPPED / l + MOVED * moved + TRADE * math.log(needed[cell] + LITTLE)
+        waits = max(LAUNCHES * BYTES_PER_S / (work * costs.weights) - 1, 0.0) if costs.weights else 0.0
+        return waits + SHORT / work - STOPPED / l + MOVED * moved + TRADE * math.log(needed[cell] + BESIDE)
 
     return min((cell for cell in cells if needed[cell] <= allowed), key=price)
 
@@ -170,7 +176,7 @@ def mamba2_costs(
     """The costs of `Mamba2Block`s computed in `dtype` with this package's Triton kernels.
 
     `layer` is what autograd saves (tests compare it with what is measured); `work` and `scan` are estimates: the
-    gradients of the layer's intermediate tensors, and the states between the scan's tiles of 64 tokens, there and back.
+    gradients of the layer's intermediate tensors, and the states between the scan's tiles, there and back.
 
     Args:
         emitted: numbers per token and layer that go elsewhere, such as keys and values.

@@ -8,11 +8,11 @@ Shapes: R rows (all leading dims), D width.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gated_rms_norm_triton import rows_of
-from .triton_launch import are_preferred, is_unhooked, on_device_of, on_gpu
+from .gated_rms_norm_triton import MAX_GROUP, rows_of
+from .triton_launch import on_device_of, on_gpu
 
 
 try:
@@ -21,34 +21,40 @@ try:
 except ImportError:
     triton = None
 
-MAX_WIDTH = 16384  # numbers that one program holds in registers
 _PROGRAMS_BACKWARD = 264  # two on each of the 132 multiprocessors of an H100 or H200
 _ELEMENTS = 4096  # of a sum, for one program
 
 
-def residual_norm(hidden_BSD: Tensor, norm: nn.RMSNorm, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """`hidden_BSD`, to be used from here on in its place, and `norm` of it in the dtype of the norm's weight."""
-    plain = type(norm) is nn.RMSNorm and norm.eps is not None and is_unhooked(norm)
-    if not plain or not _kernels_take(backend, hidden_BSD, norm.weight):
-        return hidden_BSD, norm(hidden_BSD.to(norm.weight.dtype))
+def residual_norm_triton(hidden_BSD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The hidden states, to be used from here on in their place, and their RMSNorm in the weight's dtype.
+
+    Raises:
+        ImportError: Triton is not installed. ValueError: float64, too wide, or not on a GPU.
+    """
+    _check(hidden_BSD)
     if torch.is_grad_enabled():
-        return _ResidualNorm.apply(hidden_BSD, norm.weight, norm.eps)
-    return hidden_BSD, _norm(hidden_BSD, norm.weight, norm.eps)[0]
+        return _ResidualNorm.apply(hidden_BSD, weight_D, eps)
+    return hidden_BSD, _norm(hidden_BSD, weight_D, eps)[0]
 
 
-def add_to_residual(residual_BSD: Tensor, mixed_BSD: Tensor, backend: str = "auto") -> Tensor:
-    """Their sum; in float32 without a copy of what is added, where only the residual stream has it."""
-    widens = mixed_BSD.dtype != residual_BSD.dtype == torch.float32
-    if widens and _kernels_take(backend, residual_BSD, mixed_BSD):
-        return _AddToResidual.apply(residual_BSD, mixed_BSD)
-    return residual_BSD + mixed_BSD
+def add_to_residual_triton(residual_BSD: Tensor, mixed_BSD: Tensor) -> Tensor:
+    """Their sum in the residual stream's dtype, without a copy of what is added in it; raises as the norm does."""
+    _check(residual_BSD)
+    return _AddToResidual.apply(residual_BSD, mixed_BSD)
 
 
-def _kernels_take(backend: str, *tensors: Tensor) -> bool:
-    if backend == "torch" or triton is None or any(t.dtype == torch.float64 for t in tensors):
-        return False
-    fits = tensors[0].shape[-1] <= MAX_WIDTH and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-    return fits and (on_gpu if backend == "triton" else are_preferred)(tensors[0])
+def _check(hidden_BSD: Tensor) -> None:
+    if triton is None:
+        raise ImportError("norm_backend='triton' needs Triton: pip install triton, or use norm_backend='torch'.")
+    if hidden_BSD.dtype == torch.float64 or hidden_BSD.shape[-1] > MAX_GROUP:
+        raise ValueError(
+            f"norm_backend='triton' norms up to {MAX_GROUP} numbers and not in float64, got {hidden_BSD.shape[-1]} and "
+            f"{hidden_BSD.dtype}; use norm_backend='torch'."
+        )
+    if not on_gpu(hidden_BSD):
+        raise ValueError(
+            f"norm_backend='triton' runs on a GPU, the tensors are on {hidden_BSD.device}; use norm_backend='torch'."
+        )
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -81,7 +87,7 @@ def _norm(hidden_BSD: Tensor, weight_D: Tensor, eps: float, keeps_narrow: bool =
     """The norm, and what it is made from if that is kept: the hidden states rounded to the weight's dtype."""
     hidden_BSD = hidden_BSD.contiguous()
     normed_BSD = torch.empty_like(hidden_BSD, dtype=weight_D.dtype)
-    rounds = keeps_narrow and hidden_BSD.dtype != weight_D.dtype
+    rounds = keeps_narrow and torch.promote_types(hidden_BSD.dtype, weight_D.dtype) != weight_D.dtype
     narrow_BSD = torch.empty_like(normed_BSD) if rounds else hidden_BSD
     D = hidden_BSD.shape[-1]
     block = triton.next_power_of_2(D)

@@ -58,10 +58,10 @@ class VideoModelMixin:
 
     @property
     def _checkpoints_are_reentrant(self) -> bool:
-        """Whether a layer is checkpointed only if something that enters it wants a gradient."""
+        """Whether a layer is checkpointed only if something that enters it wants a gradient: torch's default."""
         layers = (module for module in self.modules() if getattr(module, "gradient_checkpointing", False))
         functions = (getattr(layer, "_gradient_checkpointing_func", None) for layer in layers)
-        return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
+        return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions)
 
     @property
     def pass_frames(self) -> int:

@@ -62,7 +62,9 @@ def test_nothing_is_kept_alive():
 
 def test_strides_come_back_without_gaps():
     wide = torch.randn(4, 3, 10)
-    for tensor in (wide.transpose(1, 2), wide[:, :, 2:5], wide[1:2], wide[:0]):
+    views = [wide.transpose(1, 2), wide[:, :, 2:5], wide[1:2], wide[:0]]
+    views += [wide.transpose(1, 2)[:, 2:5], wide.permute(2, 0, 1)[::2]]  # permuted, with gaps
+    for tensor in views:
         back = _OnCPU(tensor).load()
         assert torch.equal(back, tensor) and back.stride() == torch.empty_like(tensor).stride()
 

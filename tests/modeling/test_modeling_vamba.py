@@ -175,14 +175,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("options", [None, {}, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 @pytest.mark.parametrize("trains", [None, "blocks.0.attn.qkv.weight", "merger.ln_q.weight"])
-def test_checkpointing_keeps_no_graph_of_a_frozen_tower(use_reentrant, trains):
+def test_checkpointing_keeps_no_graph_of_a_frozen_tower(options, trains):
     model, recorded, media_recorded = tiny_model().train(), [], []
     model.model.visual.requires_grad_(False)
     if trains:
         model.model.visual.get_parameter(trains).requires_grad_(True)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.gradient_checkpointing_enable(options)
+    use_reentrant = options is not None and options.get("use_reentrant", True)  # torch's default, not transformers'
     last = model.model.visual.blocks[-1]
     last.register_forward_hook(lambda module, args, output: recorded.append(output.requires_grad))
     model.model.visual.register_forward_hook(

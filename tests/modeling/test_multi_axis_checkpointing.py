@@ -170,16 +170,17 @@ def test_a_packed_row_equals_its_sequences_apart():
 
 
 @pytest.mark.parametrize("cells", [(1, 4), (2, 5), (3, 64)])
-@pytest.mark.parametrize("read", [None, ([1, 0, 0, 1, 0], [5, 0, 7, 2, 4]), ([0, 1], [0, 1])], ids=str)
-def test_a_stack_of_layers_equals_plain_autograd(cells, read):
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("read", [None, ([1, 0, 0, 1, 0], [5, 0, 7, 2, 4]), ([0, 1], [0, 1]), ([], [])], ids=str)
+def test_a_stack_of_layers_equals_plain_autograd(cells, read, offload):
     """All hidden states, or those of some tokens: in any order, with blocks of which none is read, even the last."""
     layers = Toy().double().blocks
     hidden = torch.randn(2, 13, D, dtype=torch.float64, requires_grad=True)
     states = initial_states(2)
     lengths = torch.tensor([13, 6])
-    read_at = None if read is None else tuple(torch.tensor(index) for index in read)
-    sizes = {"layer_interval": cells[0], "sequence_interval": cells[1]}
-    cut, left = run_cells(layers, hidden, states, lengths, read_at, **sizes)
+    read_at = None if read is None else tuple(torch.tensor(index, dtype=torch.long) for index in read)
+    settings = {"layer_interval": cells[0], "sequence_interval": cells[1], "offload": offload}
+    cut, left = run_cells(layers, hidden, states, lengths, read_at, **settings)
     plain, expected = hidden, []
     for layer, state in zip(layers, states):
         plain, state = layer(plain, state, lengths)

@@ -5,30 +5,32 @@ import torch
 from torch import nn
 from triton_interpreter import DEVICE, on_a_gpu, run_interpreted
 
-import vamba.modeling.residual_norm_triton as room
+import vamba.modeling.mamba2 as block_module
 from vamba.modeling.mamba2 import Mamba2Block, VambaMamba2Config
-from vamba.modeling.residual_norm_triton import add_to_residual, residual_norm
+from vamba.modeling.residual_norm_triton import add_to_residual_triton, residual_norm_triton
 
 
 def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-def results(hidden, weight, mixed, backend) -> list[torch.Tensor]:
-    """The sum, the norm, and the gradients of a weighted sum of both."""
-    norm = nn.RMSNorm(len(weight), eps=1e-3).to(weight)
-    norm.weight.data = weight.clone()
-    leaves = [t.clone().requires_grad_() for t in (hidden, mixed)]
-    residual, normed = residual_norm(leaves[0], norm, backend)
-    outputs = [add_to_residual(residual, leaves[1], backend), normed]
+def norm_and_sum(hidden, weight, mixed, with_kernels: bool):
+    if with_kernels:
+        residual, normed = residual_norm_triton(hidden, weight, 1e-3)
+        widens = residual.dtype == torch.float32 != mixed.dtype
+        return normed, add_to_residual_triton(residual, mixed) if widens else residual + mixed
+    return nn.functional.rms_norm(hidden, weight.shape, weight, 1e-3), hidden + mixed
+
+
+def results(hidden, weight, mixed, with_kernels: bool) -> list[torch.Tensor]:
+    """The norm, the sum, and the gradients of a weighted sum of both."""
+    leaves = [t.detach().requires_grad_() for t in (hidden, mixed, weight)]
+    outputs = norm_and_sum(leaves[0], leaves[2], leaves[1], with_kernels)
     torch.manual_seed(1)
     total = sum((out * torch.randn(out.shape).bfloat16().to(out)).sum() for out in outputs)
-    total.backward(retain_graph=True)
-    first = leaves[0].grad.clone()
-    leaves[0].grad = leaves[1].grad = norm.weight.grad = None
-    total.backward()
-    assert torch.equal(leaves[0].grad, first)
-    return [*outputs, *(leaf.grad for leaf in leaves), norm.weight.grad]
+    gradients, again = (torch.autograd.grad(total, leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(gradients, again))
+    return [*outputs, *gradients]
 
 
 @on_a_gpu
@@ -45,48 +47,79 @@ def results(hidden, weight, mixed, backend) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shape", [(2, 5, 48), (1, 300, 32), (1, 1, 64), (2, 0, 16)], ids=str)
 def test_values_and_gradients(shape, stream, weights, tolerance):
     torch.manual_seed(0)
-    hidden, mixed = torch.randn(shape).to(stream), torch.randn(shape).to(weights)
+    hidden, mixed = torch.randn(*shape[:2], 2 * shape[2]).to(stream)[..., ::2], torch.randn(shape).to(weights)
     weight = torch.randn(shape[-1]).to(weights)
-    actual = results(hidden.to(DEVICE), weight.to(DEVICE), mixed.to(DEVICE), "triton")
-    rounded = hidden.to(weights).double() if weights != torch.float32 else hidden.double()
-    expected = results(rounded, weight.double(), mixed.double(), "torch")
-    expected[0] += hidden.double() - rounded  # what the norm rounds goes on unrounded
-    dtypes = [torch.promote_types(stream, weights), weights, stream, weights, weights]
+    actual = results(hidden.to(DEVICE), weight.to(DEVICE), mixed.to(DEVICE), with_kernels=True)
+    rounded = hidden.double() if weights == torch.float32 else hidden.to(weights).double()
+    expected = results(rounded, weight.double(), mixed.double(), with_kernels=False)
+    expected[1] += hidden.double() - rounded  # what the norm rounds goes on unrounded
+    dtypes = [weights, torch.promote_types(stream, weights), stream, weights, weights]
     for value, exact, dtype in zip(actual, expected, dtypes):
         assert value.dtype == dtype and value.shape == exact.shape
         assert (value.double().cpu() - exact).norm() <= tolerance * exact.norm().clamp(min=1e-30)
 
 
 @on_a_gpu
-def test_the_norm_is_the_same_without_gradient():
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_what_wants_no_gradient_changes_none(frozen):
     torch.manual_seed(0)
-    hidden, norm = torch.randn(3, 7, 32, device=DEVICE), nn.RMSNorm(32, eps=1e-5).to(DEVICE, torch.bfloat16)
-    with torch.no_grad():
-        same, plain = residual_norm(hidden, norm, "triton")
-    assert same is hidden and torch.equal(plain, residual_norm(hidden, norm, "triton")[1])
+    leaves = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((1, 7, 32), (32,), (1, 7, 32))]
+    expected = torch.autograd.grad(sum(out.sum() for out in norm_and_sum(*leaves, with_kernels=True)), leaves)
+    leaves[frozen].requires_grad_(False)
+    sum(out.sum() for out in norm_and_sum(*leaves, with_kernels=True)).backward()
+    for index, (leaf, gradient) in enumerate(zip(leaves, expected)):
+        assert leaf.grad is None if index == frozen else torch.equal(leaf.grad, gradient)
 
 
 @on_a_gpu
-def test_a_hook_an_adapter_or_float64_takes_the_plain_way(monkeypatch):
-    norm, hidden = nn.RMSNorm(16, eps=1e-5).to(DEVICE), torch.randn(1, 3, 16, device=DEVICE)
-    expected = norm(hidden)
-    monkeypatch.setattr(room, "_norm", None)
-    with pytest.raises(TypeError):
-        residual_norm(hidden, norm, "triton")
-    assert torch.equal(residual_norm(hidden, norm, "torch")[1], expected)
-    assert residual_norm(hidden.double(), norm.double(), "triton")[1].dtype == torch.float64
-    norm.float().register_forward_hook(lambda module, args, output: 2 * output)
-    assert torch.equal(residual_norm(hidden, norm, "triton")[1], 2 * expected)
+@pytest.mark.parametrize(("stream", "weights", "kept"), [("float32", "bfloat16", 2), ("bfloat16", "float32", 2)])
+def test_the_narrower_of_both_is_kept_for_backward(stream, weights, kept):
+    hidden, weight = torch.randn(1, 7, 32, dtype=getattr(torch, stream)), torch.ones(32, dtype=getattr(torch, weights))
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append((t.shape, t.itemsize)), t)[1], lambda t: t):
+        residual_norm_triton(hidden.to(DEVICE).requires_grad_(), weight.to(DEVICE), 1e-5)
+    assert (hidden.shape, kept) in sizes and (hidden.shape, 4) not in sizes
+
+
+@on_a_gpu
+def test_the_norm_is_the_same_without_gradient():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 7, 32, device=DEVICE), torch.ones(32, device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        same, plain = residual_norm_triton(hidden, weight, 1e-5)
+    assert same is hidden and torch.equal(plain, residual_norm_triton(hidden, weight, 1e-5)[1])
+
+
+def block(backend: str = "triton") -> Mamba2Block:
+    backends = dict.fromkeys(("ssd_backend", "conv_backend", "norm_backend"), backend)
+    return Mamba2Block(VambaMamba2Config(hidden_size=32, state_size=16, head_dim=16, chunk_size=16, **backends))
 
 
 @on_a_gpu
 def test_a_block_goes_through_the_kernels(monkeypatch):
     calls = []
-    norm, add = room._norm, room._AddToResidual.apply
-    monkeypatch.setattr(room, "_norm", lambda *args, **options: (calls.append("norm"), norm(*args, **options))[1])
-    monkeypatch.setattr(room._AddToResidual, "apply", lambda *args: (calls.append("add"), add(*args))[1])
-    backends = dict.fromkeys(("ssd_backend", "conv_backend", "norm_backend"), "triton")
-    config = VambaMamba2Config(hidden_size=32, state_size=16, head_dim=16, chunk_size=16, **backends)
-    block = Mamba2Block(config).to(DEVICE, torch.bfloat16)
-    out, _ = block(torch.randn(1, 5, 32, device=DEVICE))
-    assert calls == ["norm", "add"] and out.dtype == torch.float32
+    for name in ("residual_norm_triton", "add_to_residual_triton"):
+        function = getattr(block_module, name)
+        monkeypatch.setattr(block_module, name, lambda *args, f=function, n=name: (calls.append(n), f(*args))[1])
+    out, _ = block().to(DEVICE, torch.bfloat16)(torch.randn(1, 5, 32, device=DEVICE))
+    assert calls == ["residual_norm_triton", "add_to_residual_triton"] and out.dtype == torch.float32
+
+
+@on_a_gpu
+def test_a_norm_that_is_watched_or_replaced_is_called(monkeypatch):
+    monkeypatch.setattr(block_module, "residual_norm_triton", None)
+    hooked, replaced = block().to(DEVICE), block().to(DEVICE)
+    hidden, calls = torch.randn(1, 5, 32, device=DEVICE), []
+    with pytest.raises(TypeError):
+        hooked(hidden)
+    hooked.norm.register_forward_hook(lambda module, args, output: calls.append("hooked"))
+    replaced.norm = type("Adapted", (nn.RMSNorm,), {"forward": lambda self, x: (calls.append("replaced"), x)[1]})(32)
+    hooked(hidden), replaced.to(DEVICE)(hidden)
+    assert calls == ["hooked", "replaced"]
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 32), (torch.float32, 20_000)])
+def test_what_the_kernels_cannot_do_is_said(dtype, width):
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=f"got {width} and {dtype}; use norm_backend='torch'"):
+        residual_norm_triton(torch.zeros(1, 2, width, dtype=dtype), torch.ones(width, dtype=dtype), 1e-5)

@@ -176,10 +176,8 @@ class Mamba2Block(GradientCheckpointingLayer):
     def _norm(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, to be used from here on, and its norm in the dtype of the norm's weight."""
         weight_D = self.norm.weight
-        unchanged = (
-            type(self.norm) is nn.RMSNorm and is_unhooked(self.norm) and type(weight_D) in (nn.Parameter, Tensor)
-        )
-        if unchanged and self._takes_kernels(hidden_BSD):
+        plain = type(self.norm) is nn.RMSNorm and type(weight_D) in (nn.Parameter, Tensor) and is_unhooked(self.norm)
+        if plain and self._takes_kernels(hidden_BSD):
             return residual_norm_triton(hidden_BSD, weight_D, self.norm.eps)
         return hidden_BSD, self.norm(hidden_BSD.to(weight_D.dtype))
 

@@ -139,7 +139,7 @@ def test_cpu_budget_stays_when_the_step_before_has_pinned_memory(monkeypatch):
 
 
 def test_rows_share_the_budget_but_not_the_weights():
-    """Eight rows take eight times the memory, but for the gradients of the weights, and fill a GPU with shorter cells."""
+    """Eight rows take eight times the memory, but for gradients of weights, and fill a GPU with shorter cells."""
     costs = COSTS_7B.of_rows(8)
     one, eight = (c.total(28, 50_000, 4, 5120) - 4 * c.weights for c in (COSTS_7B, costs))
     assert eight == 8 * one and costs.weights == COSTS_7B.weights

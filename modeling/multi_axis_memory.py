@@ -24,8 +24,8 @@ from .ssd_triton import GROUP_TOKENS
 # memory costs half its share of all that autograd would save. A tenth less memory is worth two percent of the time
 # where it is about 16 GB, as much as a 7B's weights, and less where there is little of it.
 SHORT, STOPPED, MOVED, TRADE, BESIDE = 600, 0.05, 0.5, 0.36, 16e9
-# Launching what a layer does with a block takes the CPU 3.3 ms; the GPU is done with a token of it in a second for each
-# 10^14 bytes of weights, and waits where blocks are shorter than that (those of small models).
+# Launching all that a layer does with a block, there and back, takes the CPU 3.3 ms; the GPU computes 10^14 bytes of
+# weights times tokens a second, and waits where it is done before, as with short blocks of small models.
 LAUNCHES, BYTES_PER_S = 3.3e-3, 1e14
 SLACK = 1.05  # over the least memory there is, where that is too much already
 

@@ -97,7 +97,7 @@ def _beside(device: torch.device, wait: bool = False):
     if device.type != "cuda":
         yield None
         return
-    stream = _copying_stream(device)
+    stream = copying_stream(device)
     if wait:
         stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -105,9 +105,9 @@ def _beside(device: torch.device, wait: bool = False):
 
 
 @functools.cache
-def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+def copying_stream(device: torch.device) -> torch.cuda.Stream:
     """One for each GPU and for good, as the allocator keeps what was freed apart by stream."""
     return torch.cuda.Stream(device)
 
 
-__all__ = ["offload_saved"]
+__all__ = ["copying_stream", "offload_saved"]

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
+from .cpu_offloading import copying_stream
 from .frame_streaming import free_bytes
 from .mamba2 import Mamba2State
 from .media import MediaItem
@@ -441,14 +442,9 @@ class VideoMemory(Cache):
 _PARTS = ("keys", "values", "key_scales", "value_scales")  # of a VideoLevel, in a file
 
 
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
 def _copy_beside(level: VideoLevel, device: torch.device) -> tuple[VideoLevel, torch.cuda.Event]:
     """A copy under way on `device`, beside what is computed there, and the event that it has arrived."""
-    stream = _copy_stream(device)
+    stream = copying_stream(device)
     with torch.cuda.stream(stream):
         return level.map(lambda t: _copy_of(t, device)), stream.record_event()
 

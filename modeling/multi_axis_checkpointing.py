@@ -160,24 +160,21 @@ def run_cells(
         inside the cells, so that of all others neither the last layer's hidden states nor their gradients are held.
     """
 
-    def step(index, hidden_BSD, state, lengths_B):
-        return *layers[index](hidden_BSD, state, lengths_B), ()
-
-    def reading_step(index, hidden_BSD, state, lengths_B, rows, places):
+    def step(index, hidden_BSD, state, lengths_B, *read_here):
         hidden_BSD, state = layers[index](hidden_BSD, state, lengths_B)
-        if index < len(layers) - 1:
+        if index < len(layers) - 1 or not read_here:
             return hidden_BSD, state, ()
-        rows, places = rows.to(hidden_BSD.device), places.to(hidden_BSD.device)
-        return hidden_BSD.new_empty(0), state, (hidden_BSD[rows, places],)
+        rows_places = tuple(where.to(hidden_BSD.device) for where in read_here)
+        return hidden_BSD.new_empty(0), state, (hidden_BSD[rows_places],)
 
     sequence = CutSequence.cut(hidden_BSD, states or [None] * len(layers), sequence_interval, lengths_B)
+    levels = LazyLevels(step, [sequence], layer_interval, offload)
     if read_at is None:
-        LazyLevels(step, [sequence], layer_interval, offload).finish()
+        levels.finish()
         return torch.cat(sequence.blocks, 1), sequence.states
     order, inside = _places_in_blocks(*read_at, [block.shape[1] for block in sequence.blocks])
     sequence.context = [(lengths, *taken) for (lengths,), taken in zip(sequence.context, inside)]
-    emitted = LazyLevels(reading_step, [sequence], layer_interval, offload).take(len(layers) - 1)
-    read = torch.cat([read for (read,) in emitted])
+    read = torch.cat([read for (read,) in levels.take(len(layers) - 1)])
     return read[order.to(read.device)], sequence.states
 
 

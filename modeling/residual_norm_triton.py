@@ -34,7 +34,7 @@ def residual_norm_triton(hidden_BSD: Tensor, weight_D: Tensor, eps: float) -> tu
     _check(hidden_BSD)
     if torch.is_grad_enabled():
         return _ResidualNorm.apply(hidden_BSD, weight_D, eps)
-    return hidden_BSD, _norm(hidden_BSD, weight_D, eps)[0]
+    return hidden_BSD, rms_norm(hidden_BSD, weight_D, eps)[0]
 
 
 def add_to_residual_triton(residual_BSD: Tensor, mixed_BSD: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _check(hidden_BSD: Tensor) -> None:
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_BSD, weight_D, eps):
-        normed_BSD, narrow_BSD = _norm(hidden_BSD, weight_D, eps, keeps_narrow=True)
+        normed_BSD, narrow_BSD = rms_norm(hidden_BSD, weight_D, eps, keeps_narrow=True)
         ctx.save_for_backward(narrow_BSD, weight_D)
         ctx.eps = eps
         return hidden_BSD, normed_BSD
@@ -83,7 +83,7 @@ class _ResidualNorm(torch.autograd.Function):
         return dx_RD.view(shape), partial.sum(0).to(weight_D.dtype), None
 
 
-def _norm(hidden_BSD: Tensor, weight_D: Tensor, eps: float, keeps_narrow: bool = False) -> tuple[Tensor, Tensor]:
+def rms_norm(hidden_BSD: Tensor, weight_D: Tensor, eps: float, keeps_narrow: bool = False) -> tuple[Tensor, Tensor]:
     """The norm, and what it is made from if that is kept: the hidden states rounded to the weight's dtype."""
     hidden_BSD = hidden_BSD.contiguous()
     normed_BSD = torch.empty_like(hidden_BSD, dtype=weight_D.dtype)
@@ -132,7 +132,7 @@ if triton is not None:
             tl.store(narrow + row + offset, x, mask=ok)
         x = x.to(normed.dtype.element_ty).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-        x *= scale * tl.load(weight + offset, mask=ok, other=0.0).to(tl.float32)
+        x = x * scale * tl.load(weight + offset, mask=ok, other=0.0).to(tl.float32)
         tl.store(normed + row + offset, x.to(normed.dtype.element_ty), mask=ok)
 
     @triton.jit(do_not_specialize=["R"])

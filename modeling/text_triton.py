@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
+from .residual_norm_triton import rms_norm
 from .triton_launch import is_unhooked, on_device_of, takes
 
 
@@ -86,14 +87,7 @@ class FusedRMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not fusible(x, self.weight):
             return super().forward(x)
-        x = x.contiguous()
-        normed, D = torch.empty_like(x), x.shape[-1]
-        block = triton.next_power_of_2(D)
-        with on_device_of(x):
-            _rms_norm_kernel[(x.numel() // D,)](
-                x, self.weight, normed, self.eps, D=D, BLOCK=block, num_warps=min(max(block // 512, 1), 8)
-            )
-        return normed
+        return rms_norm(x, self.weight, self.eps)[0]
 
 
 def mix_norm_triton(
@@ -191,16 +185,6 @@ if triton is not None:
             tl.store(cached_keys + target, tl.load(keys + row * P + p, mask=ok), mask=ok)
             tl.store(cached_values + target, tl.load(values + row * P + p, mask=ok), mask=ok)
         tl.store(length, place + 1)
-
-    @triton.jit
-    def _rms_norm_kernel(x, weight, normed, eps, D: tl.constexpr, BLOCK: tl.constexpr):
-        column = tl.arange(0, BLOCK)
-        ok = column < D
-        offset = tl.program_id(0).to(tl.int64) * D + column
-        value = tl.load(x + offset, mask=ok, other=0.0).to(tl.float32)
-        w = tl.load(weight + column, mask=ok, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-        tl.store(normed + offset, (value * scale * w).to(normed.dtype.element_ty), mask=ok)
 
     @triton.jit
     def _mix_norm_kernel(

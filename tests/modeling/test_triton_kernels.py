@@ -58,6 +58,7 @@ def test_in_the_interpreter():
     [
         ("causal_conv1d_triton", "causal_conv1d_triton", 4),
         ("gated_rms_norm_triton", "gated_rms_norm_triton", 5),
+        ("residual_norm_triton", "residual_norm_triton", 3),
         ("ssd_triton", "ssd_scan_triton", 5),
     ],
 )

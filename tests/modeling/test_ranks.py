@@ -1,0 +1,67 @@
+"""Three processes share the weights (FSDP2, ZeRO-3), and their batches differ in all that decides what is called."""
+
+import importlib.util
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+WORKER = Path(__file__).with_name("ranks_worker.py")
+MIXTURES = list(itertools.combinations_with_replacement(("text", "image", "short", "long"), 3))
+MODES = [("vamba", False, False), ("vamba", True, False), ("vamba", False, True), ("vamba", True, True)]
+MODES += [("video_ma2mba", False, False), ("video_ma2mba", False, True)]
+
+
+def cases() -> list:
+    """All mixtures in all modes if VAMBA_FULL is set, else each mixture in one mode and each mode with several."""
+    if os.environ.get("VAMBA_FULL"):
+        return [[*mode, mixture] for mode in MODES for mixture in MIXTURES]
+    return [[*MODES[index % len(MODES)], mixture] for index, mixture in enumerate(MIXTURES)]
+
+
+def run_ranks(*arguments: str, ranks: int = 3, timeout: int = 250) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), *arguments],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        printed = [process.communicate(timeout=timeout) for process in running]
+    finally:  # one may wait for the other for ever
+        for process in running:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(running, printed)]
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "fsdp2",
+        pytest.param(
+            "zero3",
+            marks=pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed"),
+        ),
+    ],
+)
+def test_losses_and_gradients_are_those_of_each_batch_alone(kind):
+    ended = run_ranks(kind, json.dumps(cases()), timeout=1400)
+    assert all(code == 0 for code, _, _ in ended), [errors[-3000:] for _, _, errors in ended]
+    worst = json.loads(ended[0][1].splitlines()[-1])
+    assert len(worst) == len(cases()) and max(worst.values()) < 1e-5, worst

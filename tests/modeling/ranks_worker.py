@@ -18,6 +18,9 @@ import tiny_vamba  # noqa: E402
 import tiny_video_ma2mba  # noqa: E402
 
 
+# On a machine with a GPU for each process on those, else on the CPU.
+GPU = torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
+DEVICE = torch.device("cuda", int(os.environ["RANK"])) if GPU else torch.device("cpu")
 SHARDED = ("VambaDecoderLayer", "Mamba2Block", "VambaVisionBlock", "VideoMa2mbaBlock", "CLIPEncoderLayer")
 SAMPLES = {"text": ["text"], "image": ["image"], "short": ["short", "text", "short"], "long": ["long"]}
 FRAMES = {"image": 1, "short": 3, "long": 200}
@@ -36,11 +39,16 @@ def rows_of(kinds: list[str], name: str):
             (images if kind == "image" else videos).append(FRAMES[kind])
     batch = {}
     if name == "vamba":
-        for frames, keys in ((images, ("pixel_values", "image_grid_thw")), (videos, ("pixel_values_videos", "video_grid_thw"))):
+        for frames, keys in (
+            (images, ("pixel_values", "image_grid_thw")),
+            (videos, ("pixel_values_videos", "video_grid_thw")),
+        ):
             if frames:
                 batch |= zip(keys, tiny_vamba.media(*((max(1, t // 2), 4, 2) for t in frames), seed=len(kinds)))
     else:
-        batch = (tiny_video_ma2mba.image(len(images)) if images else {}) | (tiny_video_ma2mba.video(*videos) if videos else {})
+        batch = (tiny_video_ma2mba.image(len(images)) if images else {}) | (
+            tiny_video_ma2mba.video(*videos) if videos else {}
+        )
     return ids, types, batch
 
 
@@ -57,7 +65,7 @@ def batch_of(kind: str, name: str, packed: bool) -> dict:
 
 
 def make(name: str, cells: bool):
-    model = (tiny_vamba if name == "vamba" else tiny_video_ma2mba).tiny_model().train()
+    model = (tiny_vamba if name == "vamba" else tiny_video_ma2mba).tiny_model().train().to(DEVICE)
     if cells:
         model.gradient_checkpointing_enable()
         model.enable_multi_axis_checkpointing(2, 7)
@@ -65,6 +73,7 @@ def make(name: str, cells: bool):
 
 
 def loss_of(model, batch):
+    batch = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     return model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=10).loss
 
 
@@ -79,7 +88,7 @@ def alone(name: str, packed: bool, kind: str):
 def fsdp2(name: str, cells: bool, batch: dict):
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = dist.device_mesh.init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     model = make(name, cells)
     for module in model.modules():
         if type(module).__name__ in SHARDED:
@@ -116,15 +125,20 @@ def zero3(name: str, cells: bool, batch: dict):
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # of the vision tower's convolutions
     kind, cases = sys.argv[1], json.loads(sys.argv[2])
     rank = int(os.environ["RANK"])
     needed = {(name, packed, mixture[rank]) for name, packed, _, mixture in cases}
     references = {key: alone(*key) for key in sorted(needed)}
-    dist.init_process_group("gloo")
+    if GPU:
+        torch.cuda.set_device(DEVICE)
+    dist.init_process_group("nccl" if GPU else "gloo")
     worst = {}
     for name, packed, cells, mixture in cases:
         loss, expected = references[name, packed, mixture[rank]]
-        found, grads, evaluated = {"fsdp2": fsdp2, "zero3": zero3}[kind](name, cells, batch_of(mixture[rank], name, packed))
+        found, grads, evaluated = {"fsdp2": fsdp2, "zero3": zero3}[kind](
+            name, cells, batch_of(mixture[rank], name, packed)
+        )
         differences = [float((found - loss).abs()), float((evaluated - loss).abs())]
         for parameter, gradient in expected.items():
             mean = gradient.clone()

@@ -1,6 +1,6 @@
 """What each process of test_ranks.py runs: mixtures of batches on sharded weights, against the same batches alone.
 
-Arguments: "fsdp2" or "zero3", then the cases as JSON: [[model, packed, cells, [kind of each rank's batch]], ...].
+Arguments: "ddp", "fsdp2" or "zero3", then the cases as JSON: [[model, packed, cells, [kind of each rank's batch]], ...].
 """
 
 import json
@@ -103,6 +103,14 @@ def fsdp2(name: str, cells: bool, batch: dict):
     return loss.detach(), grads, evaluated
 
 
+def ddp(name: str, cells: bool, batch: dict):
+    model = make(name, cells)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)  # which waits for a gradient of every parameter
+    loss = loss_of(wrapped, batch)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters()}, loss.detach()
+
+
 def zero3(name: str, cells: bool, batch: dict):
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
@@ -136,7 +144,7 @@ def main() -> None:
     worst = {}
     for name, packed, cells, mixture in cases:
         loss, expected = references[name, packed, mixture[rank]]
-        found, grads, evaluated = {"fsdp2": fsdp2, "zero3": zero3}[kind](
+        found, grads, evaluated = {"ddp": ddp, "fsdp2": fsdp2, "zero3": zero3}[kind](
             name, cells, batch_of(mixture[rank], name, packed)
         )
         differences = [float((found - loss).abs()), float((evaluated - loss).abs())]

@@ -300,7 +300,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
             idle = [VideoMemory(self.config) for _ in passes[len(chunks) :]]
             smallest = MediaItem("video", 1, self.smallest_side, self.smallest_side, 0)
             for memory, count in zip(idle, passes[len(chunks) :]):
-                vision_BSD = self.black_passes(count).expand(1, 1, self.config.text_config.hidden_size)
+                vision_BSD = self.black_passes(count).repeat(1, 1, self.config.text_config.hidden_size)
                 self._encode(memory, [[smallest]], vision_BSD, None, read_once)
         return (idle + [VideoMemory(self.config)] * all_reads)[: all_reads - reads]
 

@@ -307,7 +307,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
 
     def _rotate_video_keys(self, memory: VideoMemory, rotated: bool) -> None:
         """Puts M-RoPE on a memory's keys or takes it off, once."""
-        if not self.config.text_config.cross_attn_use_position_embeddings or memory.keys_are_rotated == rotated:
+        if not self.config.text_config.cross_attn_use_position_embeddings or memory.keys_are(rotated):
             return
         positions_3BM = media_positions(memory.video_items(), self.config.vision_config.spatial_merge_size)
         if (mask_BM := memory.video_mask()) is not None:  # padding may stand between the chunks of a row
@@ -315,12 +315,13 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
             spread = positions_3BM.new_zeros(3, *mask_BM.shape)
             spread[:, mask_BM.cpu()] = positions_3BM[:, valid]
             positions_3BM = spread
-        for index in range(len(self.language_model.layers) if memory.video_length else 0):
-            keys, values = memory.video_key_values(index)
-            cos, sin = self.language_model.rotary_emb(keys, positions_3BM.to(keys.device))
-            keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin if rotated else -sin)
-            memory.replace(index, keys, values)
-        memory.keys_are_rotated = rotated
+
+        def rotate(keys: Tensor) -> Tensor:
+            cos, sin = self.language_model.rotary_emb(keys[..., :0], positions_3BM.to(keys.device))
+            cos, sin = cos.to(keys.device), sin.to(keys.device)  # accelerate may compute them on another GPU
+            return apply_rotary_pos_emb(keys, keys, cos, sin if rotated else -sin)[0]
+
+        memory.rotate_keys(rotated, rotate)
 
     def media_rows(
         self,

@@ -14,6 +14,7 @@ Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads,
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,7 +49,6 @@ class VideoMemory(Cache):
         states: one `Mamba2State` or None per Mamba-2 block, the state after the last video token of each video row.
         media: for each video row the items seen, `[kind, t, h, w]` in patches as in `grid_thw`, in order.
         video_rows: for each text row the index of its video row; None if they coincide or there is only one.
-        keys_are_rotated: whether the keys carry M-RoPE, where `cross_attn_use_position_embeddings` asks for it.
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class VideoMemory(Cache):
         self.states: list[Mamba2State | None] = [None] * (L - 1)
         self.media: list[list[list]] = []
         self.video_rows: list[int] | None = None
-        self.keys_are_rotated = True
         self._deferred: LazyLevels | None = None
 
     @classmethod
@@ -112,6 +111,10 @@ class VideoMemory(Cache):
             return self._deferred.sequences[0].blocks[0].shape[0]
         return self._levels[0].parts[0].keys_BHMP.shape[0] if self._levels[0].parts else 0
 
+    def keys_are(self, rotated: bool) -> bool:
+        """Whether the keys of all layers carry M-RoPE, or none do; neither after an error while they got it."""
+        return all(store.keys_are_rotated == rotated for store in self._levels if store.parts)
+
     @property
     def num_video_tokens(self) -> list[int]:
         """Video tokens of each video row, padding not counted."""
@@ -142,9 +145,16 @@ class VideoMemory(Cache):
             self.expected_length = min(self.expected_length, self.video_length + fitting)
         self._levels[layer_idx].append(level, self.expected_length)
 
-    def replace(self, layer_idx: int, keys_BHMP: Tensor, values_BHMP: Tensor) -> None:
-        """Puts other keys and values in the place of all video tokens of one layer."""
-        self._levels[layer_idx].replace(self._stored(keys_BHMP, values_BHMP))
+    def rotate_keys(self, rotated: bool, rotate: Callable[[Tensor], Tensor]) -> None:
+        """Puts M-RoPE on the keys (B, H, M, P) of each layer, or takes it off, where that has not been done.
+
+        Each layer remembers it, so an error between two of them leaves nothing that would be read wrongly.
+        """
+        for layer_idx, store in enumerate(self._levels):
+            if store.parts and store.keys_are_rotated != rotated:
+                keys, values = self.video_key_values(layer_idx)
+                store.replace(self._stored(rotate(keys), values))
+                store.keys_are_rotated = rotated
 
     def _stored(self, keys_BHSP: Tensor, values_BHSP: Tensor) -> VideoLevel:
         """New keys and values as this memory keeps them."""
@@ -373,7 +383,7 @@ class VideoMemory(Cache):
             "video_length": self.video_length,
             "media": self.media,
             "video_rows": self.video_rows,
-            "keys_are_rotated": self.keys_are_rotated,
+            "keys_are_rotated": [store.keys_are_rotated for store in self._levels],
         }
         write_memory(path, FORMAT, tensors, header)
 
@@ -404,8 +414,10 @@ class VideoMemory(Cache):
                 memory.states[i] = Mamba2State(tensors[f"state.{i}.conv"], tensors[f"state.{i}.ssm"])
         for i in range(L if "text.0.keys" in tensors else 0):
             memory.update(tensors[f"text.{i}.keys"], tensors[f"text.{i}.values"], i)
-        for name in ("media", "video_rows", "keys_are_rotated"):
-            setattr(memory, name, header[name])
+        rotated = header["keys_are_rotated"]
+        for store, of_layer in zip(memory._levels, [rotated] * L if isinstance(rotated, bool) else rotated):
+            store.keys_are_rotated = of_layer
+        memory.media, memory.video_rows = header["media"], header["video_rows"]
         return memory
 
     def check(self, config: PreTrainedConfig, batch_size: int, dtype: torch.dtype) -> None:

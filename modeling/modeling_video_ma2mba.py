@@ -123,7 +123,7 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
         read_at (`tuple` of two `torch.LongTensor` of shape `(n,)`, *optional*):
             Rows and places of the tokens whose outputs are wanted, `(n, hidden_size)`; all are if not given.
         """
-        hidden_BSD, states = inputs_embeds, past_key_values.states
+        hidden_BSD, states = inputs_embeds, list(past_key_values.states)
         if self.runs_cells:
             hidden_BSD = self._run_cells(hidden_BSD, states, lengths_B, read_at)
         else:
@@ -132,6 +132,7 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
             if read_at is not None:
                 hidden_BSD = hidden_BSD[tuple(index.to(hidden_BSD.device) for index in read_at)]
         hidden_BSD = self.norm(hidden_BSD).to(inputs_embeds.dtype)
+        past_key_values.states[:] = states  # all or, if anything was raised, none
         return BaseModelOutputWithPast(last_hidden_state=hidden_BSD, past_key_values=past_key_values)
 
     @property
@@ -237,7 +238,8 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
                 (`do_rescale=False, do_normalize=False`) they take a quarter of the memory and are normalised here.
                 They may stay on the CPU: each chunk is copied while the one before is computed.
             video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
-            memory: what was seen before; it is extended in place and returned. None starts anew.
+            memory: what was seen before; it is extended in place and returned, unchanged if anything is raised. None
+                starts anew.
             rows: for each video the row of the memory it belongs to; None puts all into row 0.
             continue_video: whether the first video of a row continues its last one; None: if that was the last it saw.
             chunk_frames: frames that go through the model at once, which bounds the activations; None means
@@ -309,22 +311,23 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
             items = [[run.item for run in stream if run.item] for stream in chunk]
             return [part if tokens is None else to_device(part, device) for part in chunk_patches(items, pixels)]
 
-        wants_levels = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        wanted = kwargs.setdefault("output_hidden_states", False)  # whatever the language model's configuration says
         levels: list[Tensor | None] = []
-        for chunk, parts in load_ahead(split_runs(streams, tokens, per_frame), patches, device):
-            stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, parts)
-            rows, places, positions = text_outputs(chunk, per_frame)
-            read_at = None if wants_levels else (rows, places)
-            output = self.language_model(
-                inputs_embeds=stream_BSD, past_key_values=memory, lengths_B=lengths_B, read_at=read_at, **kwargs
-            )
-            new_levels = [output.last_hidden_state, *(output.hidden_states or ())]
-            levels = levels or [None if new is None else new.new_zeros(inputs_embeds.shape) for new in new_levels]
-            for level, new in zip(levels, new_levels):
-                if new is not None:  # a level that was not asked for
-                    row, place, position = (index.to(new.device) for index in (rows, places, positions))
-                    level[row, position] = new[row, place] if read_at is None else new
-            memory.note_chunk(chunk)
+        with memory.unchanged_on_error():
+            for chunk, parts in load_ahead(split_runs(streams, tokens, per_frame), patches, device):
+                stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, parts)
+                rows, places, positions = text_outputs(chunk, per_frame)
+                read_at = (rows, places) if wanted is False else None
+                output = self.language_model(
+                    inputs_embeds=stream_BSD, past_key_values=memory, lengths_B=lengths_B, read_at=read_at, **kwargs
+                )
+                new_levels = [output.last_hidden_state, *(output.hidden_states or ())]
+                levels = levels or [None if new is None else new.new_zeros(inputs_embeds.shape) for new in new_levels]
+                for level, new in zip(levels, new_levels):
+                    if new is not None:  # a level that was not asked for
+                        row, place, position = (index.to(new.device) for index in (rows, places, positions))
+                        level[row, position] = new[row, place] if read_at is None else new
+                memory.note_chunk(chunk)
         last, *hidden_states = levels or [inputs_embeds.new_zeros(inputs_embeds.shape)]
         return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=tuple(hidden_states) or None)
 
@@ -415,6 +418,9 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
             if input_ids is None:
                 raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if kwargs.get("output_hidden_states") is None:
+            configs = (self.config, self.config.text_config)
+            kwargs["output_hidden_states"] = any(config.output_hidden_states for config in configs)
         B, N = inputs_embeds.shape[:2]
         memory = StateMemory.of(past_key_values, self.config)
         memory.expand_rows(B)

@@ -8,6 +8,7 @@ written into, so forks share them; but for those of a memory that a CUDA graph h
 Shapes: B rows, H heads, P head dim, K state size, T conv taps, C conv channels.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -220,6 +221,16 @@ class StateMemory(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError("A state cannot forget its last tokens: fork() the memory before what may be taken back.")
+
+    @contextlib.contextmanager
+    def unchanged_on_error(self):
+        """Within, more may be read; if anything is raised the memory is as it was before."""
+        kept = self.fork()
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(vars(kept))
+            raise
 
     def reset(self) -> None:
         """Forgets everything; `fork()` beforehand to start a new conversation about the same video."""

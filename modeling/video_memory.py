@@ -311,18 +311,30 @@ class VideoMemory(Cache):
     def _repeat_rows(self, repeats: int) -> None:
         self._set_rows([row for row in self._rows for _ in range(repeats)])
 
-    def expand_rows(self, batch_size: int, copies: int) -> None:
-        """Repeats each of `batch_size` rows for beams or samples, unless the caller has done so already."""
-        if not self.get_seq_length():
+    def expand_rows(self, batch_size: int, copies: int = 1) -> None:
+        """Repeats a single row of text for each of `batch_size` questions, and each row for its beams or samples.
+
+        What the caller has repeated already is left alone.
+
+        Raises:
+            ValueError: another number of rows, or a static text cache that would have to be repeated.
+        """
+        if copies > 1 and not self.get_seq_length():
             if len(self._rows) == batch_size:
                 self._repeat_rows(copies)
-        elif self.layers[0].keys.shape[0] == batch_size:
-            if not isinstance(self.layers[0], DynamicLayer):
-                raise ValueError(
-                    "A static text cache that holds text is not repeated for beams or samples: ask on a fork() without "
-                    "max_cache_len."
-                )
-            self.batch_repeat_interleave(copies)
+            return
+        is_initialized, wanted = self.layers and self.layers[0].is_initialized, batch_size * copies
+        rows = self.layers[0].keys.shape[0] if is_initialized else 0
+        if rows in (0, wanted):
+            return
+        if rows not in (1, batch_size):
+            raise ValueError(f"The memory holds {rows} rows of text and is asked by {batch_size}; ask on a fork().")
+        if not isinstance(self.layers[0], DynamicLayer):
+            raise ValueError(
+                "A static text cache is not repeated for questions, beams or samples: ask on a fork() "
+                "without max_cache_len."
+            )
+        self.batch_repeat_interleave(wanted // rows)
 
     def _select_rows(self, indices: list[int]) -> None:
         if self.video_rows is not None or self.num_video_rows > 1:

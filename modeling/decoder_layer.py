@@ -32,7 +32,7 @@ from .text_triton import (
     store_token_triton,
     three_linears_triton,
 )
-from .triton_launch import is_unhooked
+from .triton_launch import is_unhooked, overwritable
 from .video_level import VideoLevel
 
 
@@ -53,7 +53,9 @@ class VambaSelfAttention(Qwen2VLAttention):
                 hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
             )
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        projected = three_linears_triton(hidden_states, projections) or (proj(hidden_states) for proj in projections)
+        projected = three_linears_triton(hidden_states, projections) or (
+            overwritable(proj(hidden_states), proj) for proj in projections
+        )
         queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)
         rotate_triton(queries, keys, *position_embeddings)
         queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
@@ -74,9 +76,9 @@ class VambaMLP(Qwen2MLP):
     """Qwen2-VL's, with the gate in one kernel where no gradient is recorded on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.config.hidden_act != "silu" or not fusible(x):
+        if self.config.hidden_act != "silu" or not is_unhooked(self.act_fn) or not fusible(x):
             return super().forward(x)
-        return self.down_proj(silu_mul_triton(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(silu_mul_triton(overwritable(self.gate_proj(x), self.gate_proj), self.up_proj(x)))
 
 
 class VambaDecoderLayer(Qwen2VLDecoderLayer):

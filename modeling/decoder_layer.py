@@ -110,18 +110,21 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        video_keys_BHMP: Tensor | None = None,
-        video_values_BHMP: Tensor | None = None,
-        video_scales: tuple[Tensor | None, Tensor | None] = (None, None),
+        *video: Tensor | None,
         video_mask_BM: Tensor | None = None,
         video_rows: list[int] | None = None,
-        packed_videos: list[tuple[int, VideoLevel | None]] | None = None,
+        packed_lengths: list[int] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         query_position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
+        """`video` are the four tensors of a `VideoLevel`, or Nones; of packed samples those of the first, the second, …
+
+        They are arguments of their own, as reentrant checkpoints look for gradients only there.
+        """
+        videos = [VideoLevel(*video[i : i + 4]) if video[i] is not None else None for i in range(0, len(video), 4)]
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(
@@ -134,16 +137,12 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         # How samples are packed is the self-attention's business; the cross-attention is called for each of them.
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith(("cu_seq_lens", "max_length"))}
         crossed = None
-        if packed_videos is not None:
-            crossed = self._cross_packed(hidden_states, packed_videos, query_position_embeddings, **kwargs)
-        elif video_keys_BHMP is not None:
+        if packed_lengths is not None:
+            samples = [*zip(packed_lengths, videos)]
+            crossed = self._cross_packed(hidden_states, samples, query_position_embeddings, **kwargs)
+        elif any(videos):
             crossed, _ = self.cross_attn(
-                hidden_states,
-                VideoLevel(video_keys_BHMP, video_values_BHMP, *video_scales),
-                video_mask_BM,
-                video_rows,
-                query_position_embeddings,
-                **kwargs,
+                hidden_states, *videos, video_mask_BM, video_rows, query_position_embeddings, **kwargs
             )
         hidden_states, normed = self._mix(residual, attended, crossed)
         return hidden_states + self.mlp(normed)

@@ -115,23 +115,20 @@ class VambaTextModel(VambaPreTrainedModel):
                 (length, seen.level(index, layer.device_for(inputs_embeds)) if seen.video_length else None)
                 for length, seen in samples
             ]
-            keys, values, *scales = (None if packed else videos[0][1]) or (None, None)
             with _saving([(seen, video) for (_, seen), (_, video) in zip(samples, videos)]):
                 hidden_states = layer(
                     hidden_states,
-                    keys,
-                    values,
-                    video_scales=tuple(scales) or (None, None),
+                    *(t for _, video in videos for t in video or (None,) * len(VideoLevel._fields)),
                     video_mask_BM=video_mask_BM,
                     video_rows=memory.video_rows,
-                    packed_videos=videos if packed else None,
+                    packed_lengths=[length for length, _ in samples] if packed else None,
                     attention_mask=causal_mask,
                     past_key_values=text_cache,
                     position_embeddings=position_embeddings,
                     query_position_embeddings=query_positions,
                     **kwargs,
                 )
-            del keys, values, videos  # of deferred levels only autograd keeps them
+            del videos  # of deferred levels only autograd keeps them
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=text_cache
         )
@@ -423,7 +420,8 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
             attention_mask = None  # there is no padding within, and the samples' borders are in the positions
         elif any(given is not None for given in (*pixels.values(), *grids.values())):
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)
-            memory = self.encode_media(rows, pixels, memory, read_once=not use_cache)
+            read_once = past_key_values is None and not use_cache
+            memory = self.encode_media(rows, pixels, memory, read_once=read_once)
         memory.expand_rows(inputs_embeds.shape[0])
         self._rotate_video_keys(memory, not unrotate_video_keys)
         return self.language_model(
@@ -431,7 +429,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=memory,
-            use_cache=use_cache if packed is None else False,
+            use_cache=False if packed is not None or memory.is_read_once else use_cache,
             packed=packed,
             **kwargs,
         )

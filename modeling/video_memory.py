@@ -178,6 +178,11 @@ class VideoMemory(Cache):
             self._deferred.keeps_last = False
 
     @property
+    def is_read_once(self) -> bool:
+        """Whether the levels are made when they are read, after which the memory is of no use."""
+        return self._deferred is not None
+
+    @property
     def offloads_saved(self) -> bool:
         """Whether what autograd saves of deferred levels goes to the CPU."""
         return self._deferred is not None and self._deferred.offload

@@ -42,7 +42,7 @@ from .media import MediaItem, assign_media, chunk_patches, list_media, media_pos
 from .multi_axis_checkpointing import largest_of_ranks, weights_are_sharded
 from .shared_model import VideoHeadMixin, VideoModelMixin
 from .text_triton import FusedRMSNorm
-from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder
+from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder, makers_of_key_values
 from .video_level import VideoLevel
 from .video_memory import VideoMemory
 from .vision_tower import VambaVisionTower, vision_tower
@@ -282,7 +282,14 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
                     positions_3BS = media_positions(chunk, self.config.vision_config.spatial_merge_size)
                     positions = self.language_model.rotary_emb(vision_BSD, positions_3BS.to(vision_BSD.device))
                 read_once = read_once and frames is None
-                self.video_encoder(memory, vision_BSD, self.language_model.layers, lengths_B, positions, read_once)
+                self.video_encoder(
+                    vision_BSD,
+                    video_memory=memory,
+                    key_values=makers_of_key_values(self.language_model.layers),
+                    lengths_B=lengths_B,
+                    position_embeddings=positions,
+                    read_once=read_once,
+                )
                 memory.note_media(chunk)
         return memory
 

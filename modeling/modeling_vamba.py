@@ -275,6 +275,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
             device,
         )
         with memory.unchanged_on_error():
+            memory.note_weights(self.check_weights(memory), self.config.vision_config.temporal_patch_size)
             for chunk, patches in chunks:
                 vision_BSD, lengths_B = self._vision_tokens(chunk, patches)
                 positions = None
@@ -292,6 +293,13 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
                 )
                 memory.note_media(chunk)
         return memory
+
+    def modules_that_make_memories(self) -> list[nn.Module]:
+        """Those whose weights a video's keys, values and states depend on."""
+        layers = self.language_model.layers
+        norms = [layer.input_layernorm for layer in layers if layer.norm_video]
+        projections = [proj for layer in layers for proj in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)]
+        return [self.visual, self.video_encoder, *norms, *projections]
 
     def _vision_tokens(self, chunk: list[list[MediaItem]], parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """V_0 of one chunk, rows padded on the right, (B, S, D), and the rows' lengths if they differ.
@@ -429,6 +437,9 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)
             read_once = past_key_values is None and not use_cache
             memory = self.encode_media(rows, pixels, memory, read_once=read_once)
+        elif inputs_embeds.shape[1] > 1:  # not for each token that is decoded
+            memory.check(self.config.text_config, inputs_embeds.shape[0], inputs_embeds.dtype)
+            self.check_weights(memory)
         memory.expand_rows(inputs_embeds.shape[0])
         self._rotate_video_keys(memory, not unrotate_video_keys)
         return self.language_model(

@@ -282,6 +282,11 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
             by_row[row].append(item)
         return by_row, marks
 
+    def modules_that_make_memories(self) -> list[nn.Module]:
+        """Those whose weights a memory's states depend on."""
+        text = self.language_model
+        return [self.visual, self.projector, text.embed_tokens, *text.layers]
+
     # --- the stream ---------------------------------------------------------------------------------------------------
 
     def read(
@@ -314,6 +319,7 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         wanted = kwargs.setdefault("output_hidden_states", False)  # whatever the language model's configuration says
         levels: list[Tensor | None] = []
         with memory.unchanged_on_error():
+            memory.note_weights(self.check_weights(memory))
             for chunk, parts in load_ahead(split_runs(streams, tokens, per_frame), patches, device):
                 stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, parts)
                 rows, places, positions = text_outputs(chunk, per_frame)
@@ -431,6 +437,8 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         at_once = torch.is_grad_enabled() or N <= self.pass_frames * self.config.tokens_per_frame
         plain = not any(items) and at_once and not self._passes_are_shared
         if plain and (N == 1 or unread_BN is None):  # decoding asks nothing of the device
+            if N > 1:  # not for each token that is decoded
+                self.check_weights(memory)
             lengths_B = None if unread_BN is None else unread_BN.sum(1)
             output = self.language_model(
                 inputs_embeds=inputs_embeds, past_key_values=memory, lengths_B=lengths_B, **kwargs

@@ -26,7 +26,7 @@ from .cpu_offloading import copying_stream
 from .frame_streaming import free_bytes
 from .mamba2 import Mamba2State
 from .media import MediaItem
-from .memory_files import read_memory, write_memory
+from .memory_files import describe, read_memory, warn_of_unknown_weights, write_memory
 from .multi_axis_checkpointing import LazyLevels
 from .video_level import FP8, LevelStore, VideoLevel
 
@@ -49,6 +49,9 @@ class VideoMemory(Cache):
         states: one `Mamba2State` or None per Mamba-2 block, the state after the last video token of each video row.
         media: for each video row the items seen, `[kind, t, h, w]` in patches as in `grid_thw`, in order.
         video_rows: for each text row the index of its video row; None if they coincide or there is only one.
+        made_by: the fingerprint of the weights that encoded the video, see `weights_fingerprint`; None if unknown.
+        seconds: of video encoded; None if unknown. Whoever reads the video sets it.
+        temporal_patch_size: frames in one of the `t` of a video in `media`.
     """
 
     def __init__(
@@ -72,6 +75,9 @@ class VideoMemory(Cache):
         self.states: list[Mamba2State | None] = [None] * (L - 1)
         self.media: list[list[list]] = []
         self.video_rows: list[int] | None = None
+        self.made_by: str | None = None
+        self.seconds: float | None = None
+        self.temporal_patch_size = 2
         self._deferred: LazyLevels | None = None
 
     @classmethod
@@ -201,6 +207,12 @@ class VideoMemory(Cache):
                     seen[-1][1] += item.t
                 else:
                     seen.append([item.kind, item.t, item.h, item.w])
+
+    def note_weights(self, made_by: str | None, temporal_patch_size: int) -> None:
+        """Records which weights encode what follows, unless those of what came before are unknown."""
+        if not self.video_length:
+            self.made_by = made_by
+        self.seconds, self.temporal_patch_size = None, temporal_patch_size
 
     def level(self, layer_idx: int, device: torch.device | None = None) -> VideoLevel:
         """One layer as it is stored, on `device`; of a memory on the CPU the next layer is then on its way as well."""
@@ -357,6 +369,8 @@ class VideoMemory(Cache):
             "states": list(self.states),
             "media": [[list(item) for item in row] for row in self.media],
             "expected_length": self.expected_length,
+            "made_by": self.made_by,
+            "seconds": self.seconds,
         }
         length = self.video_length
         try:
@@ -373,8 +387,13 @@ class VideoMemory(Cache):
         self._levels, self.expected_length = [LevelStore() for _ in self._levels], 0
         self._fetched.clear()
         self._valid, self._mask, self.media, self.video_rows = [], None, [], None
-        self._deferred = None
+        self._deferred = self.made_by = self.seconds = None
         self.states = [None] * len(self.states)
+
+    def __repr__(self) -> str:
+        keys = self._levels[0].parts[0].keys_BHMP if self._levels[0].parts else None
+        per_item = {"image": 1, "video": self.temporal_patch_size}
+        return describe(self, keys, frames=sum(t * per_item[kind] for row in self.media for kind, t, _, _ in row))
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -400,6 +419,7 @@ class VideoMemory(Cache):
             "video_length": self.video_length,
             "media": self.media,
             "video_rows": self.video_rows,
+            **{name: getattr(self, name) for name in _IN_HEADER},
             "keys_are_rotated": [store.keys_are_rotated for store in self._levels],
         }
         write_memory(path, FORMAT, tensors, header)
@@ -411,7 +431,10 @@ class VideoMemory(Cache):
         Raises:
             FileNotFoundError: no such file. ValueError: the file is not a video memory, or is damaged.
         """
-        return cls._from_tensors(*read_memory(path, FORMAT, str(device)))
+        tensors, header = read_memory(path, FORMAT, str(device))
+        if header["video_length"] and "made_by" not in header:
+            warn_of_unknown_weights(path)
+        return cls._from_tensors(tensors, header)
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "VideoMemory":
@@ -435,6 +458,8 @@ class VideoMemory(Cache):
         for store, of_layer in zip(memory._levels, [rotated] * L if isinstance(rotated, bool) else rotated):
             store.keys_are_rotated = of_layer
         memory.media, memory.video_rows = header["media"], header["video_rows"]
+        for name in _IN_HEADER:
+            setattr(memory, name, header.get(name, getattr(memory, name)))
         return memory
 
     def check(self, config: PreTrainedConfig, batch_size: int, dtype: torch.dtype) -> None:
@@ -468,6 +493,7 @@ class VideoMemory(Cache):
             )
 
 
+_IN_HEADER = ("made_by", "seconds", "temporal_patch_size")
 _PARTS = ("keys", "values", "key_scales", "value_scales")  # of a VideoLevel, in a file
 
 

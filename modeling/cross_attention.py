@@ -49,7 +49,8 @@ class VambaCrossAttention(Qwen2VLAttention):
             proj(vision_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.k_proj, self.v_proj)
         )
         if position_embeddings is not None:
-            keys, _ = apply_rotary_pos_emb(keys, keys, *position_embeddings)
+            cos_sin = (t.to(keys.device) for t in position_embeddings)  # a model may be spread over devices
+            keys, _ = apply_rotary_pos_emb(keys, keys, *cos_sin)
         return keys, values
 
     def forward(

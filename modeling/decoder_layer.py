@@ -32,7 +32,7 @@ from .text_triton import (
     store_token_triton,
     three_linears_triton,
 )
-from .triton_launch import is_unhooked
+from .triton_launch import is_unhooked, overwritable
 from .video_level import VideoLevel
 
 
@@ -53,7 +53,9 @@ class VambaSelfAttention(Qwen2VLAttention):
                 hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
             )
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        projected = three_linears_triton(hidden_states, projections) or (proj(hidden_states) for proj in projections)
+        projected = three_linears_triton(hidden_states, projections) or (
+            overwritable(proj(hidden_states), proj) for proj in projections
+        )
         queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)
         rotate_triton(queries, keys, *position_embeddings)
         queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
@@ -74,9 +76,9 @@ class VambaMLP(Qwen2MLP):
     """Qwen2-VL's, with the gate in one kernel where no gradient is recorded on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.config.hidden_act != "silu" or not fusible(x):
+        if self.config.hidden_act != "silu" or not is_unhooked(self.act_fn) or not fusible(x):
             return super().forward(x)
-        return self.down_proj(silu_mul_triton(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(silu_mul_triton(overwritable(self.gate_proj(x), self.gate_proj), self.up_proj(x)))
 
 
 class VambaDecoderLayer(Qwen2VLDecoderLayer):
@@ -108,19 +110,24 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        video_keys_BHMP: Tensor | None = None,
-        video_values_BHMP: Tensor | None = None,
-        video_scales: tuple[Tensor | None, Tensor | None] = (None, None),
+        *video: Tensor | None,
         video_mask_BM: Tensor | None = None,
         video_rows: list[int] | None = None,
-        packed_videos: list[tuple[int, VideoLevel | None]] | None = None,
-        videos_besides: list[VideoLevel | None] = (),
+        packed_lengths: list[int] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         query_position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
+        """`video` are the four tensors of a `VideoLevel`, or Nones: of the row's, or of each packed sample's in order.
+
+        They are arguments of their own, as reentrant checkpoints look for gradients only there. Behind them may come
+        those of levels that are read for nothing.
+        """
+        videos = [VideoLevel(*video[i : i + 4]) if video[i] is not None else None for i in range(0, len(video), 4)]
+        read = len(packed_lengths or [None])
+        videos, videos_besides = videos[:read], videos[read:]
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(
@@ -133,16 +140,12 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         # How samples are packed is the self-attention's business; the cross-attention is called for each of them.
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith(("cu_seq_lens", "max_length"))}
         crossed = None
-        if packed_videos is not None:
-            crossed = self._cross_packed(hidden_states, packed_videos, query_position_embeddings, **kwargs)
-        elif video_keys_BHMP is not None:
+        if packed_lengths is not None:
+            samples = [*zip(packed_lengths, videos)]
+            crossed = self._cross_packed(hidden_states, samples, query_position_embeddings, **kwargs)
+        elif any(videos):
             crossed, _ = self.cross_attn(
-                hidden_states,
-                VideoLevel(video_keys_BHMP, video_values_BHMP, *video_scales),
-                video_mask_BM,
-                video_rows,
-                query_position_embeddings,
-                **kwargs,
+                hidden_states, *videos, video_mask_BM, video_rows, query_position_embeddings, **kwargs
             )
         for video in videos_besides:
             nothing = self._read_for_nothing(hidden_states, video, query_position_embeddings, **kwargs)

@@ -104,8 +104,7 @@ class VambaGenerationMixin(GenerationMixin):
             memory = VideoMemory.of(cache, self.config.text_config) if cache is not None else None
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if memory is not None:
-            if copies > 1:
-                memory.expand_rows(batch_size, copies)
+            memory.expand_rows(batch_size, copies)
             if generation_config.compile_config is not None:
                 memory.mark_static()
             model_kwargs["past_key_values" if cache is not None else "video_memory"] = memory

@@ -176,7 +176,7 @@ def _places(cache: Cache) -> tuple:
     text = [cache.layers[end].keys.data_ptr() for end in ends if cache.layers[end].is_initialized]
     video = [cache.level(end).keys_BHMP.data_ptr() for end in ends if cache.video_length]
     rows = None if cache.video_rows is None else tuple(cache.video_rows)
-    return (*text, *video, cache.video_length, rows, cache.keys_are_rotated)
+    return (*text, *video, cache.video_length, rows, cache.keys_are(rotated=True))
 
 
 def _can_be_recorded(cache: Cache) -> bool:

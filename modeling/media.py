@@ -41,6 +41,8 @@ def list_media(kind: str, pixels: Tensor | None, grid_thw: Tensor | None) -> lis
         raise ValueError(f"{given} came without {missing}; pass on all that the processor returns.")
     items, start = [], 0
     for t, h, w in grid_thw.tolist():
+        if min(t, h, w) < 1:
+            raise ValueError(f"{names[1]} holds {[t, h, w]}: each item has at least one frame of one patch.")
         items.append(MediaItem(kind, t, h, w, start))
         start += t * h * w
     if start != pixels.shape[0]:

@@ -1,15 +1,17 @@
-"""Memories as files: safetensors with a JSON header.
+"""Memories as files, safetensors with a JSON header, and as a line of text.
 
 What is unusual: a file appears complete or not at all, so that an interrupted write leaves an older one intact.
 """
 
 import json
 import os
+import warnings
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 
 def write_memory(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -46,4 +48,24 @@ def read_memory(path: str | os.PathLike, kind: str, device: str = "cpu") -> tupl
         raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}.") from error
 
 
-__all__ = ["read_memory", "write_memory"]
+def warn_of_unknown_weights(path: str | os.PathLike) -> None:
+    """For files of versions that did not write which weights made a memory."""
+    warnings.warn(
+        f"{os.fspath(path)!r} does not say which weights made it, so it is not checked that the model asked has them; "
+        "encode the video again to be sure.",
+        stacklevel=3,
+    )
+
+
+def describe(memory: Cache, kept: Tensor | None, frames: int) -> str:
+    """What a memory holds, in one line; `kept` is one of its tensors, None if it holds nothing."""
+    seconds = "" if memory.seconds is None else f" ({memory.seconds:g} s)"
+    where = "" if kept is None else f", {kept.device}, {kept.dtype}"
+    text = int(memory.get_seq_length())
+    return (
+        f"{type(memory).__name__}({frames} frames{seconds}, {sum(memory.num_video_tokens)} video tokens, "
+        f"{text} text tokens, {memory.video_nbytes} bytes{where})"
+    )
+
+
+__all__ = ["describe", "read_memory", "warn_of_unknown_weights", "write_memory"]

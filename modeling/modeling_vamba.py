@@ -42,7 +42,7 @@ from .media import MediaItem, assign_media, chunk_patches, list_media, media_pos
 from .ranks import agree_on_calls, calls_are_shared
 from .shared_model import VideoHeadMixin, VideoModelMixin
 from .text_triton import FusedRMSNorm
-from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder
+from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder, makers_of_key_values
 from .video_level import VideoLevel
 from .video_memory import VideoMemory
 from .vision_tower import VambaVisionTower, vision_tower
@@ -111,42 +111,32 @@ class VambaTextModel(VambaPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         query_positions = position_embeddings if self.config.cross_attn_use_position_embeddings else None
         samples, video_mask_BM = packed or [(inputs_embeds.shape[1], memory)], memory.video_mask(inputs_embeds.device)
-        hidden_states = inputs_embeds
+        hidden_states, read = inputs_embeds, [*(seen for _, seen in samples), *read_besides]
         for index, layer in enumerate(self.layers):
-            videos = [
-                (length, seen.level(index, layer.device_for(inputs_embeds)) if seen.video_length else None)
-                for length, seen in samples
-            ]
-            besides = [
-                (seen, seen.level(index, layer.device_for(inputs_embeds)) if seen.video_length else None)
-                for seen in read_besides
-            ]
-            keys, values, *scales = (None if packed else videos[0][1]) or (None, None)
-            with _saving([*((seen, video) for (_, seen), (_, video) in zip(samples, videos)), *besides]):
+            device = layer.device_for(inputs_embeds)
+            videos = [seen.level(index, device) if seen.video_length else None for seen in read]
+            with _saving(read, videos):
                 hidden_states = layer(
                     hidden_states,
-                    keys,
-                    values,
-                    video_scales=tuple(scales) or (None, None),
+                    *(t for video in videos for t in video or (None,) * len(VideoLevel._fields)),
                     video_mask_BM=video_mask_BM,
                     video_rows=memory.video_rows,
-                    packed_videos=videos if packed else None,
-                    videos_besides=[video for _, video in besides],
+                    packed_lengths=[length for length, _ in samples] if packed else None,
                     attention_mask=causal_mask,
                     past_key_values=text_cache,
                     position_embeddings=position_embeddings,
                     query_position_embeddings=query_positions,
                     **kwargs,
                 )
-            del keys, values, videos, besides  # of deferred levels only autograd keeps them
+            del videos  # of deferred levels only autograd keeps them
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=text_cache
         )
 
 
-def _saving(videos: list[tuple[VideoMemory, VideoLevel | None]]) -> contextlib.AbstractContextManager:
+def _saving(memories: list[VideoMemory], videos: list[VideoLevel | None]) -> contextlib.AbstractContextManager:
     """Within, autograd keeps keys and values where their deferred levels keep what they save, which may be the CPU."""
-    moved = [t for memory, video in videos if video is not None and memory.offloads_saved for t in video[:2]]
+    moved = [t for memory, video in zip(memories, videos) if video and memory.offloads_saved for t in video[:2]]
     return offload_saved(*moved) if moved else contextlib.nullcontext()
 
 
@@ -293,6 +283,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         with contextlib.ExitStack() as on_error:
             for memory, _ in videos:
                 on_error.enter_context(memory.unchanged_on_error())
+                memory.note_weights(self.check_weights(memory), self.config.vision_config.temporal_patch_size)
             for ((memory, chunk), patches), count in zip(loaded, passes):
                 vision_BSD, lengths_B = self._vision_tokens(chunk, patches, count)
                 self._encode(memory, chunk, vision_BSD, lengths_B, read_once)
@@ -316,7 +307,21 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         if self.config.text_config.cross_attn_use_position_embeddings:
             positions_3BS = media_positions(chunk, self.config.vision_config.spatial_merge_size)
             positions = self.language_model.rotary_emb(vision_BSD, positions_3BS.to(vision_BSD.device))
-        self.video_encoder(memory, vision_BSD, self.language_model.layers, lengths_B, positions, read_once)
+        self.video_encoder(
+            vision_BSD,
+            video_memory=memory,
+            key_values=makers_of_key_values(self.language_model.layers),
+            lengths_B=lengths_B,
+            position_embeddings=positions,
+            read_once=read_once,
+        )
+
+    def modules_that_make_memories(self) -> list[nn.Module]:
+        """Those whose weights a video's keys, values and states depend on."""
+        layers = self.language_model.layers
+        norms = [layer.input_layernorm for layer in layers if layer.norm_video]
+        projections = [proj for layer in layers for proj in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)]
+        return [self.visual, self.video_encoder, *norms, *projections]
 
     def _vision_tokens(
         self, chunk: list[list[MediaItem]], parts: list[Tensor], passes: int
@@ -347,7 +352,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
 
     def _rotate_video_keys(self, memory: VideoMemory, rotated: bool) -> None:
         """Puts M-RoPE on a memory's keys or takes it off, once."""
-        if not self.config.text_config.cross_attn_use_position_embeddings or memory.keys_are_rotated == rotated:
+        if not self.config.text_config.cross_attn_use_position_embeddings or memory.keys_are(rotated):
             return
         positions_3BM = media_positions(memory.video_items(), self.config.vision_config.spatial_merge_size)
         if (mask_BM := memory.video_mask()) is not None:  # padding may stand between the chunks of a row
@@ -355,12 +360,13 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
             spread = positions_3BM.new_zeros(3, *mask_BM.shape)
             spread[:, mask_BM.cpu()] = positions_3BM[:, valid]
             positions_3BM = spread
-        for index in range(len(self.language_model.layers) if memory.video_length else 0):
-            keys, values = memory.video_key_values(index)
-            cos, sin = self.language_model.rotary_emb(keys, positions_3BM.to(keys.device))
-            keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin if rotated else -sin)
-            memory.replace(index, keys, values)
-        memory.keys_are_rotated = rotated
+
+        def rotate(keys: Tensor) -> Tensor:
+            cos, sin = self.language_model.rotary_emb(keys[..., :0], positions_3BM.to(keys.device))
+            cos, sin = cos.to(keys.device), sin.to(keys.device)  # accelerate may compute them on another GPU
+            return apply_rotary_pos_emb(keys, keys, cos, sin if rotated else -sin)[0]
+
+        memory.rotate_keys(rotated, rotate)
 
     def media_rows(
         self,
@@ -449,20 +455,24 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         elif any(given is not None for given in (*pixels.values(), *grids.values())):
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)
             videos = [(memory, rows)] if any(rows) else []
+        if not videos and inputs_embeds.shape[1] > 1:  # not for each token that is decoded
+            memory.check(self.config.text_config, inputs_embeds.shape[0], inputs_embeds.dtype)
+            self.check_weights(memory)
         read_besides: list[VideoMemory] = []
         if videos or calls_are_shared(self):
             reads = max(len(videos), min(1, memory.video_length))
-            read_once = packed is not None or not use_cache
+            read_once = packed is not None or (past_key_values is None and not use_cache)
             read_besides = self.encode_media(videos, pixels, read_once=read_once, reads=reads)
         for sample in [*(sample for _, sample in packed), *read_besides] if packed else []:
             sample.keep_no_cell()
+        memory.expand_rows(inputs_embeds.shape[0])
         self._rotate_video_keys(memory, not unrotate_video_keys)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=memory,
-            use_cache=use_cache if packed is None else False,
+            use_cache=False if packed is not None or memory.is_read_once else use_cache,
             packed=packed,
             read_besides=read_besides,
             **kwargs,

@@ -121,7 +121,7 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
         read_at (`tuple` of two `torch.LongTensor` of shape `(n,)`, *optional*):
             Rows and places of the tokens whose outputs are wanted, `(n, hidden_size)`; all are if not given.
         """
-        hidden_BSD, states = inputs_embeds, past_key_values.states
+        hidden_BSD, states = inputs_embeds, list(past_key_values.states)
         if self.runs_cells:
             hidden_BSD = self._run_cells(hidden_BSD, states, lengths_B, read_at)
         else:
@@ -130,6 +130,7 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
             if read_at is not None:
                 hidden_BSD = hidden_BSD[tuple(index.to(hidden_BSD.device) for index in read_at)]
         hidden_BSD = self.norm(hidden_BSD).to(inputs_embeds.dtype)
+        past_key_values.states[:] = states  # all or, if anything was raised, none
         return BaseModelOutputWithPast(last_hidden_state=hidden_BSD, past_key_values=past_key_values)
 
     @property
@@ -235,7 +236,8 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
                 (`do_rescale=False, do_normalize=False`) they take a quarter of the memory and are normalised here.
                 They may stay on the CPU: each chunk is copied while the one before is computed.
             video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
-            memory: what was seen before; it is extended in place and returned. None starts anew.
+            memory: what was seen before; it is extended in place and returned, unchanged if anything is raised. None
+                starts anew.
             rows: for each video the row of the memory it belongs to; None puts all into row 0.
             continue_video: whether the first video of a row continues its last one; None: if that was the last it saw.
             chunk_frames: frames that go through the model at once, which bounds the activations; None means
@@ -278,6 +280,11 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
             by_row[row].append(item)
         return by_row, marks
 
+    def modules_that_make_memories(self) -> list[nn.Module]:
+        """Those whose weights a memory's states depend on."""
+        text = self.language_model
+        return [self.visual, self.projector, text.embed_tokens, *text.layers]
+
     # --- the stream ---------------------------------------------------------------------------------------------------
 
     def read(
@@ -307,29 +314,31 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
             items = [[run.item for run in stream if run.item] for stream in chunk]
             return [part if tokens is None else to_device(part, device) for part in chunk_patches(items, pixels)]
 
-        wants_levels = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        wanted = kwargs.setdefault("output_hidden_states", False)  # whatever the language model's configuration says
         levels: list[Tensor | None] = []
         chunks = list(split_runs(streams, tokens, per_frame))
         passes = [self.count_passes(run.item for stream in chunk for run in stream if run.item) for chunk in chunks]
         passes, _ = agree_on_calls(self, passes, 0, device)
-        for (chunk, parts), count in zip(load_ahead(chunks, patches, device), passes):
-            stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, parts, count)
-            rows, places, positions = text_outputs(chunk, per_frame)
-            read_at = None if wants_levels else (rows, places)
-            output = self.language_model(
-                inputs_embeds=stream_BSD, past_key_values=memory, lengths_B=lengths_B, read_at=read_at, **kwargs
-            )
-            new_levels = [output.last_hidden_state, *(output.hidden_states or ())]
-            levels = levels or [None if new is None else new.new_zeros(inputs_embeds.shape) for new in new_levels]
-            for level, new in zip(levels, new_levels):
-                if new is not None:  # a level that was not asked for
-                    row, place, position = (index.to(new.device) for index in (rows, places, positions))
-                    level[row, position] = new[row, place] if read_at is None else new
-            memory.note_chunk(chunk)
-        for count in passes[len(chunks) :]:  # chunks that only other ranks have
-            self.black_passes(count)
-            nothing = inputs_embeds.new_zeros(1, 1, inputs_embeds.shape[-1])
-            self.language_model(inputs_embeds=nothing, past_key_values=StateMemory(self.config), **kwargs)
+        with memory.unchanged_on_error():
+            memory.note_weights(self.check_weights(memory))
+            for (chunk, parts), count in zip(load_ahead(chunks, patches, device), passes):
+                stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, parts, count)
+                rows, places, positions = text_outputs(chunk, per_frame)
+                read_at = (rows, places) if wanted is False else None
+                output = self.language_model(
+                    inputs_embeds=stream_BSD, past_key_values=memory, lengths_B=lengths_B, read_at=read_at, **kwargs
+                )
+                new_levels = [output.last_hidden_state, *(output.hidden_states or ())]
+                levels = levels or [None if new is None else new.new_zeros(inputs_embeds.shape) for new in new_levels]
+                for level, new in zip(levels, new_levels):
+                    if new is not None:  # a level that was not asked for
+                        row, place, position = (index.to(new.device) for index in (rows, places, positions))
+                        level[row, position] = new[row, place] if read_at is None else new
+                memory.note_chunk(chunk)
+            for count in passes[len(chunks) :]:  # chunks that only other ranks have
+                self.black_passes(count)
+                nothing = inputs_embeds.new_zeros(1, 1, inputs_embeds.shape[-1])
+                self.language_model(inputs_embeds=nothing, past_key_values=StateMemory(self.config), **kwargs)
         last, *hidden_states = levels or [inputs_embeds.new_zeros(inputs_embeds.shape)]
         return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=tuple(hidden_states) or None)
 
@@ -405,6 +414,9 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
             if input_ids is None:
                 raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if kwargs.get("output_hidden_states") is None:
+            configs = (self.config, self.config.text_config)
+            kwargs["output_hidden_states"] = any(config.output_hidden_states for config in configs)
         B, N = inputs_embeds.shape[:2]
         memory = StateMemory.of(past_key_values, self.config)
         memory.expand_rows(B)
@@ -415,6 +427,8 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         at_once = torch.is_grad_enabled() or N <= self.pass_frames * self.config.tokens_per_frame
         plain = not any(items) and at_once and not calls_are_shared(self)
         if plain and (N == 1 or unread_BN is None):  # decoding asks nothing of the device
+            if N > 1:  # not for each token that is decoded
+                self.check_weights(memory)
             lengths_B = None if unread_BN is None else unread_BN.sum(1)
             output = self.language_model(
                 inputs_embeds=inputs_embeds, past_key_values=memory, lengths_B=lengths_B, **kwargs

@@ -8,11 +8,13 @@ from math import ceil
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .chunked_loss import chunked_causal_lm_loss
 from .frame_streaming import MAX_CHUNK_FRAMES, normalized
 from .media import MediaItem, split_frames
+from .weights_fingerprint import WeightsFingerprint, are_same_weights
 
 
 class VideoModelMixin:
@@ -30,6 +32,23 @@ class VideoModelMixin:
             return input_ids == self.config.vision_start_token_id
         token = torch.tensor(self.config.vision_start_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def check_weights(self, memory: Cache) -> str | None:
+        """The fingerprint of the weights that make a memory of video; None while torch compiles or exports.
+
+        Raises:
+            ValueError: the memory was made by others.
+        """
+        made_by = getattr(memory, "made_by", None)
+        if torch.compiler.is_compiling() or (made_by is None and torch.is_grad_enabled()):  # in training they change
+            return None
+        fingerprint = vars(self).setdefault("_fingerprint", WeightsFingerprint()).of(self.modules_that_make_memories())
+        if made_by is not None and not are_same_weights(made_by, fingerprint):
+            raise ValueError(
+                "The memory was made with other weights than the model has now (another checkpoint, another adapter, "
+                "or training since): encode the video again with the model that is asked."
+            )
+        return fingerprint
 
     @property
     def tower_trains(self) -> bool:

@@ -8,6 +8,7 @@ written into, so forks share them; but for those of a memory that a CUDA graph h
 Shapes: B rows, H heads, P head dim, K state size, T conv taps, C conv channels.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -18,11 +19,11 @@ from transformers.cache_utils import Cache
 
 from .mamba2 import Mamba2State
 from .media_stream import Run
-from .memory_files import read_memory, write_memory
+from .memory_files import describe, read_memory, warn_of_unknown_weights, write_memory
 
 
 FORMAT = "vamba.state_memory.1"
-_IN_HEADER = ("media", "is_open", "text_length", "is_ragged")
+_IN_HEADER = ("media", "is_open", "text_length", "is_ragged", "made_by", "seconds")
 
 
 class StateMemory(Cache):
@@ -39,6 +40,8 @@ class StateMemory(Cache):
         text_tokens_B: tokens of text that each row has seen, padding not counted, int64 (B,); None before the first.
         is_ragged: whether some row has seen more text than `text_length` says.
         is_written_into: whether the states are buffers that decoding may write into (`GraphedStateDecoding`).
+        made_by: the fingerprint of the weights that read the media, see `weights_fingerprint`; None if unknown.
+        seconds: of video watched; None if unknown. Whoever reads the video sets it.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -50,6 +53,8 @@ class StateMemory(Cache):
         self.text_tokens_B: Tensor | None = None
         self.is_ragged = False
         self.is_written_into = False
+        self.made_by: str | None = None
+        self.seconds: float | None = None
 
     @classmethod
     def of(cls, cache: Cache | None, config: PreTrainedConfig) -> "StateMemory":
@@ -133,6 +138,12 @@ class StateMemory(Cache):
                 elif item is not None:
                     self.media[row].append([item.kind, item.t, item.h, item.w])
                 self.is_open[row] = item is not None
+
+    def note_weights(self, made_by: str | None) -> None:
+        """Records which weights read what follows, unless those of what came before are unknown."""
+        if not any(self.media):
+            self.made_by = made_by
+        self.seconds = None
 
     def last_open(self, row: int) -> list | None:
         """The item of a row that was the last to come, so that more of its frames may follow; None if text was."""
@@ -221,17 +232,29 @@ class StateMemory(Cache):
         if tokens_to_remove:
             raise ValueError("A state cannot forget its last tokens: fork() the memory before what may be taken back.")
 
+    @contextlib.contextmanager
+    def unchanged_on_error(self):
+        """Within, more may be read; if anything is raised the memory is as it was before."""
+        kept = self.fork()
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(vars(kept))
+            raise
+
     def reset(self) -> None:
         """Forgets everything; `fork()` beforehand to start a new conversation about the same video."""
         self.states = [None] * len(self.states)
         self.media, self.is_open, self.text_length = [], [], 0
         self.text_tokens_B, self.is_ragged, self.is_written_into = None, False, False
+        self.made_by = self.seconds = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __repr__(self) -> str:
-        return f"StateMemory(layers={len(self.states)}, text_length={self.text_length}, media={self.media})"
+        state = None if self.states[0] is None else self.states[0].ssm_BHPK
+        return describe(self, state, frames=sum(t for row in self.media for _, t, _, _ in row))
 
     # --- files ------------------------------------------------------------------------------------------------------
 
@@ -254,7 +277,9 @@ class StateMemory(Cache):
         tensors, header = read_memory(path, FORMAT, str(device))
         memory = cls(PreTrainedConfig(num_hidden_layers=header["layers"]))
         for name in _IN_HEADER:
-            setattr(memory, name, header[name])
+            setattr(memory, name, header.get(name))
+        if memory.media and "made_by" not in header:
+            warn_of_unknown_weights(path)
         memory.text_tokens_B = tensors.get("text_tokens")
         for index in range(header["layers"]):
             if f"state.{index}.ssm" in tensors:

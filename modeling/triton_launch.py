@@ -5,6 +5,7 @@ import os
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 try:
@@ -24,9 +25,16 @@ def are_preferred(t: Tensor) -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether nobody wants to see the calls of this module, so that a kernel may take its place."""
+    """Whether nobody wants to see the calls of this module, or of one in it, so that a kernel may take its place."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not (any(getattr(module, name) for name in hooks) or "forward" in module.__dict__)
+    return not _has_any_global_hook() and not any(
+        "forward" in part.__dict__ or any(getattr(part, name) for name in hooks) for part in module.modules()
+    )
+
+
+def overwritable(output: Tensor, producer: nn.Module) -> Tensor:
+    """A module's output, for a kernel to write into: a copy if somebody may have kept what the module returned."""
+    return output if is_unhooked(producer) else output.clone()
 
 
 def takes(*tensors: Tensor) -> bool:

@@ -6,6 +6,8 @@ checkpointing, in cells of layers x tokens that are run when the text asks for t
 Shapes: B batch, S video tokens of one chunk, D hidden, P head dim.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,7 +29,7 @@ class VambaPreTrainedModel(MultiAxisCheckpointingMixin, PreTrainedModel):
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["VambaDecoderLayer", "Mamba2Block", "Qwen2_5_VLVisionBlock"]
-    _skip_keys_device_placement = ["past_key_values", "video_memory"]
+    _skip_keys_device_placement = ["past_key_values", "video_memory", "packed"]
     _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -62,33 +64,33 @@ class VambaVideoEncoder(VambaPreTrainedModel):
 
     def forward(
         self,
-        memory: VideoMemory,
         vision_BSD: Tensor,
-        text_layers: nn.ModuleList,
+        video_memory: VideoMemory,
+        key_values: list[Callable],
         lengths_B: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         read_once: bool = False,
     ) -> VideoMemory:
-        """Extends `memory` by the next S video tokens, after whatever it holds.
+        """Extends `video_memory` by the next S video tokens, after whatever it holds.
 
         Args:
             vision_BSD: V_0, the vision tower's tokens, (B, S, D); the rows of the memory's video.
-            text_layers: the decoder layers, whose cross-attention makes the keys and values of each level.
+            video_memory: by this name, so that accelerate leaves it where it is.
+            key_values: what makes the keys and values of each level, see `makers_of_key_values`.
             lengths_B: valid tokens of each row, (B,), the rest being padding on the right; None for all.
             position_embeddings: cos and sin (B, S, P) of the tokens, where the keys are to carry positions.
             read_once: these are the last tokens and each layer is read once, in order: with multi-axis checkpointing
                 its keys and values are then made when it is read.
         """
-        B, S, _ = vision_BSD.shape
+        memory, S = video_memory, vision_BSD.shape[1]
         valid = None
         if lengths_B is not None:
             valid = torch.arange(S, device=lengths_B.device) < lengths_B.unsqueeze(1)
         memory.append_mask(S, valid)
         self._fetch_states(memory, vision_BSD.device)
-        _call_through_fsdp(text_layers)
 
         def step(index, vision_BSD, state, lengths_B, *positions):
-            vision_BSD, *keys_values = text_layers[index].video_key_value(vision_BSD, positions or None)
+            vision_BSD, *keys_values = key_values[index](vision_BSD, positions or None)
             if index < len(self.layers):
                 vision_BSD, state = self.layers[index](vision_BSD, state, lengths_B)
             return vision_BSD, state, tuple(keys_values)
@@ -126,15 +128,18 @@ class VambaVideoEncoder(VambaPreTrainedModel):
         return LazyLevels(step, [sequence], layers, settings.offload)
 
 
-def _call_through_fsdp(text_layers: nn.ModuleList) -> None:
-    """FSDP2 gathers a layer's weights when it is called; the keys and values of a level are another way to call it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+def makers_of_key_values(text_layers: nn.ModuleList) -> list[Callable]:
+    """`video_key_value` of each decoder layer: as functions, for accelerate would move modules that are arguments.
 
-    for layer in text_layers:
-        if isinstance(layer, FSDPModule) and "video_key_value" not in vars(layer):
-            register_fsdp_forward_method(layer, "video_key_value")
+    FSDP2 gathers a layer's weights when it is called; this is another way to call it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+        for layer in text_layers:
+            if isinstance(layer, FSDPModule) and "video_key_value" not in vars(layer):
+                register_fsdp_forward_method(layer, "video_key_value")
+    return [layer.video_key_value for layer in text_layers]
 
 
-__all__ = ["VambaPreTrainedModel", "VambaVideoEncoder"]
+__all__ = ["VambaPreTrainedModel", "VambaVideoEncoder", "makers_of_key_values"]

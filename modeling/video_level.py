@@ -1,12 +1,13 @@
 """Keys and values of a video, as one layer's cross-attention reads them: their numbers, and the buffers they lie in.
 
 What is unusual: chunks are written into a buffer with room for what is expected to come, so that reading needs no
-joining and a long video fills the memory without holes. Forks share a buffer: only one that holds all that was written
-may write on, any other copies first. Where gradients are recorded the chunks stay apart until they are read.
+joining and a long video fills the memory without holes. Forks share a buffer: only the first that holds all that was
+written may write on, any other copies first. Where gradients are recorded the chunks stay apart until they are read.
 
 Shapes: B video rows, H key/value heads, M video tokens, S tokens of one append, P head dim.
 """
 
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 GROWTH = 1.25  # of a buffer that is full, where nobody knows what is to come
+_CLAIMING = threading.Lock()
 
 
 class VideoLevel(NamedTuple):
@@ -67,30 +69,40 @@ def _to_fp8(t_BHSP: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Buffer:
-    """Tensors (B, H, capacity, ...), of which the first `used` tokens are written."""
+    """Tensors (B, H, capacity, ...), of which the first `claimed` tokens are written, or about to be."""
 
     def __init__(self, like: VideoLevel, capacity: int):
         def empty(t: Tensor) -> Tensor:
             shape = (*t.shape[:2], capacity, *t.shape[3:])
             return torch.empty(shape, dtype=t.dtype, device=t.device, pin_memory=t.is_pinned())
 
-        self.level, self.capacity, self.used = like.map(empty), capacity, 0
+        self.level, self.capacity, self.claimed = like.map(empty), capacity, 0
 
-    def write(self, level: VideoLevel) -> None:
+    def claim(self, start: int, length: int) -> bool:
+        """Whether the caller may write `length` tokens after the first `start`; of several threads one may."""
+        with _CLAIMING:
+            is_free = self.claimed == start and start + length <= self.capacity
+            self.claimed += length if is_free else 0
+        return is_free
+
+    def write(self, start: int, level: VideoLevel) -> None:
         for buffer, t in zip(self.level, level):
             if t is not None:
-                buffer[:, :, self.used : self.used + level.length] = t
-        self.used += level.length
+                buffer[:, :, start : start + level.length] = t
 
-    def read(self) -> VideoLevel:
-        return self.level.map(lambda t: t[:, :, : self.used])
+    def read(self, length: int) -> VideoLevel:
+        return self.level.map(lambda t: t[:, :, :length])
 
 
 class LevelStore:
-    """All keys and values of one layer, in the order they came."""
+    """All keys and values of one layer, in the order they came.
 
-    def __init__(self, parts: list[VideoLevel] = (), buffer: _Buffer | None = None):
-        self.parts, self._buffer = list(parts), buffer
+    Attributes:
+        keys_are_rotated: whether the keys carry M-RoPE, where `cross_attn_use_position_embeddings` asks for it.
+    """
+
+    def __init__(self, parts: list[VideoLevel] = (), buffer: _Buffer | None = None, keys_are_rotated: bool = True):
+        self.parts, self._buffer, self.keys_are_rotated = list(parts), buffer, keys_are_rotated
 
     @property
     def length(self) -> int:
@@ -104,13 +116,15 @@ class LevelStore:
             self.parts.append(level)
             self._buffer = None  # does not hold this part, and forks may write on where it would lie
             return
-        buffer = self._buffer
-        if buffer is None or buffer.used != held or buffer.capacity < length:
-            buffer = self._buffer = _Buffer(level, expected if expected > length else int(GROWTH * length))
+        if self._buffer is None or not self._buffer.claim(held, level.length):
+            self._buffer = _Buffer(level, expected if expected > length else int(GROWTH * length))
+            self._buffer.claim(0, length)
+            start = 0
             for part in self.parts:
-                buffer.write(part)
-        buffer.write(level)
-        self.parts = [buffer.read()]
+                self._buffer.write(start, part)
+                start += part.length
+        self._buffer.write(held, level)
+        self.parts = [self._buffer.read(length)]
 
     def replace(self, level: VideoLevel) -> None:
         self.parts, self._buffer = [level], None
@@ -134,4 +148,4 @@ class LevelStore:
         """A store that shares the tensors, and goes on by itself."""
         if self.parts:
             self.read()
-        return LevelStore(self.parts, self._buffer)
+        return LevelStore(self.parts, self._buffer, self.keys_are_rotated)

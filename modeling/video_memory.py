@@ -14,6 +14,7 @@ Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads,
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .cpu_offloading import copying_stream
 from .frame_streaming import free_bytes
 from .mamba2 import Mamba2State
 from .media import MediaItem
-from .memory_files import read_memory, write_memory
+from .memory_files import describe, read_memory, warn_of_unknown_weights, write_memory
 from .multi_axis_checkpointing import LazyLevels
 from .video_level import FP8, LevelStore, VideoLevel
 
@@ -48,7 +49,9 @@ class VideoMemory(Cache):
         states: one `Mamba2State` or None per Mamba-2 block, the state after the last video token of each video row.
         media: for each video row the items seen, `[kind, t, h, w]` in patches as in `grid_thw`, in order.
         video_rows: for each text row the index of its video row; None if they coincide or there is only one.
-        keys_are_rotated: whether the keys carry M-RoPE, where `cross_attn_use_position_embeddings` asks for it.
+        made_by: the fingerprint of the weights that encoded the video, see `weights_fingerprint`; None if unknown.
+        seconds: of video encoded; None if unknown. Whoever reads the video sets it.
+        temporal_patch_size: frames in one of the `t` of a video in `media`.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class VideoMemory(Cache):
         self.states: list[Mamba2State | None] = [None] * (L - 1)
         self.media: list[list[list]] = []
         self.video_rows: list[int] | None = None
-        self.keys_are_rotated = True
+        self.made_by: str | None = None
+        self.seconds: float | None = None
+        self.temporal_patch_size = 2
         self._deferred: LazyLevels | None = None
 
     @classmethod
@@ -112,6 +117,10 @@ class VideoMemory(Cache):
             return self._deferred.sequences[0].blocks[0].shape[0]
         return self._levels[0].parts[0].keys_BHMP.shape[0] if self._levels[0].parts else 0
 
+    def keys_are(self, rotated: bool) -> bool:
+        """Whether the keys of all layers carry M-RoPE, or none do; neither after an error while they got it."""
+        return all(store.keys_are_rotated == rotated for store in self._levels if store.parts)
+
     @property
     def num_video_tokens(self) -> list[int]:
         """Video tokens of each video row, padding not counted."""
@@ -142,9 +151,16 @@ class VideoMemory(Cache):
             self.expected_length = min(self.expected_length, self.video_length + fitting)
         self._levels[layer_idx].append(level, self.expected_length)
 
-    def replace(self, layer_idx: int, keys_BHMP: Tensor, values_BHMP: Tensor) -> None:
-        """Puts other keys and values in the place of all video tokens of one layer."""
-        self._levels[layer_idx].replace(self._stored(keys_BHMP, values_BHMP))
+    def rotate_keys(self, rotated: bool, rotate: Callable[[Tensor], Tensor]) -> None:
+        """Puts M-RoPE on the keys (B, H, M, P) of each layer, or takes it off, where that has not been done.
+
+        Each layer remembers it, so an error between two of them leaves nothing that would be read wrongly.
+        """
+        for layer_idx, store in enumerate(self._levels):
+            if store.parts and store.keys_are_rotated != rotated:
+                keys, values = self.video_key_values(layer_idx)
+                store.replace(self._stored(rotate(keys), values))
+                store.keys_are_rotated = rotated
 
     def _stored(self, keys_BHSP: Tensor, values_BHSP: Tensor) -> VideoLevel:
         """New keys and values as this memory keeps them."""
@@ -168,6 +184,11 @@ class VideoMemory(Cache):
             self._deferred.keeps_last = False
 
     @property
+    def is_read_once(self) -> bool:
+        """Whether the levels are made when they are read, after which the memory is of no use."""
+        return self._deferred is not None
+
+    @property
     def offloads_saved(self) -> bool:
         """Whether what autograd saves of deferred levels goes to the CPU."""
         return self._deferred is not None and self._deferred.offload
@@ -186,6 +207,12 @@ class VideoMemory(Cache):
                     seen[-1][1] += item.t
                 else:
                     seen.append([item.kind, item.t, item.h, item.w])
+
+    def note_weights(self, made_by: str | None, temporal_patch_size: int) -> None:
+        """Records which weights encode what follows, unless those of what came before are unknown."""
+        if not self.video_length:
+            self.made_by = made_by
+        self.seconds, self.temporal_patch_size = None, temporal_patch_size
 
     def level(self, layer_idx: int, device: torch.device | None = None) -> VideoLevel:
         """One layer as it is stored, on `device`; of a memory on the CPU the next layer is then on its way as well."""
@@ -301,18 +328,30 @@ class VideoMemory(Cache):
     def _repeat_rows(self, repeats: int) -> None:
         self._set_rows([row for row in self._rows for _ in range(repeats)])
 
-    def expand_rows(self, batch_size: int, copies: int) -> None:
-        """Repeats each of `batch_size` rows for beams or samples, unless the caller has done so already."""
-        if not self.get_seq_length():
+    def expand_rows(self, batch_size: int, copies: int = 1) -> None:
+        """Repeats a single row of text for each of `batch_size` questions, and each row for its beams or samples.
+
+        What the caller has repeated already is left alone.
+
+        Raises:
+            ValueError: another number of rows, or a static text cache that would have to be repeated.
+        """
+        if copies > 1 and not self.get_seq_length():
             if len(self._rows) == batch_size:
                 self._repeat_rows(copies)
-        elif self.layers[0].keys.shape[0] == batch_size:
-            if not isinstance(self.layers[0], DynamicLayer):
-                raise ValueError(
-                    "A static text cache that holds text is not repeated for beams or samples: ask on a fork() without "
-                    "max_cache_len."
-                )
-            self.batch_repeat_interleave(copies)
+            return
+        is_initialized, wanted = self.layers and self.layers[0].is_initialized, batch_size * copies
+        rows = self.layers[0].keys.shape[0] if is_initialized else 0
+        if rows in (0, wanted):
+            return
+        if rows not in (1, batch_size):
+            raise ValueError(f"The memory holds {rows} rows of text and is asked by {batch_size}; ask on a fork().")
+        if not isinstance(self.layers[0], DynamicLayer):
+            raise ValueError(
+                "A static text cache is not repeated for questions, beams or samples: ask on a fork() "
+                "without max_cache_len."
+            )
+        self.batch_repeat_interleave(wanted // rows)
 
     def _select_rows(self, indices: list[int]) -> None:
         if self.video_rows is not None or self.num_video_rows > 1:
@@ -330,6 +369,8 @@ class VideoMemory(Cache):
             "states": list(self.states),
             "media": [[list(item) for item in row] for row in self.media],
             "expected_length": self.expected_length,
+            "made_by": self.made_by,
+            "seconds": self.seconds,
         }
         length = self.video_length
         try:
@@ -346,8 +387,13 @@ class VideoMemory(Cache):
         self._levels, self.expected_length = [LevelStore() for _ in self._levels], 0
         self._fetched.clear()
         self._valid, self._mask, self.media, self.video_rows = [], None, [], None
-        self._deferred = None
+        self._deferred = self.made_by = self.seconds = None
         self.states = [None] * len(self.states)
+
+    def __repr__(self) -> str:
+        keys = self._levels[0].parts[0].keys_BHMP if self._levels[0].parts else None
+        per_item = {"image": 1, "video": self.temporal_patch_size}
+        return describe(self, keys, frames=sum(t * per_item[kind] for row in self.media for kind, t, _, _ in row))
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -373,7 +419,8 @@ class VideoMemory(Cache):
             "video_length": self.video_length,
             "media": self.media,
             "video_rows": self.video_rows,
-            "keys_are_rotated": self.keys_are_rotated,
+            **{name: getattr(self, name) for name in _IN_HEADER},
+            "keys_are_rotated": [store.keys_are_rotated for store in self._levels],
         }
         write_memory(path, FORMAT, tensors, header)
 
@@ -384,7 +431,10 @@ class VideoMemory(Cache):
         Raises:
             FileNotFoundError: no such file. ValueError: the file is not a video memory, or is damaged.
         """
-        return cls._from_tensors(*read_memory(path, FORMAT, str(device)))
+        tensors, header = read_memory(path, FORMAT, str(device))
+        if header["video_length"] and "made_by" not in header:
+            warn_of_unknown_weights(path)
+        return cls._from_tensors(tensors, header)
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "VideoMemory":
@@ -404,8 +454,12 @@ class VideoMemory(Cache):
                 memory.states[i] = Mamba2State(tensors[f"state.{i}.conv"], tensors[f"state.{i}.ssm"])
         for i in range(L if "text.0.keys" in tensors else 0):
             memory.update(tensors[f"text.{i}.keys"], tensors[f"text.{i}.values"], i)
-        for name in ("media", "video_rows", "keys_are_rotated"):
-            setattr(memory, name, header[name])
+        rotated = header["keys_are_rotated"]
+        for store, of_layer in zip(memory._levels, [rotated] * L if isinstance(rotated, bool) else rotated):
+            store.keys_are_rotated = of_layer
+        memory.media, memory.video_rows = header["media"], header["video_rows"]
+        for name in _IN_HEADER:
+            setattr(memory, name, header.get(name, getattr(memory, name)))
         return memory
 
     def check(self, config: PreTrainedConfig, batch_size: int, dtype: torch.dtype) -> None:
@@ -439,6 +493,7 @@ class VideoMemory(Cache):
             )
 
 
+_IN_HEADER = ("made_by", "seconds", "temporal_patch_size")
 _PARTS = ("keys", "values", "key_scales", "value_scales")  # of a VideoLevel, in a file
 
 

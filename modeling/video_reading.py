@@ -151,6 +151,10 @@ class VideoReader:
             self.frame_size = target_size(*self.frame_size, **bounds)
 
     @property
+    def seconds_per_frame(self):
+        return self._times.step
+
+    @property
     def len_estimate(self):
         return self.num_frames_expected
 

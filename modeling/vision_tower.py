@@ -21,14 +21,16 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
     Qwen2VLVisionBlock,
     VisionAttention,
+    VisionMlp,
     apply_rotary_pos_emb_vision,
 )
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
+from .triton_launch import is_unhooked, overwritable
 from .vision_tower_triton import (
     fusible,
     layer_norm_triton,
-    quick_gelu_in_place_triton,
+    quick_gelu_triton,
     rotate_in_place_triton,
 )
 
@@ -45,8 +47,9 @@ class VambaVisionTower(Qwen2VisionTransformerPretrainedModel):
             block.__class__ = VambaVisionBlock
             block.norm1.__class__, block.norm2.__class__ = FusedLayerNorm, AddLayerNorm
             block.attn.__class__ = FrameBatchedAttention
+            block.mlp.__class__ = FusedMLP
             if type(block.mlp.act) is QuickGELUActivation:
-                block.mlp.act.__class__ = QuickGELUInPlace
+                block.mlp.act.__class__ = FusedQuickGELU
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs):
         """Patches (T, patch size) of media with the given (t, h, w); the merged tokens are the `pooler_output`."""
@@ -96,11 +99,20 @@ class AddLayerNorm(nn.LayerNorm):
         return residual_TD, super().forward(residual_TD)
 
 
-class QuickGELUInPlace(QuickGELUActivation):
-    """In place, as nothing else reads the output of the product before it."""
-
+class FusedQuickGELU(QuickGELUActivation):
     def forward(self, input: Tensor) -> Tensor:
-        return quick_gelu_in_place_triton(input) if fusible(input) else super().forward(input)
+        return quick_gelu_triton(input, torch.empty_like(input)) if fusible(input) else super().forward(input)
+
+
+class FusedMLP(VisionMlp):
+    """quick_gelu in place, where nobody else reads the output of the product before it."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        hidden = self.fc1(x_TD)
+        watched = not (is_unhooked(self.fc1) and is_unhooked(self.act))
+        if watched or type(self.act) is not FusedQuickGELU or not fusible(hidden):
+            return self.fc2(self.act(hidden))
+        return self.fc2(quick_gelu_triton(hidden, hidden))
 
 
 class FrameBatchedAttention(VisionAttention):
@@ -120,6 +132,7 @@ class FrameBatchedAttention(VisionAttention):
         qkv_TD = self.qkv(hidden_states)
         fused = fusible(qkv_TD)
         if fused:
+            qkv_TD = overwritable(qkv_TD, self.qkv)
             rotate_in_place_triton(qkv_TD, *position_embeddings, self.num_heads)
         queries, keys, values = qkv_TD.unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         if not fused:

@@ -69,11 +69,11 @@ def rotate_in_place_triton(qkv_TD: Tensor, cos_TP: Tensor, sin_TP: Tensor, num_h
         )
 
 
-def quick_gelu_in_place_triton(x: Tensor) -> Tensor:
-    """x becomes x * sigmoid(1.702 * x)."""
+def quick_gelu_triton(x: Tensor, out: Tensor) -> Tensor:
+    """`out`, which may be x itself, becomes x * sigmoid(1.702 * x). Both are contiguous."""
     with on_device_of(x):
-        _quick_gelu_kernel[(triton.cdiv(x.numel(), _ELEMENTS),)](x, x.numel(), BLOCK=_ELEMENTS, num_warps=4)
-    return x
+        _quick_gelu_kernel[(triton.cdiv(x.numel(), _ELEMENTS),)](x, out, x.numel(), BLOCK=_ELEMENTS, num_warps=4)
+    return out
 
 
 if triton is not None:
@@ -119,8 +119,8 @@ if triton is not None:
         tl.store(high_at, (high * cos_high + low * sin_high).to(qkv.dtype.element_ty), mask=ok)
 
     @triton.jit
-    def _quick_gelu_kernel(x, count, BLOCK: tl.constexpr):  # a count known to divide by 16 gives wide loads
+    def _quick_gelu_kernel(x, out, count, BLOCK: tl.constexpr):  # a count known to divide by 16 gives wide loads
         offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         ok = offset < count
         value = tl.load(x + offset, mask=ok, other=0.0).to(tl.float32)
-        tl.store(x + offset, (value * tl.sigmoid(1.702 * value)).to(x.dtype.element_ty), mask=ok)
+        tl.store(out + offset, (value * tl.sigmoid(1.702 * value)).to(x.dtype.element_ty), mask=ok)

@@ -83,6 +83,7 @@ class VideoChat:
         if chunk_frames is not None and (chunk_frames < 1 or chunk_frames % temporal):
             raise ValueError(f"{chunk_frames=} must be a positive multiple of the temporal patch size, {temporal}.")
         memory = self.memory.fork() if append and self.memory is not None else None
+        seconds = 0.0 if memory is None else memory.seconds
         start_anew = True  # the first chunk opens a new video; the others continue it
         with contextlib.ExitStack() as stack:
             # a few frames at a time, as the thread that decodes can be stopped between them
@@ -100,7 +101,9 @@ class VideoChat:
                     patches, grid, memory=memory, continue_video=not start_anew, chunk_frames=chunk_frames
                 )
                 start_anew = False
+                seconds = None if seconds is None else seconds + len(frames) * reader.seconds_per_frame
                 bar.update(len(frames))
+        memory.seconds = seconds
         self.memory = memory
         return memory
 

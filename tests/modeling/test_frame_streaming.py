@@ -18,6 +18,7 @@ import vamba  # noqa: F401  registers the processor
 from vamba.modeling import VambaConfig, VambaModel, VideoMemory, VideoReadError, read_video
 from vamba.modeling import frame_streaming as streaming
 from vamba.modeling.frame_streaming import load_ahead, normalized, read_ahead
+from vamba.modeling.video_encoder import makers_of_key_values
 
 from tiny_vamba import media, prompt, tiny_config, tiny_model
 
@@ -360,7 +361,7 @@ class TestGpu:
             for size in (tokens, 16_384):
                 memory = VideoMemory(config)
                 for chunk_BSD in vision_BSD.split(size, dim=1):
-                    model.video_encoder(memory, chunk_BSD, model.language_model.layers)
+                    model.video_encoder(chunk_BSD, memory, makers_of_key_values(model.language_model.layers))
                 memories.append(memory)
         once, expected = memories
         assert once.video_length == expected.video_length == tokens

@@ -558,6 +558,22 @@ def test_second_turn_with_the_cache_of_the_first(model, video, media_again):
     assert again.past_key_values.num_video_tokens == [18]
 
 
+def test_many_questions_about_a_memory_that_holds_a_turn(model, memory, video):
+    first = model.generate(questions(1)["input_ids"], past_key_values=memory, max_new_tokens=3, do_sample=False)
+    asked = torch.cat([torch.cat([first, follow], 1) for follow in questions(3, length=4)["input_ids"].split(1)])
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    alone = [model.generate(row, past_key_values=memory.fork(), **options) for row in asked.split(1)]
+    assert torch.equal(model.generate(asked, past_key_values=memory.fork(), **options), torch.cat(alone))
+    twice = model.generate(asked, past_key_values=memory.fork(), **options, num_beams=2, num_return_sequences=2)
+    assert twice.shape[0] == 6
+    forked = memory.fork()
+    new = asked[:, memory.get_seq_length() :]
+    last = model(new, past_key_values=forked).logits[:, -1].argmax(-1)  # the plain forward pass does it as well
+    assert torch.equal(last, torch.cat(alone)[:, asked.shape[1]]) and memory.layers[0].keys.shape[0] == 1
+    with pytest.raises(ValueError, match="holds 3 rows of text and is asked by 2"):
+        model(new[:2], past_key_values=forked)
+
+
 @pytest.mark.parametrize("given", ["all media again", "the new ones", "the new ones, no types"])
 def test_a_new_video_in_the_second_turn(model, video, given):
     """Text in the cache has not seen it, all later text sees both; judged by forward passes over a memory."""

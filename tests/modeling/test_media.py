@@ -37,6 +37,12 @@ def test_patches_and_grid_must_agree():
         list_media("video", None, torch.tensor([[5, 4, 4]]))
 
 
+@pytest.mark.parametrize("size", [(0, 4, 6), (2, 0, 6)])
+def test_an_item_without_frames_or_patches_is_named(size):
+    with pytest.raises(ValueError, match=rf"video_grid_thw holds \[{size[0]}, {size[1]}, 6\]"):
+        list_media("video", torch.zeros(0, 96), torch.tensor([size]))
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_a_batch_of_one_owns_all_media_whatever_its_text_says(count):
     assert assign_media([], VIDEOS, starts(count), None) == [VIDEOS]

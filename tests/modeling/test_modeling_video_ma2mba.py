@@ -337,6 +337,21 @@ def test_outputs_can_be_chosen(model):
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("part", ["text_config", None])
+def test_levels_that_a_configuration_asks_for(model, part):
+    given = {"input_ids": prompt(5, 1), **video(3)}
+    expected = model(**given, output_hidden_states=True).hidden_states
+    asking = tiny_model()
+    (getattr(asking.config, part) if part else asking.config).output_hidden_states = True
+    for inputs in (given, {"input_ids": prompt(5)}):
+        assert len(asking(**inputs).hidden_states) == 4
+        assert asking(**inputs, output_hidden_states=False).hidden_states is None
+    for level, wanted in zip(asking(**given).hidden_states, expected, strict=True):
+        torch.testing.assert_close(level, wanted)
+    assert asking.encode_video(**video(3)).video_length == 12
+    assert asking.generate(**given, max_new_tokens=2, do_sample=False).shape == (1, 9)
+
+
 def test_media_and_marks_must_agree(model):
     with pytest.raises(ValueError, match="holds 2 <|vision_start|> tokens for 1 images and videos"):
         model(prompt(3, 2), **video(2))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vamba.modeling import VideoMemory
 from vamba.modeling.cpu_offloading import _OnCPU
 
 import tiny_vamba
@@ -113,3 +114,20 @@ def test_a_video_encoded_with_gradient_may_be_read_often():
         compare(*(memory.video_key_values(index) for memory in memories))
     for states in zip(*(memory.states for memory in memories)):
         compare(*states)
+
+
+def test_a_memory_that_is_returned_can_be_read_again():
+    model = tiny_vamba.tiny_model().train()
+    pixels, grid = tiny_vamba.media((3, 4, 6))
+    given, ids = {"pixel_values_videos": pixels, "video_grid_thw": grid}, tiny_vamba.prompt(6, 1)
+    expected = model(torch.cat([ids, tiny_vamba.prompt(3)], 1), **given).logits[:, -3:]
+    model.enable_multi_axis_checkpointing(1, 4)
+    assert model(ids, **given).past_key_values is None  # as it was read, and was not asked for
+    asked = model(ids, **given, use_cache=True).past_key_values
+    own = VideoMemory(model.config)
+    model(ids, **given, past_key_values=own, use_cache=True)
+    for memory in (asked, own):
+        torch.testing.assert_close(model(tiny_vamba.prompt(3), past_key_values=memory).logits, expected)
+    own.reset()
+    model(ids, **given, past_key_values=own, use_cache=False)
+    assert own.video_key_values(0)[0].shape[2] == own.video_length == 18

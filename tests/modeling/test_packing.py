@@ -87,12 +87,17 @@ def test_packed_in_cells(offload):
             torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)
 
 
-def test_gradient_checkpointing_of_a_packed_row():
-    model, made = tiny_model().double().train(), samples()
+@pytest.mark.parametrize("cells", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_of_a_packed_row(use_reentrant, cells):
+    model, made = tiny_model(cross_attn_use_position_embeddings=cells).double().train(), samples()
     model(**packed_inputs(made)).loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()  # as a reentrant checkpoint needs it
+    if cells:
+        model.enable_multi_axis_checkpointing(2, 7)
     model(**packed_inputs(made)).loss.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9)

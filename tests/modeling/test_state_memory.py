@@ -182,6 +182,27 @@ def test_a_memory_of_another_model_is_refused(model):
             model(torch.cat([prompt(3)] * rows), past_key_values=two)
 
 
+def test_an_error_leaves_a_memory_as_it_was(model):
+    memory = model.encode_video(**video(2))
+    before, calls = copy.deepcopy(memory), iter(range(100))
+
+    def fail(module, args, output):  # in the second layer, at the second chunk
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("no")
+
+    for act in (
+        lambda: model.encode_video(**video(6), memory=memory, chunk_frames=2),
+        lambda: model(prompt(5), past_key_values=memory),
+    ):
+        hook = model.model.language_model.layers[1].register_forward_hook(fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            act()
+        hook.remove()
+        calls = iter(range(1, 100))  # text is one chunk
+        assert states_equal(memory, before)
+        assert {**vars(memory), "states": 0} == {**vars(before), "states": 0}
+
+
 # --- copies and files ------------------------------------------------------------------------------------------------
 
 

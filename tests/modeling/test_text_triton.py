@@ -17,7 +17,7 @@ from vamba.modeling.text_triton import (
     three_linears_triton,
 )
 
-from tiny_vamba import tiny_model
+from tiny_vamba import media, prompt, tiny_model
 
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -108,6 +108,27 @@ def test_hooks_of_the_norm_are_called():
     for actual, expected in zip(layer._mix(*tensors), fused):
         torch.testing.assert_close(actual, expected)
     assert calls
+
+
+@on_a_gpu
+@torch.no_grad()
+def test_hooks_keep_what_the_modules_returned():
+    model, seen = tiny_model().to(DEVICE), {}
+    layer = model.model.language_model.layers[0]
+    inner = torch.nn.Sequential(layer.self_attn.k_proj)  # as in an adapter that hands its base's output through
+    layer.self_attn.k_proj = inner
+    block = model.model.visual.blocks[0]
+    for module in (layer.self_attn.q_proj, inner[0], layer.mlp.gate_proj, block.attn.qkv, block.mlp.fc1):
+        module.register_forward_hook(lambda m, args, out: seen.update({m: (out, out.clone())}))
+    for module in (layer.mlp.act_fn, block.mlp.act):
+        module.register_forward_pre_hook(lambda m, args: seen.update({m: (args[0], args[0].clone())}))
+    pixels, grid = media((1, 4, 6))
+    inputs = {"pixel_values_videos": pixels.to(DEVICE), "video_grid_thw": grid.to(DEVICE)}
+    logits = model(prompt(4, 1).to(DEVICE), **inputs).logits
+    torch.testing.assert_close(logits, tiny_model().to(DEVICE)(prompt(4, 1).to(DEVICE), **inputs).logits)
+    assert len(seen) == 7
+    for module, (output, copy) in seen.items():
+        assert torch.equal(output, copy), module
 
 
 @on_a_gpu

@@ -1,5 +1,7 @@
 """Buffers of keys and values: what is read is what was appended, whoever shares the buffer."""
 
+import threading
+
 import pytest
 import torch
 
@@ -60,6 +62,27 @@ def test_forks_that_both_go_on_do_not_meet():
     assert numbers(first) == [0, 1, 2, 3, 4, 5]
     assert numbers(second) == [0, 1, 2, 50, 51, 52]
     assert numbers(store) == [0, 1, 2, 99]
+
+
+def test_of_forks_that_go_on_at_the_same_time_one_writes_into_the_shared_buffer():
+    for _ in range(5):
+        length = 30_000  # numbers enough that the threads meet while they are written
+        store, barrier = LevelStore(), threading.Barrier(2)
+        store.append(level(3), expected=2 * length)
+        forks = [store.fork(), store.fork()]
+        chunks = [level(length, 10), level(length, 60_000)]
+
+        def go_on(fork, chunk, barrier=barrier, length=length):
+            barrier.wait()
+            fork.append(chunk, expected=2 * length)
+
+        threads = [threading.Thread(target=go_on, args=pair) for pair in zip(forks, chunks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for fork, chunk in zip(forks, chunks):
+            assert torch.equal(fork.read().keys_BHMP[:, :, 3:], chunk.keys_BHMP)
 
 
 @pytest.mark.parametrize("expected", [0, 100])

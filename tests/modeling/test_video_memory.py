@@ -275,10 +275,43 @@ def test_frames_may_follow_an_answer_decoded_with_unrotated_keys():
     memory = model.encode_video(pixels[:120], torch.tensor([[5, 4, 6]]))
     model.generation_config.unrotate_video_keys = True
     model.generate(prompt(4), past_key_values=memory, max_new_tokens=3, do_sample=False)
-    assert not memory.keys_are_rotated
+    assert memory.keys_are(rotated=False)
     model.encode_video(pixels[120:], torch.tensor([[4, 4, 6]]), memory=memory)
-    assert memory.keys_are_rotated
+    assert memory.keys_are(rotated=True)
     assert_same(memory, model.encode_video(pixels, grid))
+
+
+def test_text_alone_and_what_follows_a_reset_with_unrotated_keys():
+    model = tiny_model(cross_attn_use_position_embeddings=True)
+    pixels, grid = media(VIDEO)
+    plain = model.generate(prompt(5), max_new_tokens=3, do_sample=False)
+    model.generation_config.unrotate_video_keys = True
+    assert torch.equal(model.generate(prompt(5), max_new_tokens=3, do_sample=False), plain)
+    memory = model.encode_video(pixels, grid)
+    model.generate(prompt(4), past_key_values=memory, max_new_tokens=3, do_sample=False)
+    memory.reset()
+    assert_same(model.encode_video(pixels, grid, memory=memory), model.encode_video(pixels, grid))
+
+
+def test_an_error_while_keys_are_rotated_leaves_none_that_would_be_read_wrongly(tmp_path):
+    model = tiny_model(cross_attn_use_position_embeddings=True)
+    memory = model.encode_video(*media(VIDEO))
+    expected = model.encode_video(*media(VIDEO))
+    calls = iter(range(100))
+
+    def fail(module, args, output):  # at the second layer
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("no")
+
+    hook = model.model.language_model.rotary_emb.register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.model._rotate_video_keys(memory, False)
+    hook.remove()
+    assert not memory.keys_are(rotated=False) and not memory.keys_are(rotated=True)
+    memory.save(tmp_path / "half.safetensors")
+    for half in (memory, memory.fork(), VideoMemory.load(tmp_path / "half.safetensors")):
+        torch.testing.assert_close(logits(model, prompt(4), half), logits(model, prompt(4), expected.fork()))
+        assert half.keys_are(rotated=True)
 
 
 def test_fp8_keeps_four_bits_of_every_number():

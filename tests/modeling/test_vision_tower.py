@@ -162,7 +162,8 @@ def test_rotation(T, H, P, dtype, tolerance):
 def test_quick_gelu(shape, dtype, tolerance):
     x = make(*shape, dtype=dtype) * 4
     expected = x.double() * torch.sigmoid(1.702 * x.double())
-    assert kernels.quick_gelu_in_place_triton(x) is x and relative(x, expected) < tolerance
+    assert relative(kernels.quick_gelu_triton(x, torch.empty_like(x)), expected) < tolerance
+    assert kernels.quick_gelu_triton(x, x) is x and relative(x, expected) < tolerance
 
 
 @on_a_gpu
@@ -173,7 +174,7 @@ def test_fused_tower(grids, dtype, tolerance, monkeypatch):
     tower = uneven_tower().to(DEVICE, dtype)
     pixels, grid = media(*grids)
     pixels, used = pixels.to(DEVICE, dtype), []
-    for name in ("layer_norm_triton", "rotate_in_place_triton", "quick_gelu_in_place_triton"):
+    for name in ("layer_norm_triton", "rotate_in_place_triton", "quick_gelu_triton"):
         kernel = getattr(kernels, name)
         monkeypatch.setattr(
             vision_tower_module, name, lambda *a, kernel=kernel: used.append(kernel.__name__) or kernel(*a)
@@ -210,8 +211,8 @@ def test_with_gradients_only_what_records_none_is_fused(frozen, monkeypatch):
     used = []
     monkeypatch.setattr(
         vision_tower_module,
-        "quick_gelu_in_place_triton",
-        lambda x: used.append(1) or kernels.quick_gelu_in_place_triton(x),
+        "quick_gelu_triton",
+        lambda *a: used.append(1) or kernels.quick_gelu_triton(*a),
     )
     pixels, grid = media(*MIXED)
     output = tower(pixels.to(DEVICE), grid_thw=grid).pooler_output
@@ -234,7 +235,7 @@ def test_rows_beyond_32_bit_offsets():
         assert torch.equal(whole[-9:], part)
         del whole
     for kernel, extra in (
-        (kernels.quick_gelu_in_place_triton, lambda n: ()),
+        (lambda x: kernels.quick_gelu_triton(x, x), lambda n: ()),
         (kernels.rotate_in_place_triton, lambda n: (cos[-n:], sin[-n:], H)),
     ):
         kernel(x, *extra(T))

@@ -27,7 +27,7 @@ def test_watching_in_chunks_equals_the_processor_at_once(chat, clip):
     expected = chat.model.encode_video(inputs["pixel_values_videos"], inputs["video_grid_thw"])
     for chunk_frames in (2, 6, 64):
         memory = chat.watch(clip, fps=8, chunk_frames=chunk_frames, progress=False)
-        assert memory.media == expected.media
+        assert memory.media == expected.media and "16 frames (2 s)" in repr(memory)
         for layer in range(3):
             for a, b in zip(memory.video_key_values(layer), expected.video_key_values(layer)):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -172,7 +172,15 @@ class VambaModelTester:
         }
 
 
-class VambaModelTest(common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
+class WithWholeImages(generation.GenerationTesterMixin):
+    def prepare_config_and_inputs_for_generate(self, batch_size=2):
+        """transformers' cuts all inputs to so many rows, patches too, of which an image here has 16."""
+        config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
+        pixel_values = self.model_tester.prepare_config_and_inputs_for_common()[1]["pixel_values"]
+        return config, inputs | {"pixel_values": pixel_values[: 16 * batch_size]}
+
+
+class VambaModelTest(common.ModelTesterMixin, WithWholeImages, unittest.TestCase):
     all_model_classes = (VambaModel, VambaForConditionalGeneration)
     all_generative_model_classes = (VambaForConditionalGeneration,)
     _is_composite = True
@@ -258,7 +266,7 @@ class VideoMa2mbaModelTester(VambaModelTester):
         }
 
 
-class VideoMa2mbaModelTest(common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
+class VideoMa2mbaModelTest(common.ModelTesterMixin, WithWholeImages, unittest.TestCase):
     all_model_classes = (VideoMa2mbaModel, VideoMa2mbaForConditionalGeneration)
     all_generative_model_classes = (VideoMa2mbaForConditionalGeneration,)
     _is_composite = True
@@ -266,6 +274,10 @@ class VideoMa2mbaModelTest(common.ModelTesterMixin, generation.GenerationTesterM
 
     def setUp(self):
         self.model_tester = VideoMa2mbaModelTester(self)
+
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
+        assert len(past_key_values) == config.get_text_config().num_hidden_layers
+        assert past_key_values.batch_size == batch_size and past_key_values.get_seq_length() == seq_length
 
     @unittest.skip("hidden states are those of the text, taken out of the stream of text and media")
     def test_retain_grad_hidden_states_attentions(self):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class MediaItem(NamedTuple):
@@ -61,10 +62,11 @@ def without_seen_grids(
 
 
 def item_starts(starts_BN: Tensor, mm_token_type_ids: Tensor | None, count: int) -> Tensor:
-    """`starts_BN` without those typed 0, if just the others are as many as there are items."""
-    if mm_token_type_ids is None or mm_token_type_ids.shape != starts_BN.shape or int(starts_BN.sum()) == count:
+    """`starts_BN` without those typed 0, or generated since the types, if just the others are `count`, as the items."""
+    (B, N), types_BN = starts_BN.shape, mm_token_type_ids
+    if types_BN is None or len(types_BN) != B or types_BN.shape[1] > N or int(starts_BN.sum()) == count:
         return starts_BN
-    typed_BN = starts_BN & (mm_token_type_ids.to(starts_BN.device) != 0)
+    typed_BN = starts_BN & (F.pad(types_BN, (0, N - types_BN.shape[1])).to(starts_BN.device) != 0)
     return typed_BN if int(typed_BN.sum()) == count else starts_BN
 
 

@@ -72,6 +72,10 @@ def test_a_start_typed_0_is_text():
     mask = starts(2, 1)
     assert assign_media(IMAGES, [], mask, kinds_at(mask, 1, 0, 1)) == [[IMAGES[0]], [IMAGES[1]]]
     assert assign_media([], VIDEOS, mask, kinds_at(mask, 0, 2, 2)) == [[VIDEOS[0]], [VIDEOS[1]]]
+    assert assign_media(IMAGES, [], mask, kinds_at(mask, 1, 0, 1)[:, :3]) == [
+        [IMAGES[0]],
+        [IMAGES[1]],
+    ]  # generated since
     mask = starts(2)
     assert assign_media(IMAGES[:1], [], mask, kinds_at(mask, 1, 0)) == [IMAGES[:1]]
     assert assign_media(IMAGES[:1], VIDEOS[:1], mask, kinds_at(mask, 1, 0)) == [[IMAGES[0], VIDEOS[0]]]

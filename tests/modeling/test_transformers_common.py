@@ -148,6 +148,7 @@ class VambaModelTester:
                 "num_heads": 4,
                 "patch_size": 4,
                 "mlp_ratio": 2,
+                "spatial_merge_size": 1,
             },
             mamba_config={"hidden_size": self.hidden_size, "head_dim": 16, "state_size": 8, "chunk_size": 8},
             vision_start_token_id=3,
@@ -166,21 +167,13 @@ class VambaModelTester:
         return config, {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "pixel_values": common.floats_tensor([self.batch_size * 16, patch]),
-            "image_grid_thw": torch.tensor([[1, 4, 4]] * self.batch_size, device=input_ids.device),
+            "pixel_values": common.floats_tensor([self.batch_size, patch]),  # as many as rows, as rows are cut
+            "image_grid_thw": torch.tensor([[1, 1, 1]] * self.batch_size, device=input_ids.device),
             "mm_token_type_ids": mm_token_type_ids,
         }
 
 
-class WithWholeImages(generation.GenerationTesterMixin):
-    def prepare_config_and_inputs_for_generate(self, batch_size=2):
-        """transformers' cuts all inputs to so many rows, patches too, of which an image here has 16."""
-        config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
-        pixel_values = self.model_tester.prepare_config_and_inputs_for_common()[1]["pixel_values"]
-        return config, inputs | {"pixel_values": pixel_values[: 16 * batch_size]}
-
-
-class VambaModelTest(common.ModelTesterMixin, WithWholeImages, unittest.TestCase):
+class VambaModelTest(common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (VambaModel, VambaForConditionalGeneration)
     all_generative_model_classes = (VambaForConditionalGeneration,)
     _is_composite = True
@@ -266,7 +259,7 @@ class VideoMa2mbaModelTester(VambaModelTester):
         }
 
 
-class VideoMa2mbaModelTest(common.ModelTesterMixin, WithWholeImages, unittest.TestCase):
+class VideoMa2mbaModelTest(common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (VideoMa2mbaModel, VideoMa2mbaForConditionalGeneration)
     all_generative_model_classes = (VideoMa2mbaForConditionalGeneration,)
     _is_composite = True
@@ -274,6 +267,18 @@ class VideoMa2mbaModelTest(common.ModelTesterMixin, WithWholeImages, unittest.Te
 
     def setUp(self):
         self.model_tester = VideoMa2mbaModelTester(self)
+
+    def prepare_config_and_inputs_for_generate(self, batch_size=2):
+        """transformers' cuts all inputs to so many rows, patches too, of which an image here has 16."""
+        config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
+        pixel_values = self.model_tester.prepare_config_and_inputs_for_common()[1]["pixel_values"]
+        return config, inputs | {"pixel_values": pixel_values[: 16 * batch_size]}
+
+    def _check_hidden_states_for_generate(self, use_cache=False, **kwargs):
+        super()._check_hidden_states_for_generate(use_cache=True, **kwargs)  # there is no going on without
+
+    def _check_caches_are_equal(self, cache1, cache2):
+        torch.testing.assert_close(cache1.states, cache2.states)
 
     def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
         assert len(past_key_values) == config.get_text_config().num_hidden_layers

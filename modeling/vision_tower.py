@@ -51,7 +51,7 @@ class VambaVisionTower(Qwen2VisionTransformerPretrainedModel):
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs):
         """Patches (T, patch size) of media with the given (t, h, w); the merged tokens are the `pooler_output`.
 
-        `cu_seqlens` and `position_ids` may be given, as transformers' exporters do, which cannot trace how they are made.
+        `cu_seqlens` and `position_ids` may be given, as by transformers' exporters, which cannot trace their making.
         """
         if "cu_seqlens" in kwargs:
             return super().forward(hidden_states, grid_thw, **kwargs)

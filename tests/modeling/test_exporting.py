@@ -8,10 +8,11 @@ from transformers import GenerationConfig
 from transformers.exporters import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import decompose_for_generation, decompose_multimodal, get_leaf_tensors
 
-import tiny_vamba
-import tiny_video_ma2mba
 from vamba.modeling.mamba2 import Mamba2State
 from vamba.modeling.video_level import VideoLevel
+
+import tiny_vamba
+import tiny_video_ma2mba
 
 
 def vamba_and_inputs():

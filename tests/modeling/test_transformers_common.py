@@ -5,8 +5,9 @@ They live in transformers' source distribution, not in its wheel:
     pip download --no-binary :all: --no-deps transformers && tar xf transformers-*.tar.gz
     TRANSFORMERS_SOURCE=$PWD/transformers-5.23.0 pytest tests/modeling/test_transformers_common.py
 
-What it leaves out, tests/generation and tests/exporters, runs where the tree at TRANSFORMERS_SOURCE has it. Without TRANSFORMERS_SOURCE this file is skipped. What the tests would fetch from the Hub is made here, and the tests
-that decode video run without torchcodec, as Vamba's processor does.
+What it leaves out, tests/generation and tests/exporters, runs where the tree at TRANSFORMERS_SOURCE has it (the
+exporters' with `RUN_SLOW=1`). Without TRANSFORMERS_SOURCE this file is skipped. What the tests would fetch from the Hub
+is made here, and the tests that decode video run without torchcodec, as Vamba's processor does.
 """
 
 import atexit

@@ -10,11 +10,17 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel, PreTrainedConfig
 
 
+class ProjectorLinear(nn.Linear):
+    """By its class the model knows which weights to give the projector's initial values."""
+
+
 class VideoMa2mbaProjector(nn.Sequential):
     """2x2 bilinear pooling, then Linear-GELU-Linear."""
 
     def __init__(self, vision_width: int, hidden_size: int):
-        super().__init__(nn.Linear(vision_width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+        super().__init__(
+            ProjectorLinear(vision_width, hidden_size), nn.GELU(), ProjectorLinear(hidden_size, hidden_size)
+        )
 
     def forward(self, patches_FPD: Tensor) -> Tensor:
         """(F, G * G, vision width) patches of F frames to (F, G / 2 * G / 2, D)."""
@@ -39,4 +45,4 @@ def frames_of(patches: Tensor, grid: int, size: int) -> Tensor:
     return patches.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(-1, 3, grid * size, grid * size)
 
 
-__all__ = ["VideoMa2mbaProjector", "frames_of", "vision_tower"]
+__all__ = ["ProjectorLinear", "VideoMa2mbaProjector", "frames_of", "vision_tower"]

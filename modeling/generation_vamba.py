@@ -12,7 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from .graphed_decoding import GraphedDecoding
-from .media import uncached_media
+from .media import uncached_media, without_seen_grids
 from .ranks import calls_are_shared
 from .video_memory import VideoMemory
 
@@ -70,6 +70,8 @@ class VambaGenerationMixin(GenerationMixin):
             model_kwargs["unrotate_video_keys"] = True
         pixels = {kind: model_kwargs.pop(f"pixel_values{suffix}", None) for kind, suffix in _SUFFIXES.items()}
         grids = {kind: model_kwargs.pop(f"{kind}_grid_thw", None) for kind in _SUFFIXES}
+        cache = model_kwargs.get("past_key_values")
+        grids = without_seen_grids(pixels, grids, getattr(cache, "media", []))
         given = any(given is not None for given in (*pixels.values(), *grids.values()))
         if not given and not calls_are_shared(self):
             return model_kwargs
@@ -78,7 +80,6 @@ class VambaGenerationMixin(GenerationMixin):
             input_ids = None  # `inputs_embeds` came by themselves
         types = model_kwargs.get("mm_token_type_ids")
         rows = self.model.media_rows(input_ids, inputs_tensor, types, pixels, grids)
-        cache = model_kwargs.get("past_key_values")
         if cache is not None:
             starts_BN = self.model.media_starts(input_ids, inputs_tensor)
             rows = uncached_media(rows, starts_BN, cache.get_seq_length())

@@ -11,7 +11,7 @@ from transformers import GenerationMixin
 
 from .frame_streaming import to_device
 from .graphed_decoding import GraphedDecoding
-from .media import list_media
+from .media import MediaItem, item_starts, list_media, without_seen_grids
 from .media_stream import media_of_rows, runs_of
 from .ranks import weights_are_sharded
 from .state_memory import StateMemory
@@ -34,6 +34,8 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if not is_first_iteration:
+            inputs.pop("read_hidden_states", None)
         if next_sequence_length == 1 and not is_first_iteration:
             inputs.pop("attention_mask", None)
         return inputs
@@ -50,9 +52,12 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
     ):
         generation_config.use_cache = True
-        given = {kind: [model_kwargs.pop(name, None) for name in names] for kind, names in _PIXELS.items()}
+        pixels, grids = ({kind: model_kwargs.pop(names[i], None) for kind, names in _PIXELS.items()} for i in (0, 1))
         memory = StateMemory.of(model_kwargs.get("past_key_values"), self.config)
+        grids = without_seen_grids(pixels, grids, memory.media)
         attention_mask = model_kwargs.get("attention_mask")
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            raise ValueError("A prompt is padded on the right, where its answer begins: pad with padding_side='left'.")
         length = inputs_tensor.shape[1]
         total = (
             getattr(generation_config, "_mask_length", length) if attention_mask is None else attention_mask.shape[1]
@@ -73,18 +78,22 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         unread_BN[:, first:] = True if unread is None else unread.to(unread_BN.device)
         if total == length:
             _check_prefix(memory, starts_BN & ~unread_BN)
-        images, videos = (list_media(kind, *tensors) for kind, tensors in given.items())
+        images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in _PIXELS)
         if images or videos:
-            rows = _unread_media(images, videos, starts_BN, unread_BN, model_kwargs.get("mm_token_type_ids"))
+            types = model_kwargs.get("mm_token_type_ids")
+            rows, starts_BN = _unread_media(images, videos, starts_BN, unread_BN, types)
             if starts_BN[:, -1].any():
                 raise ValueError("The prompt ends with <|vision_start|>; write <|vision_end|> after it.")
             unread_BN, starts_BN = unread_BN[:, :-1], starts_BN[:, :-1]
             memory.expand_rows(len(rows))
             memory.check(self.config.text_config, len(rows))
-            pixels = {kind: tensors[0] for kind, tensors in given.items()}
-            self.model.read(memory, inputs_embeds[:, :-1], runs_of(unread_BN, starts_BN, rows), pixels)
+            wanted = bool(generation_config.return_dict_in_generate and generation_config.output_hidden_states)
+            runs = runs_of(unread_BN, starts_BN, rows)
+            output = self.model.read(memory, inputs_embeds[:, :-1], runs, pixels, output_hidden_states=wanted)
             memory.note_text(unread_BN.sum(1), length - 1 - first)
             model_kwargs["past_key_values"] = memory
+            if wanted:
+                model_kwargs["read_hidden_states"] = tuple(level[:, first:] for level in output.hidden_states)
         return model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
@@ -98,12 +107,16 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
 
 
-def _unread_media(images, videos, starts_BN: Tensor, unread_BN: Tensor, mm_token_type_ids: Tensor | None) -> list:
-    """The items of each row that the memory has not seen; all of the prompt's may be given, or only those."""
-    if len(images) + len(videos) == int(starts_BN.sum()):
+def _unread_media(
+    images, videos, starts_BN: Tensor, unread_BN: Tensor, mm_token_type_ids: Tensor | None
+) -> tuple[list[list[MediaItem]], Tensor]:
+    """The items of each row that the memory has not seen, and where they start; all of the prompt's may be given."""
+    count, new_BN = len(images) + len(videos), starts_BN & unread_BN
+    if count == int(starts_BN.sum()):
         rows = media_of_rows(images, videos, starts_BN, mm_token_type_ids)
-        return [row[len(row) - new :] for row, new in zip(rows, (starts_BN & unread_BN).sum(1).tolist())]
-    return media_of_rows(images, videos, starts_BN & unread_BN, mm_token_type_ids)
+        return [row[len(row) - new :] for row, new in zip(rows, new_BN.sum(1).tolist())], new_BN
+    new_BN = item_starts(new_BN, mm_token_type_ids, count)
+    return media_of_rows(images, videos, new_BN, mm_token_type_ids), new_BN
 
 
 def _check_prefix(memory: StateMemory, read_BN: Tensor) -> None:

@@ -24,6 +24,18 @@ from .state_space_duality import ssd_scan
 from .triton_launch import are_preferred, is_unhooked, takes
 
 
+def rebuildable(named_tuple: type) -> type:
+    """The same class, which may also be called with one iterable, as transformers' exporters rebuild any tuple."""
+    new = named_tuple.__new__
+
+    def __new__(cls, *fields, **named):
+        return new(cls, *(fields[0] if len(fields) == 1 and not named else fields), **named)
+
+    named_tuple.__new__ = __new__
+    return named_tuple
+
+
+@rebuildable
 class Mamba2State(NamedTuple):
     """All that a Mamba-2 block remembers of a sequence, however long: (H·P·K + T·C) numbers per row."""
 

@@ -2,7 +2,8 @@
 
 What is unusual: a media item is written `<|vision_start|><|vision_end|>`, without a placeholder per video token. A
 batch of one owns all media whatever its text says; in a larger batch the n-th item belongs to the row that holds the
-n-th `<|vision_start|>`. Patches come in (t, h, w) order, so a range of frames is a slice of them.
+n-th `<|vision_start|>`. Where there are more of them than items, those typed 0 in `mm_token_type_ids` are text that
+somebody wrote. Patches come in (t, h, w) order, so a range of frames is a slice of them.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class MediaItem(NamedTuple):
@@ -50,6 +52,26 @@ def list_media(kind: str, pixels: Tensor | None, grid_thw: Tensor | None) -> lis
     return items
 
 
+def without_seen_grids(
+    pixels: dict[str, Tensor | None], grids: dict[str, Tensor | None], seen: list[list[list]]
+) -> dict[str, Tensor | None]:
+    """`grids` without those that came without pixels, as their media are among those a memory has `seen`."""
+    kinds = [kind for row in seen for kind, *_ in row]
+    return {
+        kind: None if grid is not None and pixels[kind] is None and len(grid) <= kinds.count(kind) else grid
+        for kind, grid in grids.items()
+    }
+
+
+def item_starts(starts_BN: Tensor, mm_token_type_ids: Tensor | None, count: int) -> Tensor:
+    """`starts_BN` without those typed 0, or generated since the types, if just the others are `count`, as the items."""
+    (B, N), types_BN = starts_BN.shape, mm_token_type_ids
+    if types_BN is None or len(types_BN) != B or types_BN.shape[1] > N or int(starts_BN.sum()) == count:
+        return starts_BN
+    typed_BN = starts_BN & (F.pad(types_BN, (0, N - types_BN.shape[1])).to(starts_BN.device) != 0)
+    return typed_BN if int(typed_BN.sum()) == count else starts_BN
+
+
 def assign_media(
     images: list[MediaItem], videos: list[MediaItem], starts_BN: Tensor, mm_token_type_ids: Tensor | None
 ) -> list[list[MediaItem]]:
@@ -62,16 +84,19 @@ def assign_media(
     Raises:
         ValueError: in a batch, items and `<|vision_start|>`s differ in number, or both kinds come without types.
     """
+    if not images and not videos:
+        return [[] for _ in starts_BN]
+    starts_BN = item_starts(starts_BN, mm_token_type_ids, len(images) + len(videos))
     counts = starts_BN.sum(1).tolist()
     kinds = _kinds(images, videos, starts_BN, mm_token_type_ids)
     if len(counts) == 1:
-        return [_in_order(images, videos, kinds) if kinds else [*images, *videos]]
+        return [[*images, *videos] if kinds is None else _in_order(images, videos, kinds)]
     if sum(counts) != len(images) + len(videos):
         raise ValueError(
             f"The {len(counts)} rows of text hold {sum(counts)} <|vision_start|> tokens, but {len(images)} images and "
             f"{len(videos)} videos were given; write one <|vision_start|><|vision_end|> for each item."
         )
-    if not kinds:
+    if kinds is None:
         raise ValueError(
             f"Which of the {sum(counts)} <|vision_start|> tokens are images ({len(images)}) and which videos "
             f"({len(videos)})? Pass mm_token_type_ids, as the processor returns them."
@@ -90,7 +115,7 @@ def _kinds(images, videos, starts_BN: Tensor, mm_token_type_ids: Tensor | None) 
     if mm_token_type_ids is None or mm_token_type_ids.shape != starts_BN.shape:
         return None
     types = mm_token_type_ids[starts_BN.to(mm_token_type_ids.device)].tolist()
-    if types.count(1) != len(images) or types.count(2) != len(videos) or len(types) != total:
+    if types.count(1) != len(images) or types.count(2) != len(videos) or len(types) != len(images) + len(videos):
         return None
     return ["image" if kind == 1 else "video" for kind in types]
 

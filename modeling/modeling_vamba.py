@@ -10,6 +10,7 @@ Shapes: B batch, M video tokens, N text tokens, S video tokens of one chunk, D h
 
 import contextlib
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vamba import VambaConfig, VambaTextConfig
@@ -38,9 +40,17 @@ from .decoder_layer import VambaDecoderLayer
 from .frame_streaming import default_chunk_frames, load_ahead, normalized, to_device
 from .generation_vamba import VambaGenerationMixin
 from .graphed_decoding import GraphedDecoding
-from .media import MediaItem, assign_media, chunk_patches, list_media, media_positions, split_frames
+from .media import (
+    MediaItem,
+    assign_media,
+    chunk_patches,
+    list_media,
+    media_positions,
+    split_frames,
+    without_seen_grids,
+)
 from .ranks import agree_on_calls, calls_are_shared
-from .shared_model import VideoHeadMixin, VideoModelMixin
+from .shared_model import VideoHeadMixin, VideoModelMixin, flattened_lengths
 from .text_triton import FusedRMSNorm
 from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder, makers_of_key_values
 from .video_level import VideoLevel
@@ -97,6 +107,13 @@ class VambaTextModel(VambaPreTrainedModel):
         for _, checked in packed or [(0, memory)]:
             checked.check(self.config, inputs_embeds.shape[0], inputs_embeds.dtype)
         text_cache = memory if use_cache or memory.get_seq_length() else None
+        borders = None  # positions that start anew with each sample, for the mask
+        if packed:
+            lengths = [length for length, _ in packed if length]
+            borders = positions_in_samples(lengths, inputs_embeds.device)
+            kwargs |= varlen_kwargs(lengths, inputs_embeds.device)
+        elif position_ids is not None and is_tracing(inputs_embeds):  # which cannot look whether these do
+            borders = position_ids[0] if position_ids.dim() == 3 else position_ids
         position_ids = text_position_ids(position_ids, attention_mask, inputs_embeds, memory.get_seq_length())
         if isinstance(attention_mask, dict):  # made by `generate` for a static cache
             causal_mask = attention_mask["full_attention"]
@@ -106,7 +123,7 @@ class VambaTextModel(VambaPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=text_cache,
-                position_ids=position_ids[0] if packed else None,  # that start anew tell the samples apart
+                position_ids=borders,
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         query_positions = position_embeddings if self.config.cross_attn_use_position_embeddings else None
@@ -145,7 +162,7 @@ def text_position_ids(
 ) -> Tensor:
     """(3, B, N) positions for M-RoPE: text counts text only, padding on the left not counted.
 
-    `position_ids` may be given as (B, N) or, as for Qwen2-VL, (3, B, N).
+    `position_ids` may be given as (B, N) or, as for Qwen2-VL, (3, B, N), or (4, B, N) with those of the text first.
     """
     B, N = inputs_embeds.shape[:2]
     if position_ids is None:
@@ -155,7 +172,20 @@ def text_position_ids(
             position_ids = (torch.arange(N, device=inputs_embeds.device) + past_length).unsqueeze(0)
     if position_ids.dim() == 2:
         position_ids = position_ids.unsqueeze(0)
-    return position_ids.expand(3, B, -1).to(inputs_embeds.device)
+    return position_ids[-3:].expand(3, B, -1).to(inputs_embeds.device)
+
+
+def positions_in_samples(lengths: list[int], device: torch.device) -> Tensor:
+    """(1, N) positions of the tokens of samples packed into one row, each counted from zero."""
+    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+
+
+def varlen_kwargs(lengths: list[int], device: torch.device) -> dict[str, Tensor | int]:
+    """What keeps packed samples apart in flash attention, which takes no mask."""
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts) | dict.fromkeys(
+        ("max_length_q", "max_length_k"), max(lengths)
+    )
 
 
 @auto_docstring
@@ -432,6 +462,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
             1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
         packed_lengths (`list[int]` or `torch.LongTensor` of shape `(number of samples,)`, *optional*):
             One row of text consists of samples of these lengths, which see neither each other nor each other's media.
+            If not given they are told by `cu_seq_lens_q` or by `position_ids` that start anew within the row.
         unrotate_video_keys (`bool`, *optional*, defaults to `False`):
             Read the video without positions although `cross_attn_use_position_embeddings` is set; see
             `VambaForConditionalGeneration.prepare_inputs_for_generation`.
@@ -443,15 +474,19 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         memory, packed = VideoMemory.of(past_key_values, self.config.text_config), None
         videos: list[tuple[VideoMemory, list[list[MediaItem]]]] = []
         pixels = {"image": pixel_values, "video": pixel_values_videos}
-        grids = {"image": image_grid_thw, "video": video_grid_thw}
+        grids = without_seen_grids(pixels, {"image": image_grid_thw, "video": video_grid_thw}, memory.media)
+        if packed_lengths is None:
+            packed_lengths = flattened_lengths(position_ids, attention_mask, kwargs.get("cu_seq_lens_q"))
         if packed_lengths is not None:
+            if past_key_values is not None:
+                raise ValueError("Samples packed into one row go without a cache: pass no past_key_values.")
             lengths = torch.as_tensor(packed_lengths).tolist()
             rows = self.media_of_samples(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids, lengths)
             packed = [(length, VideoMemory(self.config)) for length in lengths]
             videos = [(sample, [row]) for (_, sample), row in zip(packed, rows) if row]
             if position_ids is None:
-                position_ids = torch.cat([torch.arange(n, device=inputs_embeds.device) for n in lengths])[None]
-            attention_mask = None  # there is no padding within, and the samples' borders are in the positions
+                position_ids = positions_in_samples(lengths, inputs_embeds.device)
+            attention_mask = None  # there is no padding within
         elif any(given is not None for given in (*pixels.values(), *grids.values())):
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)
             videos = [(memory, rows)] if any(rows) else []

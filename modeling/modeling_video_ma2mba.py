@@ -22,13 +22,13 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .clip_tower import VideoMa2mbaProjector, frames_of, vision_tower
+from .clip_tower import ProjectorLinear, VideoMa2mbaProjector, frames_of, vision_tower
 from .configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaTextConfig
 from .frame_streaming import default_chunk_frames, load_ahead, normalized, to_device
 from .generation_video_ma2mba import VideoMa2mbaGenerationMixin
 from .graphed_decoding import GraphedStateDecoding
 from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
-from .media import MediaItem, chunk_patches, list_media
+from .media import MediaItem, chunk_patches, item_starts, list_media, without_seen_grids
 from .media_stream import Run, media_of_rows, runs_of, split_runs, text_outputs
 from .multi_axis_checkpointing import (
     MultiAxisCheckpointingMixin,
@@ -37,7 +37,7 @@ from .multi_axis_checkpointing import (
 )
 from .multi_axis_memory import mamba2_costs
 from .ranks import agree_on_calls, calls_are_shared
-from .shared_model import VideoHeadMixin, VideoModelMixin
+from .shared_model import VideoHeadMixin, VideoModelMixin, flattened_lengths
 from .state_memory import StateMemory
 
 
@@ -77,11 +77,10 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointingMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Mamba2Mixer):
             init_mamba2_mixer(module, self.config.get_text_config().num_hidden_layers)
-        elif isinstance(module, VideoMa2mbaProjector):
-            for linear in (module[0], module[2]):
-                bound = linear.in_features**-0.5
-                init.uniform_(linear.weight, -bound, bound)
-                init.zeros_(linear.bias)
+        elif isinstance(module, ProjectorLinear):  # not its parent, which transformers passes over without weights
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
@@ -402,6 +401,9 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         image_grid_thw: torch.LongTensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        packed_lengths: list[int] | None = None,
+        read_hidden_states: tuple[Tensor, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPast:
         r"""
@@ -409,6 +411,12 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
             0 at padding, on either side, for the tokens given or for all text since the memory's first.
         mm_token_type_ids (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
             1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
+        position_ids (`torch.LongTensor`, *optional*):
+            Not read, as a state knows of no positions; ValueError if they say that a row consists of several samples.
+        packed_lengths (`list[int]`, *optional*):
+            Of no more than one sample: ValueError otherwise.
+        read_hidden_states (`tuple` of `torch.FloatTensor`, *optional*):
+            Those of the part of a prompt that `generate` has read before; they are put in front.
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -418,12 +426,20 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
             configs = (self.config, self.config.text_config)
             kwargs["output_hidden_states"] = any(config.output_hidden_states for config in configs)
         B, N = inputs_embeds.shape[:2]
+        if packed_lengths is None:
+            packed_lengths = flattened_lengths(position_ids, attention_mask, kwargs.get("cu_seq_lens_q"))
+        if packed_lengths is not None and len(packed_lengths) > 1:
+            raise ValueError(
+                f"One row of text consists of {len(packed_lengths)} samples, and this model's states would carry each "
+                "over to the next: give every sample a row of its own, padded, with an attention_mask."
+            )
         memory = StateMemory.of(past_key_values, self.config)
         memory.expand_rows(B)
         memory.check(self.config.text_config, B)
         unread_BN = memory.unread(attention_mask, inputs_embeds)
         pixels = {"image": pixel_values, "video": pixel_values_videos}
-        items = [list_media(*of) for of in zip(pixels, pixels.values(), (image_grid_thw, video_grid_thw))]
+        grids = without_seen_grids(pixels, {"image": image_grid_thw, "video": video_grid_thw}, memory.media)
+        items = [list_media(kind, pixels[kind], grids[kind]) for kind in pixels]
         at_once = torch.is_grad_enabled() or N <= self.pass_frames * self.config.tokens_per_frame
         plain = not any(items) and at_once and not calls_are_shared(self)
         if plain and (N == 1 or unread_BN is None):  # decoding asks nothing of the device
@@ -437,14 +453,20 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         else:
             starts_BN = self.media_starts(input_ids, inputs_embeds)
             unread_BN = torch.ones_like(starts_BN) if unread_BN is None else unread_BN
-            rows = media_of_rows(*items, starts_BN & unread_BN, mm_token_type_ids) if any(items) else [[]] * B
+            starts_BN = item_starts(starts_BN & unread_BN, mm_token_type_ids, sum(map(len, items)))
+            rows = media_of_rows(*items, starts_BN, mm_token_type_ids)
             output = self.read(memory, inputs_embeds, runs_of(unread_BN, starts_BN, rows), pixels, **kwargs)
             lengths_B = unread_BN.sum(1)
         memory.note_text(torch.full((B,), N, device=inputs_embeds.device) if lengths_B is None else lengths_B, N)
+        hidden_states = output.hidden_states
+        if read_hidden_states is not None and hidden_states is not None:
+            copies = B // len(read_hidden_states[0])  # for beams or samples
+            pairs = zip(read_hidden_states, hidden_states)
+            hidden_states = tuple(torch.cat([old.repeat_interleave(copies, 0), new], 1) for old, new in pairs)
         return BaseModelOutputWithPast(
             last_hidden_state=output.last_hidden_state,
             past_key_values=None if use_cache is False else memory,
-            hidden_states=output.hidden_states,
+            hidden_states=hidden_states,
         )
 
 

@@ -4,17 +4,51 @@ Shapes: B batch, N text tokens, D hidden.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from math import ceil
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.import_utils import is_tracing
 
 from .chunked_loss import chunked_causal_lm_loss
 from .frame_streaming import MAX_CHUNK_FRAMES, normalized
 from .media import MediaItem, split_frames
 from .weights_fingerprint import WeightsFingerprint, are_same_weights
+
+
+def flattened_lengths(
+    position_ids: Tensor | None, attention_mask: Tensor | dict | None, cu_seq_lens: Tensor | None
+) -> list[int] | None:
+    """Lengths of the samples that a collator without padding has put into one row; None if there is but one sample.
+
+    They are told by `cu_seq_lens` or by positions that start anew within the row, (1, N), or (3 or 4, 1, N) as for
+    Qwen2-VL. Positions that come with padding tell nothing, and while a graph is traced nobody can look at them.
+
+    Raises:
+        ValueError: positions start anew in one of several rows.
+    """
+    given = position_ids if cu_seq_lens is None else cu_seq_lens
+    if given is None or given.shape[-1] < 2 or is_tracing(given):
+        return None
+    if cu_seq_lens is not None:
+        return cu_seq_lens.diff().tolist()
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or not attention_mask.all()):
+        return None
+    text_BN = position_ids[0] if position_ids.dim() == 3 else position_ids
+    anew_BN = text_BN.diff() < 1
+    if not anew_BN.any():
+        return None
+    B, N = text_BN.shape
+    if B > 1:
+        raise ValueError(
+            f"position_ids start anew within {int(anew_BN.any(1).sum())} of {B} rows: samples put together without "
+            "padding have to be a single row, with their packed_lengths or these positions."
+        )
+    borders = [0, *(anew_BN[0].nonzero().flatten() + 1).tolist(), N]
+    return [end - start for start, end in pairwise(borders)]
 
 
 class VideoModelMixin:
@@ -156,4 +190,4 @@ class VideoHeadMixin:
         return {"logits": logits, "loss": loss}
 
 
-__all__ = ["VideoHeadMixin", "VideoModelMixin"]
+__all__ = ["VideoHeadMixin", "VideoModelMixin", "flattened_lengths"]

@@ -45,8 +45,7 @@ class StateMemory(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig):
-        super().__init__(layers=[])
-        self.states: list[Mamba2State | None] = [None] * config.get_text_config().num_hidden_layers
+        super().__init__(layers=[None] * config.get_text_config().num_hidden_layers)
         self.media: list[list[list]] = []
         self.is_open: list[bool] = []
         self.text_length = 0
@@ -65,6 +64,14 @@ class StateMemory(Cache):
         if not hasattr(cache, "text_tokens_B"):
             raise ValueError(f"past_key_values is a {type(cache).__name__}; this model remembers in a StateMemory.")
         return cache
+
+    @property
+    def states(self) -> list[Mamba2State | None]:
+        return self.layers  # by transformers' name
+
+    @states.setter
+    def states(self, states: list[Mamba2State | None]) -> None:
+        self.layers = states
 
     # --- what was seen ----------------------------------------------------------------------------------------------
 
@@ -167,7 +174,7 @@ class StateMemory(Cache):
         """An independent continuation, which may be extended without touching this memory or other forks."""
         fork = object.__new__(type(self))
         fork.__dict__.update(vars(self))
-        fork.layers, fork.states, fork.is_open = [], list(self.states), list(self.is_open)
+        fork.states, fork.is_open = list(self.states), list(self.is_open)
         fork.media = [[list(item) for item in row] for row in self.media]
         if self.is_written_into:
             fork._replace(torch.clone)
@@ -228,6 +235,10 @@ class StateMemory(Cache):
     def is_croppable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        return False  # as a cache of keys and values; see `get_compiled_call`
+
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError("A state cannot forget its last tokens: fork() the memory before what may be taken back.")
@@ -248,9 +259,6 @@ class StateMemory(Cache):
         self.media, self.is_open, self.text_length = [], [], 0
         self.text_tokens_B, self.is_ragged, self.is_written_into = None, False, False
         self.made_by = self.seconds = None
-
-    def __len__(self) -> int:
-        return len(self.states)
 
     def __repr__(self) -> str:
         state = None if self.states[0] is None else self.states[0].ssm_BHPK

@@ -14,12 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .mamba2 import rebuildable
+
 
 FP8 = torch.float8_e4m3fn
 GROWTH = 1.25  # of a buffer that is full, where nobody knows what is to come
 _CLAIMING = threading.Lock()
 
 
+@rebuildable
 class VideoLevel(NamedTuple):
     """What one layer's cross-attention reads of a video.
 

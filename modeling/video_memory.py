@@ -12,7 +12,6 @@ Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads,
 """
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +53,11 @@ class VideoMemory(Cache):
         temporal_patch_size: frames in one of the `t` of a video in `media`.
     """
 
+    def __new__(cls, config=None, max_cache_len=None, text_cache=None, *args, **kwargs):
+        # of the class that `_adopt` would give it, which `torch.compile` cannot change afterwards
+        dynamic_or_static = DynamicCache if max_cache_len is None else StaticCache
+        return object.__new__(_memory_class(dynamic_or_static if text_cache is None else type(text_cache)))
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -89,7 +93,8 @@ class VideoMemory(Cache):
     def _adopt(self, text_cache: Cache) -> None:
         """Takes over a cache's layers and its way of handling them (offloading, lazily created layers); the memory
         becomes one of its kind as well, as `isinstance(memory, StaticCache)` is asked in transformers."""
-        self.__class__ = _memory_class(type(text_cache))
+        if (kind := _memory_class(type(text_cache))) is not type(self):
+            self.__class__ = kind
         self.__dict__.update(vars(text_cache))
 
     def __reduce__(self):
@@ -514,11 +519,17 @@ def _copy_of(t_BHM: Tensor, device: torch.device) -> Tensor:
     return copy
 
 
-@functools.cache
+_classes: dict[type[Cache], type[VideoMemory]] = {Cache: VideoMemory}
+
+
 def _memory_class(kind: type[Cache]) -> type[VideoMemory]:
-    if issubclass(VideoMemory, kind):
-        return VideoMemory
-    return type("VideoMemory", (VideoMemory, kind), {"__module__": __name__, "__doc__": VideoMemory.__doc__})
+    if kind not in _classes:
+        kinds = (VideoMemory, kind)
+        _classes[kind] = type("VideoMemory", kinds, {"__module__": __name__, "__doc__": VideoMemory.__doc__})
+    return _classes[kind]
+
+
+_memory_class(DynamicCache), _memory_class(StaticCache)  # `torch.compile` cannot make them
 
 
 def _restore(kind: type[Cache], state: dict[str, Any]) -> VideoMemory:
@@ -529,10 +540,11 @@ def _restore(kind: type[Cache], state: dict[str, Any]) -> VideoMemory:
 
 
 def _empty_text_cache(num_layers: int, max_cache_len: int | None) -> Cache:
-    config = PreTrainedConfig(num_hidden_layers=num_layers)
     if max_cache_len is None:
-        return DynamicCache(config=config)
-    return StaticCache(config=config, max_cache_len=max_cache_len)
+        cache = DynamicCache()
+        cache.layers = [DynamicLayer() for _ in range(num_layers)]
+        return cache
+    return StaticCache(config=PreTrainedConfig(num_hidden_layers=num_layers), max_cache_len=max_cache_len)
 
 
 def _copy_layer(layer):

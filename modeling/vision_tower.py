@@ -52,7 +52,12 @@ class VambaVisionTower(Qwen2VisionTransformerPretrainedModel):
                 block.mlp.act.__class__ = FusedQuickGELU
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs):
-        """Patches (T, patch size) of media with the given (t, h, w); the merged tokens are the `pooler_output`."""
+        """Patches (T, patch size) of media with the given (t, h, w); the merged tokens are the `pooler_output`.
+
+        `cu_seqlens` and `position_ids` may be given, as by transformers' exporters, which cannot trace their making.
+        """
+        if "cu_seqlens" in kwargs:
+            return super().forward(hidden_states, grid_thw, **kwargs)
         grid_thw = grid_thw.cpu()
         kwargs["frame_runs"] = frame_runs(grid_thw.tolist())
         for name, value in (
@@ -123,12 +128,15 @@ class FrameBatchedAttention(VisionAttention):
         hidden_states: Tensor,
         cu_seqlens: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        frame_runs: list[tuple[int, int]],
+        frame_runs: list[tuple[int, int]] | None = None,
         **kwargs,
     ) -> Tensor:
         # "eager" keeps the loop: it writes all attention weights out, which would be F times the memory
-        if self.config._attn_implementation != "sdpa":
-            return super().forward(hidden_states, cu_seqlens, position_embeddings, **kwargs)
+        if self.config._attn_implementation != "sdpa" or frame_runs is None:
+            # by name, as what transformers' exporters put in its place has other parameters in between
+            return super().forward(
+                hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
+            )
         qkv_TD = self.qkv(hidden_states)
         fused = fusible(qkv_TD)
         if fused:

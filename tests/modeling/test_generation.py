@@ -309,16 +309,35 @@ def test_inputs_embeds_win_over_ids(model, inputs):
     assert generate(model, other, use_cache=False).tolist() == out.tolist()
 
 
-@pytest.mark.parametrize("again", ["with the media", "without the media"])
+def test_a_start_typed_0_is_text(model, inputs):
+    """One that somebody typed behind those of the media: every row still sees its own."""
+    typed = inputs | {"input_ids": inputs["input_ids"].clone()}
+    typed["input_ids"][:, -2] = model.config.vision_start_token_id
+    logits = model(**typed).logits
+    for row in range(2):
+        alone = row_of(typed, row)
+        torch.testing.assert_close(logits[row : row + 1, -3:], model(**alone).logits[:, -3:], rtol=1e-4, atol=1e-4)
+    assert generate(model, typed, max_new_tokens=1).shape[0] == 2
+
+
+@pytest.mark.parametrize("again", ["with the media", "with the grids", "without the media"])
 def test_continue_from_past_key_values(model, inputs, expected, again):
     first = generate(model, inputs, max_new_tokens=2, return_dict_in_generate=True)
     grown = first.sequences.shape[1] - inputs["input_ids"].shape[1]
     follow = {"input_ids": first.sequences, "past_key_values": first.past_key_values}
     follow["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, grown), value=1)
-    if again == "with the media":
+    if again != "without the media":
         types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, grown))
         follow = inputs | follow | {"mm_token_type_ids": types}
+    if again == "with the grids":
+        follow = {name: value for name, value in follow.items() if not name.startswith("pixel")}
     assert generate(model, follow, max_new_tokens=NEW - 2).tolist() == expected.tolist()
+
+
+def test_grids_of_media_never_seen_need_pixels(model, inputs):
+    memory = model(prompt := inputs["input_ids"][:1]).past_key_values
+    with pytest.raises(ValueError, match="image_grid_thw came without pixel_values"):
+        model(prompt, past_key_values=memory, image_grid_thw=inputs["image_grid_thw"])
 
 
 @pytest.mark.parametrize("again", ["with the media", "without the media"])

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from vamba.modeling.media import assign_media, list_media, media_positions, split_frames, uncached_media
+from vamba.modeling.media import (
+    assign_media,
+    list_media,
+    media_positions,
+    split_frames,
+    uncached_media,
+    without_seen_grids,
+)
 
 
 IMAGES = list_media("image", torch.zeros(28, 1), torch.tensor([[1, 4, 6], [1, 2, 2]]))
@@ -60,6 +67,31 @@ def test_the_nth_item_belongs_to_the_row_of_the_nth_start():
     mask = starts(1, 3)
     rows = assign_media(IMAGES, VIDEOS, mask, kinds_at(mask, 1, 2, 1, 2))
     assert rows == [[IMAGES[0]], [VIDEOS[0], IMAGES[1], VIDEOS[1]]]
+
+
+def test_no_media_are_none_of_any_row():
+    assert assign_media([], [], starts(0), None) == [[]]
+    assert assign_media([], [], starts(1, 0), None) == [[], []]
+
+
+def test_a_start_typed_0_is_text():
+    mask = starts(2, 1)
+    assert assign_media(IMAGES, [], mask, kinds_at(mask, 1, 0, 1)) == [[IMAGES[0]], [IMAGES[1]]]
+    assert assign_media([], VIDEOS, mask, kinds_at(mask, 0, 2, 2)) == [[VIDEOS[0]], [VIDEOS[1]]]
+    assert assign_media(IMAGES, [], mask, kinds_at(mask, 1, 0, 1)[:, :3]) == [
+        [IMAGES[0]],
+        [IMAGES[1]],
+    ]  # generated since
+    mask = starts(2)
+    assert assign_media(IMAGES[:1], [], mask, kinds_at(mask, 1, 0)) == [IMAGES[:1]]
+    assert assign_media(IMAGES[:1], VIDEOS[:1], mask, kinds_at(mask, 1, 0)) == [[IMAGES[0], VIDEOS[0]]]
+
+
+def test_grids_of_seen_media_need_no_pixels():
+    pixels, grids = {"image": None, "video": None}, {"image": torch.ones(1, 3), "video": torch.ones(2, 3)}
+    seen = [[["image", 1, 4, 4]], [["video", 2, 4, 4], ["image", 1, 4, 4]]]
+    assert without_seen_grids(pixels, grids, seen) == {"image": None, "video": grids["video"]}
+    assert without_seen_grids({"image": torch.zeros(4, 1), "video": None}, grids, seen)["image"] is grids["image"]
 
 
 def test_a_mismatch_in_a_batch_says_both_counts():

@@ -413,4 +413,36 @@ def test_initial_weights_are_mambas():
     mixer = model.model.language_model.layers[0].mixer
     assert (mixer.D == 1).all() and (mixer.A_log.exp() >= 1).all() and (mixer.A_log.exp() <= 16).all()
     assert 0.01 < model.model.language_model.embed_tokens.weight.std() < 0.03
-    assert model.model.projector[0].bias.abs().max() == 0
+    for linear in (model.model.projector[0], model.model.projector[2]):
+        bound = linear.in_features**-0.5
+        assert linear.bias.abs().max() == 0 and 0.9 * bound < linear.weight.abs().max() <= bound
+        assert linear.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_a_start_typed_0_is_text(model):
+    """One that somebody typed, before and behind that of an image, changes what is read but opens nothing."""
+    typed, seen = torch.tensor([[START]]), image()
+    ids = torch.cat([typed, prompt(4, 1), typed, prompt(3, seed=1)], 1)
+    types = torch.zeros_like(ids)
+    types[0, 1] = 1
+    output = model(ids, mm_token_type_ids=types, **seen)
+    memory = model(typed).past_key_values
+    rest = model(prompt(4, 1), **seen, past_key_values=memory)
+    rest = model(torch.cat([typed, prompt(3, seed=1)], 1), past_key_values=rest.past_key_values)
+    torch.testing.assert_close(output.logits[:, -4:], rest.logits, **CLOSE)
+    answers = [
+        model.generate(ids, mm_token_type_ids=types, **seen, max_new_tokens=3, do_sample=False, output_logits=True,
+                       return_dict_in_generate=True)
+    ]  # fmt: skip
+    torch.testing.assert_close(answers[0].logits[0], output.logits[:, -1], **CLOSE)
+
+
+def test_samples_in_one_row_are_refused(model):
+    flat = torch.cat([prompt(3), prompt(4)], 1)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    starts = torch.tensor([0, 3, 7], dtype=torch.int32)
+    for told in ({"position_ids": positions}, {"cu_seq_lens_q": starts}, {"packed_lengths": [3, 4]}):
+        with pytest.raises(ValueError, match="consists of 2 samples.*row of its own, padded"):
+            model(flat, **told)
+    one = {"position_ids": torch.arange(7)[None], "cu_seq_lens_q": starts[::2], "packed_lengths": [7]}
+    torch.testing.assert_close(model(flat, **one).logits, model(flat).logits)

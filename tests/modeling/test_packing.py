@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, DataCollatorWithFlattening
 
 from tiny_vamba import media, prompt, tiny_model
 
@@ -118,3 +120,74 @@ def test_wrong_lengths_are_named(model):
             **inputs
             | {"video_grid_thw": inputs["video_grid_thw"][:3], "pixel_values_videos": media(*GRIDS[0], *GRIDS[2])[0]}
         )
+
+
+def varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, scaling=None, **kwargs):
+    """As flash attention has it: no mask, but samples that `cu_seq_lens_q` tells apart."""
+    causal = kwargs.get("is_causal", module.is_causal) and query.shape[2] > 1
+    lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    parts = zip(*(t.split(lengths if cu_seq_lens_q is not None else t.shape[2], dim=2) for t in (query, key, value)))
+    outputs = [scaled_dot_product_attention(*part, is_causal=causal, scale=scaling, enable_gqa=True) for part in parts]
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("positions", [None, torch.arange(30)[None]])
+def test_attention_without_a_mask_keeps_samples_apart(positions):
+    AttentionInterface.register("varlen_stand_in", varlen_attention)
+    model, inputs = tiny_model(), packed_inputs(samples(torch.float32)) | {"position_ids": positions}
+    expected = model(**inputs).logits
+    model.set_attn_implementation("varlen_stand_in")
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def flattened(lengths=(5, 1, 7), **options):
+    rows = [prompt(length, seed=index)[0] for index, length in enumerate(lengths)]
+    batch = DataCollatorWithFlattening(return_tensors="pt", **options)([{"input_ids": row} for row in rows])
+    batch.pop("labels")
+    return rows, batch
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen_stand_in"])
+@pytest.mark.parametrize("form", ["2-D", "3 rows", "4 rows", "cu_seq_lens", "ones"])
+def test_samples_that_a_collator_flattened_are_kept_apart(form, attention):
+    model, told = tiny_model(), form == "cu_seq_lens"
+    rows, batch = flattened(return_flash_attn_kwargs=told, return_position_ids=not told)
+    if form.endswith("rows"):
+        batch["position_ids"] = batch["position_ids"].expand(int(form[0]), 1, -1)
+    if form == "ones":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    expected = torch.cat([model(row[None]).logits for row in rows], 1)
+    AttentionInterface.register("varlen_stand_in", varlen_attention)
+    model.set_attn_implementation(attention)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_flattened_samples_see_their_own_media(model):
+    made = samples(torch.float32)
+    inputs = packed_inputs(made)
+    lengths = inputs.pop("packed_lengths")
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    torch.testing.assert_close(model(**inputs, position_ids=positions).logits, separately(model, made)[1])
+
+
+def test_what_cannot_be_kept_apart_is_refused(model):
+    _, batch = flattened()
+    with pytest.raises(ValueError, match="position_ids start anew within 2 of 2 rows.*packed_lengths"):
+        model(batch["input_ids"].repeat(2, 1), position_ids=batch["position_ids"].repeat(2, 1))
+    with pytest.raises(ValueError, match="without a cache: pass no past_key_values"):
+        model(**batch, past_key_values=model.encode_video(*media((1, 4, 4))))
+
+
+def test_padding_is_no_border(model):
+    ids, mask = prompt(6), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(ids[:, 2:]).logits
+    torch.testing.assert_close(model(ids, attention_mask=mask, position_ids=positions).logits[:, 2:], expected)
+
+
+def test_traced_samples_are_kept_apart(model):
+    rows, batch = flattened()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = torch.cat([model(row[None]).logits for row in rows], 1)
+        torch.testing.assert_close(compiled(**batch, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)

@@ -136,6 +136,47 @@ def test_generation_is_the_full_forward_pass_repeated(model):
         assert torch.equal(model.generate(inputs_embeds=embeds, **given, **GREEDY), expected[:, ids.shape[1] :])
 
 
+@pytest.mark.parametrize("items", [0, 1])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_hidden_states_are_those_of_the_whole_prompt(model, items, beams):
+    ids, given = prompt(5, items), video(4) if items else {}
+    options = {"output_hidden_states": True, "return_dict_in_generate": True, "num_beams": beams}
+    first, second = model.generate(ids, **given, **GREEDY | {"max_new_tokens": 2}, **options).hidden_states
+    expected = model(ids, **given, output_hidden_states=True).hidden_states
+    assert len(first) == len(expected) and second[0].shape == (beams, 1, 32)
+    for level, wanted in zip(first, expected):
+        torch.testing.assert_close(level, wanted.expand(beams, -1, -1), **CLOSE)
+
+
+@pytest.mark.parametrize("items", [0, 1])
+def test_continuing_with_grids_but_no_pixels(model, items):
+    ids, given = prompt(5, items), video(4) if items else {}
+    expected = model.generate(ids, **given, **GREEDY)
+    part = model.generate(ids, **given, **GREEDY | {"max_new_tokens": 3}, return_dict_in_generate=True)
+    given.pop("pixel_values_videos", None)
+    memory = part.past_key_values
+    assert torch.equal(model.generate(part.sequences, past_key_values=memory.fork(), **given, max_new_tokens=3,
+                                      do_sample=False), expected)  # fmt: skip
+    logits = model(part.sequences[:, -1:], past_key_values=memory.fork(), **given).logits
+    assert logits.argmax(-1).item() == expected[0, part.sequences.shape[1]]
+    with pytest.raises(ValueError, match="image_grid_thw came without pixel_values"):
+        model(part.sequences[:, -1:], past_key_values=memory, image_grid_thw=torch.tensor([[1, 4, 4]]))
+
+
+def test_a_prompt_padded_on_the_right_is_refused(model):
+    ids, mask = prompt(4).repeat(2, 1), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    for asked in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)}):
+        with pytest.raises(ValueError, match="padded on the right.*padding_side='left'"):
+            model.generate(**asked, attention_mask=mask, **GREEDY)
+
+
+def test_a_layer_is_a_state(model):
+    memory = model(prompt(4)).past_key_values
+    assert len(memory) == len(memory.layers) == len(memory.states) == 3 and memory.layers[0] is memory.states[0]
+    memory.reset()
+    assert len(memory) == len(memory.layers) == 3 and not memory.is_compileable and memory
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_beams_equal_those_of_a_memory_and_of_rows_alone(model, options):
     given, rows = video(4, 2), [prompt(5, 1, seed=1), prompt(5, 1, seed=2)]
@@ -267,7 +308,7 @@ def test_saved_and_loaded(model, tmp_path, how):
     else:
         loaded = pickle.loads(pickle.dumps(memory)) if how == "pickle" else memory.fork().to("cpu")
     assert states_equal(loaded, memory) and torch.equal(loaded.text_tokens_B, memory.text_tokens_B)
-    assert {**vars(loaded), "states": 0, "text_tokens_B": 0} == {**vars(memory), "states": 0, "text_tokens_B": 0}
+    assert {**vars(loaded), "layers": 0, "text_tokens_B": 0} == {**vars(memory), "layers": 0, "text_tokens_B": 0}
     ids = torch.cat([prompt(6, 1, seed=1), prompt(4, 2)])
     assert torch.equal(*(model.generate(ids, past_key_values=m.fork(), **GREEDY) for m in (loaded, memory)))
 

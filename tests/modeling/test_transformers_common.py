@@ -5,8 +5,9 @@ They live in transformers' source distribution, not in its wheel:
     pip download --no-binary :all: --no-deps transformers && tar xf transformers-*.tar.gz
     TRANSFORMERS_SOURCE=$PWD/transformers-5.23.0 pytest tests/modeling/test_transformers_common.py
 
-Without TRANSFORMERS_SOURCE this file is skipped. What the tests would fetch from the Hub is made here, and the tests
-that decode video run without torchcodec, as Vamba's processor does.
+What it leaves out, tests/generation and tests/exporters, runs where the tree at TRANSFORMERS_SOURCE has it (the
+exporters' with `RUN_SLOW=1`). Without TRANSFORMERS_SOURCE this file is skipped. What the tests would fetch from the Hub
+is made here, and the tests that decode video run without torchcodec, as Vamba's processor does.
 """
 
 import atexit
@@ -66,7 +67,11 @@ def _stand_in(name: str, **contents) -> None:
 _stand_in("exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
 _stand_in("generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
 common = _transformers_tests("test_modeling_common")
+exporters = _transformers_tests("exporters.test_export")
 generation = _transformers_tests("generation.test_utils")
+GenerationTesterMixin = generation.GenerationTesterMixin
+if hasattr(exporters, "ExportGenerateTesterMixin"):  # whether or not that of generation has it among its bases
+    GenerationTesterMixin = type("_", (GenerationTesterMixin, exporters.ExportGenerateTesterMixin), {})
 
 
 def _config_zero_init(config, original=common._config_zero_init, fields=PreTrainedConfig.__iter__):
@@ -148,6 +153,7 @@ class VambaModelTester:
                 "num_heads": 4,
                 "patch_size": 4,
                 "mlp_ratio": 2,
+                "spatial_merge_size": 1,
             },
             mamba_config={"hidden_size": self.hidden_size, "head_dim": 16, "state_size": 8, "chunk_size": 8},
             vision_start_token_id=3,
@@ -166,13 +172,13 @@ class VambaModelTester:
         return config, {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "pixel_values": common.floats_tensor([self.batch_size * 16, patch]),
-            "image_grid_thw": torch.tensor([[1, 4, 4]] * self.batch_size, device=input_ids.device),
+            "pixel_values": common.floats_tensor([self.batch_size, patch]),  # as many as rows, as rows are cut
+            "image_grid_thw": torch.tensor([[1, 1, 1]] * self.batch_size, device=input_ids.device),
             "mm_token_type_ids": mm_token_type_ids,
         }
 
 
-class VambaModelTest(common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
+class VambaModelTest(common.ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (VambaModel, VambaForConditionalGeneration)
     all_generative_model_classes = (VambaForConditionalGeneration,)
     _is_composite = True
@@ -258,7 +264,7 @@ class VideoMa2mbaModelTester(VambaModelTester):
         }
 
 
-class VideoMa2mbaModelTest(common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
+class VideoMa2mbaModelTest(common.ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (VideoMa2mbaModel, VideoMa2mbaForConditionalGeneration)
     all_generative_model_classes = (VideoMa2mbaForConditionalGeneration,)
     _is_composite = True
@@ -266,6 +272,27 @@ class VideoMa2mbaModelTest(common.ModelTesterMixin, generation.GenerationTesterM
 
     def setUp(self):
         self.model_tester = VideoMa2mbaModelTester(self)
+
+    def prepare_config_and_inputs_for_generate(self, batch_size=2):
+        """transformers' cuts all inputs to so many rows, patches too, of which an image here has 16."""
+        config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
+        pixel_values = self.model_tester.prepare_config_and_inputs_for_common()[1]["pixel_values"]
+        return config, inputs | {"pixel_values": pixel_values[: 16 * batch_size]}
+
+    @unittest.skip("there is no generating without the states")
+    def test_greedy_generate_dict_outputs(self):
+        pass
+
+    test_sample_generate_dict_output = test_greedy_generate_dict_outputs
+    test_beam_search_generate_dict_output = test_greedy_generate_dict_outputs
+    test_beam_sample_generate_dict_output = test_greedy_generate_dict_outputs
+
+    def _check_caches_are_equal(self, cache1, cache2):
+        torch.testing.assert_close(cache1.states, cache2.states)
+
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
+        assert len(past_key_values) == config.get_text_config().num_hidden_layers
+        assert past_key_values.batch_size == batch_size and past_key_values.get_seq_length() == seq_length
 
     @unittest.skip("hidden states are those of the text, taken out of the stream of text and media")
     def test_retain_grad_hidden_states_attentions(self):

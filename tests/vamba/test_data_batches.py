@@ -320,7 +320,7 @@ def test_processes_and_workers_share_the_data_out(processor, dataset, monkeypatc
     shards = [make_stream(processor, dataset, rank=rank, world_size=2).loader(2) for rank in range(2)]
     batches = [batch for shard in shards for batch in take(shard, 4)]
     assert {batch[ABOUT].shard for batch in batches} == {0, 1, 2, 3}
-    seen = [name for batch in names(batches) for name in batch]  # the first window of each of four shards
+    seen = [name for batch in names(batches) for name in batch]  # two windows of each of four shards
     assert {seen.count(f"train.jsonl#v{n}") for n in range(12)} == {2}
 
 
@@ -345,7 +345,8 @@ def test_packs_keep_their_budget(processor, dataset):
         video = int(batch["video_grid_thw"].prod(1).sum()) // 4
         assert video <= 270 and batch["input_ids"].numel() <= 260
         assert len(batch["packed_lengths"]) == len(batch[ABOUT].samples)
-    assert 2 < stream.samples_per_batch() <= 270 / 54
+    plain = make_stream(processor, dataset, rows=5)
+    assert stream.epoch == 12 and 12 / 5 < stream.batches_per_epoch() <= 6 and plain.batches_per_epoch() == 3
 
 
 def broken(dataset, tmp_path):
@@ -392,8 +393,53 @@ def test_data_with_nothing_but_broken_examples_end(processor, tmp_path):
     assert "in a row were broken" in batch[ABOUT].error and "no assistant turn" in batch[ABOUT].error
 
 
-def test_a_place_of_another_layout_is_refused():
-    place = {"next": 0, "skipped": 0, "shards": {}, "workers": 2, "world_size": 4}
-    check_layout(place, 2, 4)
+def test_a_place_of_another_layout_is_refused(processor, dataset, tmp_path):
+    place = Position(make_stream(processor, dataset, world_size=4), 2).state()
+    check_layout(place, 2, make_stream(processor, dataset, world_size=4))
     with pytest.raises(ValueError, match="4 processes with 2 data workers.*now 8 and 2"):
-        check_layout(place, 2, 8)
+        check_layout(place, 2, make_stream(processor, dataset, world_size=8))
+    cut = write_rows(tmp_path / "train.jsonl", [json.loads(line) for line in dataset.read_text().splitlines()[:4]])
+    with pytest.raises(ValueError, match="other data: then train.jsonl with 12 rows.*now train.jsonl with 4 rows"):
+        check_layout(place, 2, make_stream(processor, cut, world_size=4))
+
+
+def test_a_fingerprint_is_that_of_the_contents(dataset, tmp_path):
+    same = tmp_path / "elsewhere" / dataset.name
+    same.parent.mkdir()
+    same.write_bytes(dataset.read_bytes())
+    assert Source(same).fingerprint == Source(dataset).fingerprint != Source(dataset, streaming=True).fingerprint
+    same.write_text(dataset.read_text().replace("flashed", "blinked", 1))
+    assert Source(same).fingerprint != Source(dataset).fingerprint
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_every_example_once(processor, dataset, packing, workers, monkeypatch):
+    """Also if a window would hold several, and no batch holds an example twice."""
+    monkeypatch.setattr(stream_module, "WINDOW", 64)
+    stream = make_stream(processor, dataset, packing, max_video_tokens=2000 if packing else None)
+    batches = take(stream.loader(workers), 3 * round(stream.batches_per_epoch(max(1, workers))))
+    seen = [name for batch in names(batches) for name in batch]
+    assert {seen.count(f"train.jsonl#v{n}") for n in range(12)} == {3}
+    assert all(len(set(batch)) == len(batch) for batch in names(batches))
+    position = Position(stream, max(1, workers))
+    for batch in batches:
+        position.advance(batch[ABOUT])
+    assert position.state()["rows"] == 36 and (not packing or len(batches) <= 6)
+
+
+@pytest.mark.parametrize(("files", "workers", "ranks"), [(1, 2, 1), (4, 4, 1), (3, 2, 2), (1, 0, 3)])
+def test_streamed_rows_are_shared_out(processor, tmp_path, files, workers, ranks, monkeypatch):
+    """Whatever files they lie in."""
+    monkeypatch.setattr(stream_module, "WINDOW", 24 // (ranks * max(1, workers)))  # the batches of one may be shuffled
+    for index in range(files):
+        rows = [example(question=f"{n}?") | {"id": n} for n in range(24) if n % files == index]
+        write_rows(tmp_path / f"{index}.jsonl", rows)
+    shards = ranks * max(1, workers)
+    seen = []
+    for rank in range(ranks):
+        stream = make_stream(processor, tmp_path, rows=1, streaming=True, rank=rank, world_size=ranks)
+        batches = take(stream.loader(workers), 24 // shards * max(1, workers))
+        assert not any(batch[ABOUT].error for batch in batches)
+        seen += [name for batch in names(batches) for name in batch]
+    assert sorted(int(name.split("#")[1]) for name in seen) == list(range(24))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from vamba.training import load_recipe, parse_recipe
 from vamba.training import trainer as trainer_module
 from vamba.training.finetune import finetune, make_trainer
 from vamba.training.preparation import prepare
-from vamba.training.trainer import NonFiniteLossError, VambaTrainer, last_checkpoint
+from vamba.training.trainer import NonFiniteLossError, VambaTrainer, last_checkpoint, publish
 
 from tiny_video_ma2mba import tiny_config
 from training_data import recipe_values, start, write_dataset
@@ -300,6 +301,83 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(values, tmp_path, monkeypatc
     monkeypatch.undo()
     found = run(values, resume=True, save_strategy="steps", save_steps=2, save_total_limit=1)
     assert found.steps == 6 and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint-6", "final"]
+
+
+FAILING = """
+import sys
+from vamba.cli import main
+from vamba.training.trainer import VambaTrainer
+step = VambaTrainer.training_step
+def failing(self, *args):
+    if self.state.global_step == 1:
+        raise RuntimeError("out of memory, say")
+    return step(self, *args)
+VambaTrainer.training_step = failing
+main(["finetune", sys.argv[1]])
+"""
+
+
+def test_an_error_ends_the_run_and_its_data_workers(values, tmp_path):
+    values["train"] |= {"dataloader_num_workers": 2}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    process = start(FAILING, [str(tmp_path / "r.yaml")], tmp_path / "failed")
+    process.join(25)
+    ended = process.exitcode is not None
+    process.kill()
+    assert ended and process.exitcode == 1
+    assert "RuntimeError: out of memory, say" in (tmp_path / "failed.err").read_text()
+
+
+def test_a_run_in_another_thread(values):
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run, values, max_steps=1).result().steps == 1
+
+
+def test_a_result_is_not_overwritten(values, tmp_path, capsys):
+    run(values, max_steps=1)
+    mine = tmp_path / "out" / "final" / "notes.txt"
+    mine.write_text("mine")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    for options in ([], ["--resume"]):
+        assert main(["finetune", str(tmp_path / "r.yaml"), *options]) == 2
+        assert "which holds final, a trained model" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
+def test_what_is_published_replaces_or_leaves_all_as_it_was(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    publish(tmp_path / "old", tmp_path / "final")
+    with pytest.raises(FileNotFoundError):
+        publish(tmp_path / "gone", tmp_path / "final")
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["old"]
+    publish(tmp_path / "new", tmp_path / "final")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["new"]
+
+
+def test_epochs_are_counted_in_examples(values, dataset, tmp_path):
+    """Also after a resume. Batches of 5 make 12 examples three steps, and packs of any size one step."""
+    rows = dataset.read_text().splitlines(keepends=True)
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(rows))
+    values["data"] |= {"train": [{"path": str(data), "media_root": str(dataset.parent)}]}
+    values["train"] |= {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 5}
+    values["train"] |= {"save_strategy": "steps", "save_steps": 3}
+    run(values)
+    assert run(values, resume=True, num_train_epochs=2).steps == 6
+    last = tmp_path / "out" / "checkpoint-6"
+    state = json.loads((last / "trainer_state.json").read_text())
+    logged = [entry["epoch"] for entry in state["log_history"] if "loss" in entry]
+    assert logged[2] == 1.0 and 1 < logged[3] < logged[4] < logged[5] == state["epoch"] == 2.0
+    assert json.loads((last / "data_position_0.json").read_text())["rows"] == 24
+    data.write_text("".join(rows[:8]))
+    with pytest.raises(ValueError, match="other data: then train.jsonl with 12 rows.*now train.jsonl with 8 rows"):
+        run(values, resume=True)
+    values["data"] |= {"packing": True, "max_video_tokens": 270, "batch_video_tokens": 10**6}
+    values["train"] |= {"output_dir": str(tmp_path / "packs"), "per_device_train_batch_size": 1}
+    assert prepare(parse_recipe(values)).arguments.max_steps == 1
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path):

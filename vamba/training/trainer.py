@@ -266,7 +266,12 @@ def publish(folder: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-    folder.rename(final)
+    try:
+        folder.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 

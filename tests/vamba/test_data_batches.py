@@ -1,7 +1,11 @@
 """Frames that fit a budget, batches and packs, mixtures, and a stream that skips what is broken and can be resumed."""
 
+import base64
+import io
 import json
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -37,6 +41,12 @@ def dataset(tmp_path_factory):
 def example(*media, question="What?"):
     content = [*media, {"type": "text", "text": question}]
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "This."}]}
+
+
+def uniform(*media, question="What?"):
+    """The same with a list of items for each turn: what `datasets` makes a table of."""
+    messages = example(*media, question=question)["messages"]
+    return {"messages": [messages[0], {"role": "assistant", "content": [{"type": "text", "text": "This."}]}]}
 
 
 def video(path, **options):
@@ -131,6 +141,116 @@ def test_patches_in_half_precision(processor, clip):
     assert torch.equal(sample["pixel_values_videos"], whole["pixel_values_videos"].bfloat16())
 
 
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(torch.randint(256, (40, 100, 3), generator=torch.manual_seed(0)).byte().numpy())
+
+
+def as_png(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "stored", "data", "base64", "picture", "array", "file", "path"])
+def test_images_however_they_are_given(kind, processor, picture, tmp_path):
+    (tmp_path / "a.png").write_bytes(png := as_png(picture))
+    text = base64.b64encode(png).decode()
+    source = {
+        "bytes": png, "stored": {"bytes": png, "path": "gone.png"}, "data": f"data:image/png;base64,{text}",
+        "base64": {"base64": text}, "picture": picture, "array": np.asarray(picture),
+        "file": f"file://{tmp_path}/a.png", "path": tmp_path / "a.png",
+    }[kind]  # fmt: skip
+    encoder = ConversationEncoder(processor, max_video_tokens=12)
+    plan = encoder.plan(example({"type": "image", "image": source}))
+    found = encoder.encode(plan)
+    expected = encoder(example({"type": "image", "image": str(tmp_path / "a.png")}))
+    assert plan.video_tokens == tokens(found)
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+def test_an_image_at_a_url_counts_as_the_largest(processor):
+    """Until the processor has fetched it."""
+    encoder = ConversationEncoder(processor, max_pixels=64 * 64)
+    item = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/a.png"}}
+    plan = encoder.plan(example(item))
+    assert plan.video_tokens == 16
+    with pytest.raises(ExampleError, match="an image .http://127.0.0.1:9/a.png. cannot be read"):
+        encoder.encode(plan)
+
+
+def test_planning_decodes_no_image(processor, picture):
+    """The header of this one is whole, and half of its pixels are gone."""
+    png = as_png(picture)
+    cut = png[: len(png) // 2]
+    encoder = ConversationEncoder(processor)
+    in_memory = Image.open(io.BytesIO(cut))
+    for source in (cut, in_memory):
+        plan = encoder.plan(example({"type": "image", "image": source}))
+        assert plan.video_tokens == tokens(encoder(example({"type": "image", "image": png})))
+        with pytest.raises(ExampleError, match="an image .* cannot be read: "):
+            encoder.encode(plan)
+
+
+def test_broken_images_are_skipped(processor, picture, tmp_path):
+    png = as_png(picture)
+    (tmp_path / "whole.png").write_bytes(png)
+    (tmp_path / "cut.png").write_bytes(png[:200])
+    (tmp_path / "crc.png").write_bytes(png[:40] + bytes([png[40] ^ 1]) + png[41:60] + bytes(40) + png[100:])
+    (tmp_path / "none.png").write_bytes(b"")
+    (tmp_path / "header.png").write_bytes(png[:29] + bytes(4) + png[33:])
+    kinds = ("whole", "cut", "crc", "none", "header", "gone")
+    rows = [example({"type": "image", "image": f"{kind}.png"}) | {"id": kind} for kind in kinds]
+    stream = make_stream(processor, write_rows(tmp_path / "rows.jsonl", rows), rows=1)
+    batches = take(stream.loader(), 2)
+    assert names(batches) == [["rows.jsonl#whole"]] * 2
+    told = {message.split(":")[0] for message in batches[0][ABOUT].skipped + batches[1][ABOUT].skipped}
+    assert told == {f"rows.jsonl#{kind}" for kind in kinds[1:]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("saved", ["dataset", "splits", "parquet"])
+def test_columns_of_images_and_videos(saved, streaming, processor, picture, clip, tmp_path):
+    """Written by `datasets`, which is not to decode them: for a video it would need torchcodec."""
+    turns = uniform({"type": "image"}, {"type": "image"}, {"type": "video"})["messages"]
+    rows = {"messages": [turns] * 2, "images": [[picture, picture]] * 2, "video": [str(clip)] * 2}
+    data = datasets.Dataset.from_dict(rows)
+    data = data.cast_column("images", datasets.List(datasets.Image())).cast_column("video", datasets.Video())
+    path = tmp_path / "data"
+    if saved == "parquet":
+        path = path.with_suffix(".parquet")
+        data.to_parquet(path)
+    else:
+        (datasets.DatasetDict(train=data) if saved == "splits" else data).save_to_disk(path)
+    source = Source(path, streaming=streaming)
+    sample = ConversationEncoder(processor, fps=4)(source[1][1])
+    assert sample["mm_token_type_ids"][sample["mm_token_type_ids"] > 0].tolist() == [1, 1, 2]
+    expected = ConversationEncoder(processor)(example({"type": "image", "image": picture}))["pixel_values"]
+    assert torch.equal(sample["pixel_values"], expected.repeat(2, 1))
+    if saved == "splits":
+        with pytest.raises(ValueError, match="no split 'test'; it has train"):
+            Source(path, split="test")
+
+
+def test_a_dataset_on_the_hub(monkeypatch, tmp_path):
+    asked = {}
+
+    def load_dataset(path, **options):
+        asked.update(path=path, **options)
+        return datasets.Dataset.from_list([uniform(question="1?"), uniform(question="2?")])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source("org/name", split="test", name="en", revision="v2", data_files="a/*.parquet")
+    hub = {"name": "en", "revision": "v2", "data_files": "a/*.parquet"}
+    assert asked == {"path": "org/name", "split": "test", "streaming": False, **hub}
+    assert len(source) == 2 and source.media_root is None and "2 rows" in source.fingerprint
+    with pytest.raises(ValueError, match="no dataset on the Hub, which alone has name, revision"):
+        Source(write_rows(tmp_path / "rows.jsonl", [example()]), name="en", revision="v2")
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -218,8 +338,6 @@ def test_formats(kind, streaming, tmp_path):
     rows = [{"conversations": [{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": "!"}]} for n in range(5)]
     path = tmp_path / f"data.{'jsonl' if kind == 'folder' else kind}"
     if kind == "parquet":
-        import datasets
-
         datasets.Dataset.from_list(rows).to_parquet(path)
     elif kind == "json":
         path.write_text(json.dumps(rows))

@@ -60,7 +60,7 @@ def test_what_is_trained_can_be_asked(values, dataset, tmp_path, capsys):
     assert chat.ask("Which colour flashed first?", max_new_tokens=4)
     assert getattr(model.config, "use_cache", True)
     card = (final / "README.md").read_text()
-    assert "Fine-tuned from" in card and (final / "modeling_vamba.py").is_file()
+    assert "Fine-tuned from" in card and "license" not in card and (final / "modeling_vamba.py").is_file()
     assert yaml.safe_load((final / "recipe.yaml").read_text())["train"]["max_steps"] == 4
     assert not (final / "training_args.bin").exists() and not (tmp_path / "out" / ".saving").exists()
 
@@ -450,11 +450,14 @@ def test_a_broken_example_stops_the_run_if_asked(values, broken, workers, tmp_pa
     assert line.startswith("vamba: broken.jsonl#v3: ") and "gone.mp4" in line
 
 
-def test_push_to_hub_uploads_all_of_it(values, monkeypatch):
+def test_push_to_hub_uploads_all_of_it(values, checkpoint, tmp_path, monkeypatch):
     uploaded = {}
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: some/base\n---\n# Base\n")
+    values["model"]["path"] = str(base)
 
     class StandIn:
-        """Of huggingface_hub.HfApi: the two calls an upload makes."""
+        """Of huggingface_hub.HfApi: the calls an upload makes."""
 
         def __init__(self, token=None):
             uploaded["token"] = token
@@ -462,6 +465,9 @@ def test_push_to_hub_uploads_all_of_it(values, monkeypatch):
         def create_repo(self, repo_id, private=None, exist_ok=False):
             uploaded["private"] = private
             return type("RepoUrl", (), {"repo_id": repo_id})
+
+        def file_exists(self, repo_id, filename):
+            return False
 
         def upload_folder(self, repo_id, folder_path, commit_message):
             files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
@@ -472,7 +478,10 @@ def test_push_to_hub_uploads_all_of_it(values, monkeypatch):
     result = run(values, max_steps=1, push_to_hub=True, hub_model_id="me/tuned", hub_private_repo=True, hub_token="t")
     assert (uploaded["repo_id"], uploaded["private"], uploaded["token"]) == ("me/tuned", True, "t")
     wanted = {"config.json", "model.safetensors", "modeling_vamba.py", "processor_config.json", "tokenizer.json"}
-    assert wanted <= uploaded["files"].keys() and b"Fine-tuned from" in uploaded["files"]["README.md"]
+    assert wanted <= uploaded["files"].keys()
+    for card in (uploaded["files"]["README.md"].decode(), (result.folder / "README.md").read_text()):
+        front = yaml.safe_load(card.split("---")[1])
+        assert (front["license"], front["base_model"]) == ("cc-by-nc-4.0", "some/base") and "Fine-tuned from" in card
     assert uploaded["files"]["model.safetensors"] == (result.folder / "model.safetensors").read_bytes()
     assert "hub_token" not in (result.folder / "recipe.yaml").read_text()
 

@@ -150,10 +150,8 @@ class Mixture:
 
 
 def _open(path: str, split: str, streaming: bool, hub: dict) -> tuple[Any, str | None, list[Path]]:
-    """The rows; the folder that relative paths in them start from and the files, for a dataset on the Hub None and none.
-
-    `hub` is what `load_dataset` is told besides of a dataset there.
-    """
+    """The rows, the folder that relative paths in them start from, and the files; no folder and no files of a dataset
+    on the Hub, of which `hub` is what `load_dataset` is told besides."""
     from datasets import load_dataset, load_from_disk
 
     folder = Path(path).expanduser()

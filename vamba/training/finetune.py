@@ -174,7 +174,7 @@ def _finish(folder: Path, prepared: Prepared) -> None:
             video.size[edge] = area
     processor.save_pretrained(folder)
     if (folder / "config.json").is_file():
-        write_model_card(folder, repo_id=_repo_id(recipe), origin=f"Fine-tuned from {Path(recipe.model.path).name}.")
+        write_model_card(folder, repo_id=_repo_id(recipe), **_card(recipe))
     values = dataclasses.asdict(recipe)
     values["train"].pop("hub_token", None)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -204,8 +204,14 @@ def _push(folder: Path, prepared: Prepared) -> None:
         _repo_id(prepared.recipe),
         private=train.get("hub_private_repo"),
         token=train.get("hub_token"),
-        origin=f"Fine-tuned from {Path(prepared.recipe.model.path).name}.",
+        **_card(prepared.recipe),
     )
+
+
+def _card(recipe: Recipe) -> dict:
+    from vamba.hub import inherited_metadata
+
+    return {"origin": f"Fine-tuned from {Path(recipe.model.path).name}.", **inherited_metadata(recipe.model.path)}
 
 
 def _repo_id(recipe: Recipe) -> str:

@@ -423,6 +423,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         elif any(given is not None for given in (*pixels.values(), *grids.values())):
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)
             memory = self.encode_media(rows, pixels, memory, read_once=not use_cache)
+        self.warn_of_unseen_media(input_ids, memory, *(seen for _, seen in packed or ()))
         self._rotate_video_keys(memory, not unrotate_video_keys)
         return self.language_model(
             inputs_embeds=inputs_embeds,

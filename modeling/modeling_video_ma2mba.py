@@ -422,6 +422,8 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         unread_BN = memory.unread(attention_mask, inputs_embeds)
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         items = [list_media(*of) for of in zip(pixels, pixels.values(), (image_grid_thw, video_grid_thw))]
+        if not any(items):
+            self.warn_of_unseen_media(input_ids, memory)
         at_once = torch.is_grad_enabled() or N <= self.pass_frames * self.config.tokens_per_frame
         plain = not any(items) and at_once and not self._passes_are_shared
         if plain and (N == 1 or unread_BN is None):  # decoding asks nothing of the device

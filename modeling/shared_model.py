@@ -7,11 +7,16 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import logging
 
 from .chunked_loss import chunked_causal_lm_loss
 from .frame_streaming import MAX_CHUNK_FRAMES, normalized
 from .media import MediaItem, split_frames
+
+
+logger = logging.get_logger(__name__)
 
 
 class VideoModelMixin:
@@ -29,6 +34,23 @@ class VideoModelMixin:
             return input_ids == self.config.vision_start_token_id
         token = torch.tensor(self.config.vision_start_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def warn_of_unseen_media(self, input_ids: Tensor | None, *memories: Cache) -> None:
+        """Where text has marks of media and nothing was seen: others' collators leave media out and keep the marks.
+
+        Single tokens, as in decoding, are not looked at, as that would wait for the device.
+        """
+        if input_ids is None or input_ids.shape[1] < 2 or input_ids.is_meta or torch.compiler.is_compiling():
+            return
+        if any(memory.video_length or memory.get_seq_length() for memory in memories):
+            return
+        starts, ends = (input_ids == getattr(self.config, f"vision_{side}_token_id") for side in ("start", "end"))
+        if (starts[:, :-1] & ends[:, 1:]).any():
+            logger.warning_once(
+                "The text holds <|vision_start|><|vision_end|>, but neither images, videos nor a memory were given: "
+                "the model sees nothing there. Pass on all that the processor returns; in training, a collator that "
+                "knows videos, as vamba.data.Collator does."
+            )
 
     @property
     def tower_trains(self) -> bool:

@@ -211,8 +211,9 @@ def test_broken_images_are_skipped(processor, picture, tmp_path):
     assert told == {f"rows.jsonl#{kind}" for kind in kinds[1:]}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("saved", ["dataset", "splits", "parquet"])
+@pytest.mark.parametrize(
+    ("saved", "streaming"), [("dataset", False), ("dataset", True), ("splits", False), ("parquet", False)]
+)
 def test_columns_of_images_and_videos(saved, streaming, processor, picture, clip, tmp_path):
     """Written by `datasets`, which is not to decode them: for a video it would need torchcodec."""
     turns = uniform({"type": "image"}, {"type": "image"}, {"type": "video"})["messages"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
@@ -17,7 +18,7 @@ from vamba import VideoChat
 from vamba.cli import main
 from vamba.data import Collator, ConversationEncoder, Source
 from vamba.demo.tiny_mamba2 import tiny_neox_tokenizer
-from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
+from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, shared_model
 from vamba.modeling.decoder_layer import VambaMLP
 from vamba.modeling.mamba2 import Mamba2Mixer
 from vamba.training import load_recipe, parse_recipe
@@ -524,3 +525,23 @@ def test_trls_trainer(checkpoint, dataset, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[2] < losses[0]
+
+
+def test_trls_own_collator_is_warned_of(checkpoint, tmp_path, monkeypatch):
+    """It knows images only: the text keeps the marks of the videos, and the model is not given them."""
+    trl = pytest.importorskip("trl")
+    told = []
+    monkeypatch.setattr(shared_model.logger, "warning_once", told.append)
+    turns = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What happens?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    rows = Dataset.from_list([{"messages": turns}] * 4)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(checkpoint),
+        AutoProcessor.from_pretrained(checkpoint),
+    )
+    options = arguments(tmp_path, trl.SFTConfig, bf16=False, max_length=None)
+    options.max_steps = 1
+    trl.SFTTrainer(model, options, train_dataset=rows, processing_class=processor).train()
+    assert told and "neither images, videos nor a memory were given" in told[0]

@@ -202,7 +202,11 @@ def test_broken_images_are_skipped(processor, picture, tmp_path):
     (tmp_path / "crc.png").write_bytes(png[:40] + bytes([png[40] ^ 1]) + png[41:60] + bytes(40) + png[100:])
     (tmp_path / "none.png").write_bytes(b"")
     (tmp_path / "header.png").write_bytes(png[:29] + bytes(4) + png[33:])
-    kinds = ("whole", "cut", "crc", "none", "header", "gone")
+    picture.save(tmp_path / "bomb.png", "BMP")
+    with open(tmp_path / "bomb.png", "r+b") as file:
+        file.seek(18)
+        file.write(2 * (60000).to_bytes(4, "little"))  # its sides: PIL refuses so many pixels with an error of its own
+    kinds = ("whole", "cut", "crc", "none", "header", "gone", "bomb")
     rows = [example({"type": "image", "image": f"{kind}.png"}) | {"id": kind} for kind in kinds]
     stream = make_stream(processor, write_rows(tmp_path / "rows.jsonl", rows), rows=1)
     batches = take(stream.loader(), 2)

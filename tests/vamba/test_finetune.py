@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from vamba.training.preparation import prepare
 from vamba.training.trainer import NonFiniteLossError, VambaTrainer, last_checkpoint, publish
 
 from tiny_video_ma2mba import tiny_config
-from training_data import recipe_values, start, write_dataset
+from training_data import free_port, recipe_values, start, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -305,12 +306,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(values, tmp_path, monkeypatc
 
 
 FAILING = """
-import sys
+import os, sys
 from vamba.cli import main
 from vamba.training.trainer import VambaTrainer
 step = VambaTrainer.training_step
 def failing(self, *args):
-    if self.state.global_step == 1:
+    if self.state.global_step == 1 and os.environ["RANK"] == os.environ["FAILS"]:
         raise RuntimeError("out of memory, say")
     return step(self, *args)
 VambaTrainer.training_step = failing
@@ -318,15 +319,25 @@ main(["finetune", sys.argv[1]])
 """
 
 
-def test_an_error_ends_the_run_and_its_data_workers(values, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_ends_the_run_and_its_data_workers(values, tmp_path, processes):
+    """Of one process in two the other ends too, as it finds nobody to share its gradients with."""
     values["train"] |= {"dataloader_num_workers": 2}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
-    process = start(FAILING, [str(tmp_path / "r.yaml")], tmp_path / "failed")
-    process.join(25)
-    ended = process.exitcode is not None
-    process.kill()
-    assert ended and process.exitcode == 1
-    assert "RuntimeError: out of memory, say" in (tmp_path / "failed.err").read_text()
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"FAILS": str(processes - 1)}
+    running = [
+        start(FAILING, [str(tmp_path / "r.yaml")], tmp_path / str(rank), RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(processes)
+    ]
+    until = time.monotonic() + 30
+    for process in running:
+        process.join(until - time.monotonic())
+    ended = [process.exitcode for process in running]
+    for process in running:
+        process.kill()
+    assert ended == [1] * processes
+    assert "RuntimeError: out of memory, say" in (tmp_path / f"{processes - 1}.err").read_text()
 
 
 def test_a_run_in_another_thread(values):

@@ -4,7 +4,6 @@ accelerate runs FSDP on accelerators only, so here PyTorch's `fully_shard` is ap
 """
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import yaml
 from vamba.training import parse_recipe
 from vamba.training.finetune import finetune
 
-from training_data import recipe_values, start, write_dataset
+from training_data import free_port, recipe_values, start, write_dataset
 
 
 TWO = """
@@ -84,10 +83,7 @@ def two(checkpoint, tmp_path_factory):
     values = recipe_values(checkpoint, data, folder / "two", max_steps=3, save_strategy="steps", save_steps=3)
     values |= {"global_batch_size": 8}
     (folder / "r.yaml").write_text(yaml.safe_dump(values))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = [str(folder / "r.yaml"), str(Path(__file__).resolve().parents[1])]
     running = [
         start(TWO, arguments, folder / f"rank{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **common)
@@ -148,9 +144,7 @@ def test_processes_that_see_different_files(checkpoint, tmp_path):
     the whole teacher although FSDP loads the student on the first only."""
     data = write_dataset(tmp_path / "data", 8)
     (tmp_path / "fewer.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[:4]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     running = []
     for rank in range(2):
         recipes = []

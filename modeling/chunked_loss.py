@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .multi_axis_checkpointing import largest_of_ranks, weights_are_sharded
+from .ranks import largest_of_ranks, weights_are_sharded
 
 
 LOGITS_AT_ONCE = 2**26  # numbers in one chunk of logits: 256 MiB in float32

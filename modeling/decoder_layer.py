@@ -114,6 +114,7 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         video_mask_BM: Tensor | None = None,
         video_rows: list[int] | None = None,
         packed_videos: list[tuple[int, VideoLevel | None]] | None = None,
+        videos_besides: list[VideoLevel | None] = (),
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -143,6 +144,9 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
                 query_position_embeddings,
                 **kwargs,
             )
+        for video in videos_besides:
+            nothing = self._read_for_nothing(hidden_states, video, query_position_embeddings, **kwargs)
+            crossed = nothing.expand_as(hidden_states) if crossed is None else crossed + nothing
         hidden_states, normed = self._mix(residual, attended, crossed)
         return hidden_states + self.mlp(normed)
 
@@ -156,9 +160,6 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
         """Each sample of a packed row reads its own video, or zeros if it has none."""
         outputs, start = [], 0
         for length, video in videos:
-            if not length:  # a sample that only other ranks have: its layers have to run backward here as well
-                outputs[-1] = outputs[-1] + 0 * (video.keys_BHMP.sum() + video.values_BHMP.sum())
-                continue
             part = hidden_BND[:, start : start + length]
             positions = position_embeddings and tuple(t[:, start : start + length] for t in position_embeddings)
             crossed = torch.zeros_like(part)
@@ -167,6 +168,21 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
             outputs.append(crossed)
             start += length
         return torch.cat(outputs, 1)
+
+    def _read_for_nothing(
+        self,
+        hidden_BND: Tensor,
+        video: VideoLevel | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Zero: the first token reads a video, or zeros, only because another rank reads one more (see `ranks`)."""
+        first = hidden_BND[:1, :1]
+        if video is None:
+            zeros = first.new_zeros(1, self.cross_attn.num_key_value_heads, 1, self.cross_attn.head_dim)
+            video = VideoLevel(zeros, zeros)
+        positions = position_embeddings and tuple(t[:1, :1] for t in position_embeddings)
+        return 0 * self.cross_attn(first, video, None, None, positions, **kwargs)[0].sum()
 
     def _mix(self, residual: Tensor, attended: Tensor, crossed: Tensor | None) -> tuple[Tensor, Tensor]:
         """T' of equation 4, and its norm."""

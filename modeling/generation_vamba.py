@@ -13,6 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .graphed_decoding import GraphedDecoding
 from .media import uncached_media
+from .ranks import calls_are_shared
 from .video_memory import VideoMemory
 
 
@@ -69,7 +70,8 @@ class VambaGenerationMixin(GenerationMixin):
             model_kwargs["unrotate_video_keys"] = True
         pixels = {kind: model_kwargs.pop(f"pixel_values{suffix}", None) for kind, suffix in _SUFFIXES.items()}
         grids = {kind: model_kwargs.pop(f"{kind}_grid_thw", None) for kind in _SUFFIXES}
-        if all(given is None for given in (*pixels.values(), *grids.values())):
+        given = any(given is not None for given in (*pixels.values(), *grids.values()))
+        if not given and not calls_are_shared(self):
             return model_kwargs
         input_ids = model_kwargs.get("input_ids") if inputs_tensor.is_floating_point() else inputs_tensor
         if input_ids is not None and input_ids.shape[1] != inputs_tensor.shape[1]:
@@ -80,9 +82,10 @@ class VambaGenerationMixin(GenerationMixin):
         if cache is not None:
             starts_BN = self.model.media_starts(input_ids, inputs_tensor)
             rows = uncached_media(rows, starts_BN, cache.get_seq_length())
+        memory = VideoMemory.of(cache, self.config.text_config)
+        self.model.encode_media([(memory, rows)] if any(rows) else [], pixels)
         if any(rows):
-            memory = VideoMemory.of(cache, self.config.text_config)
-            model_kwargs["video_memory"] = self.model.encode_media(rows, pixels, memory)
+            model_kwargs["video_memory"] = memory
         return model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):

@@ -13,7 +13,7 @@ from .frame_streaming import to_device
 from .graphed_decoding import GraphedDecoding
 from .media import list_media
 from .media_stream import media_of_rows, runs_of
-from .multi_axis_checkpointing import weights_are_sharded
+from .ranks import weights_are_sharded
 from .state_memory import StateMemory
 
 

@@ -39,7 +39,7 @@ from .frame_streaming import default_chunk_frames, load_ahead, normalized, to_de
 from .generation_vamba import VambaGenerationMixin
 from .graphed_decoding import GraphedDecoding
 from .media import MediaItem, assign_media, chunk_patches, list_media, media_positions, split_frames
-from .multi_axis_checkpointing import largest_of_ranks, weights_are_sharded
+from .ranks import agree_on_calls, calls_are_shared
 from .shared_model import VideoHeadMixin, VideoModelMixin
 from .text_triton import FusedRMSNorm
 from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder
@@ -80,12 +80,14 @@ class VambaTextModel(VambaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         packed: list[tuple[int, VideoMemory]] | None = None,
+        read_besides: list[VideoMemory] = (),
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
         packed (`list` of `(int, VideoMemory)`, *optional*):
-            The samples that one row of text consists of: their lengths, and the memories of their videos. At the end
-            there may be memories for no text, which nothing is read of.
+            The samples that one row of text consists of: their lengths, and the memories of their videos.
+        read_besides (`list` of `VideoMemory`, *optional*):
+            Memories, perhaps without video, that are read for nothing, as other ranks read more than this one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -115,8 +117,12 @@ class VambaTextModel(VambaPreTrainedModel):
                 (length, seen.level(index, layer.device_for(inputs_embeds)) if seen.video_length else None)
                 for length, seen in samples
             ]
+            besides = [
+                (seen, seen.level(index, layer.device_for(inputs_embeds)) if seen.video_length else None)
+                for seen in read_besides
+            ]
             keys, values, *scales = (None if packed else videos[0][1]) or (None, None)
-            with _saving([(seen, video) for (_, seen), (_, video) in zip(samples, videos)]):
+            with _saving([*((seen, video) for (_, seen), (_, video) in zip(samples, videos)), *besides]):
                 hidden_states = layer(
                     hidden_states,
                     keys,
@@ -125,13 +131,14 @@ class VambaTextModel(VambaPreTrainedModel):
                     video_mask_BM=video_mask_BM,
                     video_rows=memory.video_rows,
                     packed_videos=videos if packed else None,
+                    videos_besides=[video for _, video in besides],
                     attention_mask=causal_mask,
                     past_key_values=text_cache,
                     position_embeddings=position_embeddings,
                     query_position_embeddings=query_positions,
                     **kwargs,
                 )
-            del keys, values, videos  # of deferred levels only autograd keeps them
+            del keys, values, videos, besides  # of deferred levels only autograd keeps them
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=text_cache
         )
@@ -243,67 +250,100 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
                 elif continue_video:
                     raise ValueError(f"A video of {item.h} x {item.w} patches cannot continue one of {previous[2:]}.")
             by_row[row].append(item)
-        return self.encode_media(by_row, {"video": pixel_values_videos}, memory, chunk_frames)
+        self.encode_media([(memory, by_row)], {"video": pixel_values_videos}, chunk_frames)
+        return memory
 
     def encode_media(
         self,
-        rows: list[list[MediaItem]],
+        videos: list[tuple[VideoMemory, list[list[MediaItem]]]],
         pixels: dict[str, Tensor],
-        memory: VideoMemory,
         chunk_frames: int | None = None,
         read_once: bool = False,
-    ) -> VideoMemory:
+        reads: int = 0,
+    ) -> list[VideoMemory]:
         """The loop all media go through: frames -> vision tower -> Mamba-2 blocks and video memory, chunk by chunk.
 
         Args:
-            rows: the media of each row in order. pixels: the patches of all images and of all videos, by kind.
-            memory: extended in place. chunk_frames: see `encode_video`.
+            videos: memories, extended in place, each with the media of its rows in order.
+            pixels: the patches of all images and of all videos, by kind. chunk_frames: see `encode_video`.
+            reads: how many memories the text is going to read.
+
+        Returns:
+            memories to be read besides, for nothing: as many as other ranks read more than this one (see `ranks`).
         """
-        if memory.num_video_rows not in (0, len(rows)):
-            raise ValueError(f"The memory has {memory.num_video_rows} video rows, the media are for {len(rows)}.")
-        if chunk_frames is None and not torch.is_grad_enabled():
-            largest = (max((item.h * item.w for item in row), default=0) for row in rows)
-            chunk_frames = default_chunk_frames(self, sum(largest))
-        self._rotate_video_keys(memory, True)  # as the new keys will be
-        frames = None if chunk_frames is None else max(1, chunk_frames // self.config.vision_config.temporal_patch_size)
+        frames = self._temporal_patches_at_once(videos, chunk_frames)
         merged = self.config.vision_config.spatial_merge_size**2
-        longest = max(sum(item.num_patches for item in row) // merged for row in rows)
-        memory.reserve(max(memory.expected_length, memory.video_length + longest))
-        device = self.visual.device
-        chunks = load_ahead(
-            split_frames(rows, frames),
+        for memory, rows in videos:
+            if memory.num_video_rows not in (0, len(rows)):
+                raise ValueError(f"The memory has {memory.num_video_rows} video rows, the media are for {len(rows)}.")
+            self._rotate_video_keys(memory, True)  # as the new keys will be
+            longest = max(sum(item.num_patches for item in row) // merged for row in rows)
+            memory.reserve(max(memory.expected_length, memory.video_length + longest))
+        device, read_once = self.visual.device, read_once and frames is None
+        chunks = [(memory, chunk) for memory, rows in videos for chunk in split_frames(rows, frames)]
+        passes = [self.count_passes(item for row in chunk for item in row) for _, chunk in chunks]
+        passes, all_reads = agree_on_calls(self, passes, reads, device)
+        loaded = load_ahead(
+            chunks,
             lambda chunk: [
-                part if frames is None else to_device(part, device) for part in chunk_patches(chunk, pixels)
+                part if frames is None else to_device(part, device) for part in chunk_patches(chunk[1], pixels)
             ],
             device,
         )
-        with memory.unchanged_on_error():
-            for chunk, patches in chunks:
-                vision_BSD, lengths_B = self._vision_tokens(chunk, patches)
-                positions = None
-                if self.config.text_config.cross_attn_use_position_embeddings:
-                    positions_3BS = media_positions(chunk, self.config.vision_config.spatial_merge_size)
-                    positions = self.language_model.rotary_emb(vision_BSD, positions_3BS.to(vision_BSD.device))
-                read_once = read_once and frames is None
-                self.video_encoder(memory, vision_BSD, self.language_model.layers, lengths_B, positions, read_once)
+        with contextlib.ExitStack() as on_error:
+            for memory, _ in videos:
+                on_error.enter_context(memory.unchanged_on_error())
+            for ((memory, chunk), patches), count in zip(loaded, passes):
+                vision_BSD, lengths_B = self._vision_tokens(chunk, patches, count)
+                self._encode(memory, chunk, vision_BSD, lengths_B, read_once)
                 memory.note_media(chunk)
-        return memory
+            idle = [VideoMemory(self.config) for _ in passes[len(chunks) :]]
+            smallest = MediaItem("video", 1, self.smallest_side, self.smallest_side, 0)
+            for memory, count in zip(idle, passes[len(chunks) :]):
+                vision_BSD = self.black_passes(count).repeat(1, 1, self.config.text_config.hidden_size)
+                self._encode(memory, [[smallest]], vision_BSD, None, read_once)
+        return (idle + [VideoMemory(self.config)] * all_reads)[: all_reads - reads]
 
-    def _vision_tokens(self, chunk: list[list[MediaItem]], parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _temporal_patches_at_once(self, videos, chunk_frames: int | None) -> int | None:
+        """How many temporal patches of each row go through the model at once; None for all."""
+        if chunk_frames is None and not torch.is_grad_enabled():
+            rows = [[item.h * item.w for item in row] for _, rows in videos for row in rows]
+            chunk_frames = default_chunk_frames(self, sum(max(row, default=0) for row in rows))
+        return None if chunk_frames is None else max(1, chunk_frames // self.config.vision_config.temporal_patch_size)
+
+    def _encode(self, memory, chunk, vision_BSD: Tensor, lengths_B: Tensor | None, read_once: bool) -> None:
+        positions = None
+        if self.config.text_config.cross_attn_use_position_embeddings:
+            positions_3BS = media_positions(chunk, self.config.vision_config.spatial_merge_size)
+            positions = self.language_model.rotary_emb(vision_BSD, positions_3BS.to(vision_BSD.device))
+        self.video_encoder(memory, vision_BSD, self.language_model.layers, lengths_B, positions, read_once)
+
+    def _vision_tokens(
+        self, chunk: list[list[MediaItem]], parts: list[Tensor], passes: int
+    ) -> tuple[Tensor, Tensor | None]:
         """V_0 of one chunk, rows padded on the right, (B, S, D), and the rows' lengths if they differ.
 
-        `parts` holds the patches of its items in order, wherever they are cut.
+        Args:
+            parts: the patches of its items in order, wherever they are cut. passes: see `tower_tokens`.
         """
-        tokens = []
-        for patches, grid in self.tower_passes([item for row in chunk for item in row], parts):
-            if not isinstance(self.visual, VambaVisionTower):  # ours would have to wait for the GPU to read it there
-                grid = to_device(grid, self.visual.device)
-            patches = to_device(patches, self.visual.device)
-            tokens += self.get_video_features(patches, grid, return_dict=True).pooler_output
+        tokens, zero = self.tower_tokens([item for row in chunk for item in row], parts, passes)
+        if zero is not None:
+            tokens[0] = tokens[0] + zero
         merged = self.config.vision_config.spatial_merge_size**2
         lengths = [sum(item.num_patches for item in row) // merged for row in chunk]
         lengths_B = torch.tensor(lengths, device=tokens[0].device) if len(set(lengths)) > 1 else None
         return nn.utils.rnn.pad_sequence(torch.cat(tokens).split(lengths), batch_first=True), lengths_B
+
+    def _tower_pass(self, patches: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]:
+        if not isinstance(self.visual, VambaVisionTower):  # ours would have to wait for the GPU to read it there
+            grid_thw = to_device(grid_thw, self.visual.device)
+        patches = to_device(patches, self.visual.device)
+        return self.get_video_features(patches, grid_thw, return_dict=True).pooler_output
+
+    @property
+    def smallest_side(self) -> int:
+        """Patches along each side of the smallest frame that the tower takes."""
+        return self.config.vision_config.spatial_merge_size
 
     def _rotate_video_keys(self, memory: VideoMemory, rotated: bool) -> None:
         """Puts M-RoPE on a memory's keys or takes it off, once."""
@@ -337,7 +377,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in ("image", "video"))
         return assign_media(images, videos, self.media_starts(input_ids, inputs_embeds), mm_token_type_ids)
 
-    def packed_samples(
+    def media_of_samples(
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor,
@@ -345,8 +385,8 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         pixels: dict[str, Tensor | None],
         grids: dict[str, Tensor | None],
         lengths: list[int],
-    ) -> list[tuple[int, VideoMemory]]:
-        """Length and encoded media of each sample packed into one row of text. Arguments as of `media_rows`.
+    ) -> list[list[MediaItem]]:
+        """Which media belong to which of the samples packed into one row of text. Arguments as of `media_rows`.
 
         Raises:
             ValueError: more than one row, or lengths that do not add up to it.
@@ -360,24 +400,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
 
         images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in ("image", "video"))
         types = None if mm_token_type_ids is None else by_sample(mm_token_type_ids)
-        rows = assign_media(images, videos, by_sample(self.media_starts(input_ids, inputs_embeds)), types)
-        idle, encoded = 0, sum(map(bool, rows))
-        if weights_are_sharded(self.video_encoder):
-            idle = largest_of_ranks([encoded], self.visual.device)[0] - encoded
-        memories = [self.encode_media([row], pixels, VideoMemory(self.config), read_once=True) for row in rows]
-        memories += [self._idle_memory() for _ in range(idle)]
-        for memory in memories:
-            memory.keep_no_cell()
-        return [*zip([*lengths, *[0] * idle], memories)]
-
-    def _idle_memory(self) -> VideoMemory:
-        """256 black video tokens: where weights are sharded, each call of a layer gathers them from all ranks, so one
-        with fewer samples than another calls the layers for these instead."""
-        vision, side = self.config.vision_config, 16 * self.config.vision_config.spatial_merge_size
-        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        black = torch.zeros(side * side, numbers, device=self.visual.device, dtype=self.visual.dtype)
-        item = MediaItem("video", 1, side, side, 0)
-        return self.encode_media([[item]], {"video": black}, VideoMemory(self.config), read_once=True)
+        return assign_media(images, videos, by_sample(self.media_starts(input_ids, inputs_embeds)), types)
 
     @can_return_tuple
     @auto_docstring
@@ -412,18 +435,28 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
                 raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
             inputs_embeds = self.get_input_embeddings()(input_ids)
         memory, packed = VideoMemory.of(past_key_values, self.config.text_config), None
+        videos: list[tuple[VideoMemory, list[list[MediaItem]]]] = []
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         grids = {"image": image_grid_thw, "video": video_grid_thw}
         if packed_lengths is not None:
             lengths = torch.as_tensor(packed_lengths).tolist()
-            packed = self.packed_samples(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids, lengths)
+            rows = self.media_of_samples(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids, lengths)
+            packed = [(length, VideoMemory(self.config)) for length in lengths]
+            videos = [(sample, [row]) for (_, sample), row in zip(packed, rows) if row]
             if position_ids is None:
                 position_ids = torch.cat([torch.arange(n, device=inputs_embeds.device) for n in lengths])[None]
             attention_mask = None  # there is no padding within, and the samples' borders are in the positions
         elif any(given is not None for given in (*pixels.values(), *grids.values())):
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)
-            memory = self.encode_media(rows, pixels, memory, read_once=not use_cache)
-        self.warn_of_unseen_media(input_ids, memory, *(seen for _, seen in packed or ()))
+            videos = [(memory, rows)] if any(rows) else []
+        read_besides: list[VideoMemory] = []
+        if videos or calls_are_shared(self):
+            reads = max(len(videos), min(1, memory.video_length))
+            read_once = packed is not None or not use_cache
+            read_besides = self.encode_media(videos, pixels, read_once=read_once, reads=reads)
+        for sample in [*(sample for _, sample in packed), *read_besides] if packed else []:
+            sample.keep_no_cell()
+        self.warn_of_unseen_media(input_ids, *([memory] if packed is None else (sample for _, sample in packed)))
         self._rotate_video_keys(memory, not unrotate_video_keys)
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -432,6 +465,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
             past_key_values=memory,
             use_cache=use_cache if packed is None else False,
             packed=packed,
+            read_besides=read_besides,
             **kwargs,
         )
 

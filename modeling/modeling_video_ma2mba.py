@@ -8,7 +8,6 @@ Shapes: B batch, N text tokens, S tokens of one chunk of the stream, F frames, D
 """
 
 from collections.abc import Callable
-from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +33,10 @@ from .media_stream import Run, media_of_rows, runs_of, split_runs, text_outputs
 from .multi_axis_checkpointing import (
     MultiAxisCheckpointingMixin,
     MultiAxisSettings,
-    largest_of_ranks,
     run_cells,
-    weights_are_sharded,
 )
 from .multi_axis_memory import mamba2_costs
+from .ranks import agree_on_calls, calls_are_shared
 from .shared_model import VideoHeadMixin, VideoModelMixin
 from .state_memory import StateMemory
 
@@ -311,8 +309,11 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
 
         wants_levels = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         levels: list[Tensor | None] = []
-        for chunk, parts in load_ahead(split_runs(streams, tokens, per_frame), patches, device):
-            stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, parts)
+        chunks = list(split_runs(streams, tokens, per_frame))
+        passes = [self.count_passes(run.item for stream in chunk for run in stream if run.item) for chunk in chunks]
+        passes, _ = agree_on_calls(self, passes, 0, device)
+        for (chunk, parts), count in zip(load_ahead(chunks, patches, device), passes):
+            stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, parts, count)
             rows, places, positions = text_outputs(chunk, per_frame)
             read_at = None if wants_levels else (rows, places)
             output = self.language_model(
@@ -325,19 +326,24 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
                     row, place, position = (index.to(new.device) for index in (rows, places, positions))
                     level[row, position] = new[row, place] if read_at is None else new
             memory.note_chunk(chunk)
+        for count in passes[len(chunks) :]:  # chunks that only other ranks have
+            self.black_passes(count)
+            nothing = inputs_embeds.new_zeros(1, 1, inputs_embeds.shape[-1])
+            self.language_model(inputs_embeds=nothing, past_key_values=StateMemory(self.config), **kwargs)
         last, *hidden_states = levels or [inputs_embeds.new_zeros(inputs_embeds.shape)]
         return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=tuple(hidden_states) or None)
 
     def _stream_tokens(
-        self, chunk: list[list[Run]], inputs_embeds: Tensor, patches: list[Tensor]
+        self, chunk: list[list[Run]], inputs_embeds: Tensor, patches: list[Tensor], passes: int
     ) -> tuple[Tensor, Tensor | None]:
         """The tokens of one chunk, rows padded on the right, (B, S, D), and the rows' lengths if they differ.
 
-        `patches` holds those of its media in order, wherever they are cut.
+        Args:
+            patches: those of its media in order, wherever they are cut. passes: see `tower_tokens`.
         """
         items = [run.item for stream in chunk for run in stream if run.item]
-        idle = self._idle_passes(items)
-        media = (tokens for taken in self.tower_passes(items, patches) for tokens in self._tower_pass(*taken))
+        tokens, zero = self.tower_tokens(items, patches, passes)
+        media = iter(tokens)
         by_row = []
         for text_ND, stream in zip(inputs_embeds, chunk):
             parts = [text_ND[:0]]
@@ -350,8 +356,8 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
                         parts.append(next(media).to(text_ND))
                         left -= len(parts[-1])
             by_row.append(torch.cat(parts))
-        if idle:
-            by_row[0] = by_row[0] + self._black_passes(idle).to(by_row[0])
+        if zero is not None:
+            by_row[0] = by_row[0] + zero.to(by_row[0])
         lengths = [len(row) for row in by_row]
         lengths_B = torch.tensor(lengths, device=inputs_embeds.device) if len(set(lengths)) > 1 else None
         return nn.utils.rnn.pad_sequence(by_row, batch_first=True), lengths_B
@@ -368,26 +374,10 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
             return checkpoint(tokens, patches, use_reentrant=False)
         return tokens(patches)
 
-    def _idle_passes(self, items: list[MediaItem]) -> int:
-        """How many passes more than this rank another makes; all ranks ask before the first.
-
-        Where weights are sharded, each pass gathers them from all ranks, so ranks must make equally many.
-        """
-        if not self._passes_are_shared:
-            return 0
-        passes = ceil(sum(item.t for item in items) / self.pass_frames)
-        return largest_of_ranks([passes], self.visual.device)[0] - passes
-
-    def _black_passes(self, count: int) -> Tensor:
-        """Zero, after so many passes of a black frame, through which backward goes as well."""
-        grid, size = self.config.grid_size, self.config.vision_config.patch_size
-        black = torch.zeros(grid * grid, 3 * size**2, device=self.visual.device)
-        one = torch.tensor([[1, grid, grid]])
-        return sum((0 * self._tower_pass(black, one)[0].sum() for _ in range(count)), start=black.sum())
-
     @property
-    def _passes_are_shared(self) -> bool:
-        return torch.is_grad_enabled() and weights_are_sharded(self)
+    def smallest_side(self) -> int:
+        """Patches along each side of a frame."""
+        return self.config.grid_size
 
     @can_return_tuple
     @auto_docstring
@@ -425,7 +415,7 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         if not any(items):
             self.warn_of_unseen_media(input_ids, memory)
         at_once = torch.is_grad_enabled() or N <= self.pass_frames * self.config.tokens_per_frame
-        plain = not any(items) and at_once and not self._passes_are_shared
+        plain = not any(items) and at_once and not calls_are_shared(self)
         if plain and (N == 1 or unread_BN is None):  # decoding asks nothing of the device
             lengths_B = None if unread_BN is None else unread_BN.sum(1)
             output = self.language_model(

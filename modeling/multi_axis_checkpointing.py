@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from .cpu_offloading import offload_saved
 from .mamba2 import Mamba2State
 from .multi_axis_memory import MemoryCosts, choose_intervals, cpu_memory_budget, memory_budget
+from .ranks import largest_of_ranks, weights_are_sharded
 
 
 @dataclass
@@ -51,12 +52,24 @@ class CutSequence:
     ) -> "CutSequence":
         """Cuts after every `sequence_interval` tokens, or into blocks of the given sizes, which are views of one row.
 
+        Sizes that add up to more than S tokens have padding at the end.
+
         Args:
             lengths_B: valid tokens of each row, (B,) int64, the rest being padding on the right; None for all.
             along: tensors whose dimension 1 runs along the sequence, (B, S, ...), cut alike.
 
         The context of a block is its own lengths (or None), then its slice of each tensor of `along`.
         """
+        missing = 0 if isinstance(sequence_interval, int) else sum(sequence_interval) - hidden_BSD.shape[1]
+        if missing:
+            lengths_B = (
+                hidden_BSD.new_full(hidden_BSD.shape[:1], hidden_BSD.shape[1], dtype=torch.long)
+                if lengths_B is None
+                else lengths_B
+            )
+            hidden_BSD, *along = (
+                nn.functional.pad(t.movedim(1, -1), (0, missing)).movedim(-1, 1) for t in (hidden_BSD, *along)
+            )
         # Dense, as what is brought back from the CPU is: operations choose their way by strides, in backward the same.
         blocks = [block.contiguous() for block in hidden_BSD.split(sequence_interval, dim=1)]
         lengths, start = [], 0
@@ -171,7 +184,7 @@ def run_cells(
     levels = LazyLevels(step, [sequence], layer_interval, offload)
     if read_at is None:
         levels.finish()
-        return torch.cat(sequence.blocks, 1), sequence.states
+        return torch.cat(sequence.blocks, 1)[:, : hidden_BSD.shape[1]], sequence.states
     order, inside = _places_in_blocks(*read_at, [block.shape[1] for block in sequence.blocks])
     sequence.context = [(lengths, *taken) for (lengths,), taken in zip(sequence.context, inside)]
     read = torch.cat([read for (read,) in levels.take(len(layers) - 1)])
@@ -203,10 +216,8 @@ class MultiAxisSettings(NamedTuple):
 
         `costs` are those of one row, `module` holds the layers. Where its weights are sharded (FSDP2, ZeRO-3) every
         call of a layer gathers them from all ranks, so ranks must run the same cells: they agree on the number of
-        blocks that the longest sequence and the largest batch need, and each cuts its own evenly.
-
-        Raises:
-            ValueError: fewer tokens than blocks.
+        blocks that the longest sequence and the largest batch need, and each cuts its own evenly. A sequence of fewer
+        tokens than blocks gets blocks of one token, of which the last are padding (see `CutSequence.cut`).
         """
         B, S, _ = hidden_BSD.shape
         budget, waiting = memory_budget(hidden_BSD.device), cpu_memory_budget() if self.offload else None
@@ -222,27 +233,9 @@ class MultiAxisSettings(NamedTuple):
             rows=rows, offload=self.offload, cpu_budget=waiting, layer_interval=layer, sequence_interval=sequence,
         )  # fmt: skip
         blocks = ceil(longest / sequence)
-        if S < blocks:
-            raise ValueError(f"{S} tokens cannot be cut into {blocks} blocks, which another rank needs for {longest}.")
         if sharded:
-            return layer, [S // blocks + (index < S % blocks) for index in range(blocks)]
+            return layer, [max(1, S // blocks + (index < S % blocks)) for index in range(blocks)]
         return layer, [sequence] * (blocks - 1) + [S - sequence * (blocks - 1)]
-
-
-def weights_are_sharded(module: nn.Module) -> bool:
-    """Whether ranks hold parts of the weights and gather them for each call: FSDP2, or DeepSpeed's ZeRO-3."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in module.parameters())
-
-
-def largest_of_ranks(numbers: list[int], device: torch.device) -> list[int]:
-    """The largest that each number is on any rank; all ranks must ask."""
-    found = torch.tensor(numbers, device=device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return found.tolist()
 
 
 class MultiAxisCheckpointingMixin:
@@ -296,7 +289,5 @@ __all__ = [
     "LazyLevels",
     "MultiAxisCheckpointingMixin",
     "MultiAxisSettings",
-    "largest_of_ranks",
     "run_cells",
-    "weights_are_sharded",
 ]

@@ -3,7 +3,8 @@
 Shapes: B batch, N text tokens, D hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +91,35 @@ class VideoModelMixin:
         """Temporal patches that the tower takes at once."""
         return MAX_CHUNK_FRAMES // self.config.vision_config.temporal_patch_size
 
-    def tower_passes(self, items: list[MediaItem], parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def count_passes(self, items: Iterable[MediaItem]) -> int:
+        return ceil(sum(item.t for item in items) / self.pass_frames)
+
+    def tower_tokens(
+        self, items: list[MediaItem], parts: list[Tensor], passes: int
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """The tokens of the items, run by run of frames, after `passes` passes of the tower.
+
+        Of these as many are for black frames as this rank needs less than another; what they give is zero, to be added
+        to something that backward goes through, or None. `parts` holds the items' patches in order, wherever cut.
+        """
+        tokens = [part for taken in self._tower_passes(items, parts) for part in self._tower_pass(*taken)]
+        return tokens, self.black_passes(passes - self.count_passes(items))
+
+    def black_passes(self, count: int) -> Tensor | None:
+        """Zero, after so many passes of the smallest frame through the tower; None for none."""
+        vision, side = self.config.vision_config, self.smallest_side
+        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        black = torch.zeros(side**2, numbers, device=self.visual.device, dtype=self.visual.dtype)
+        grid = torch.tensor([[1, side, side]])
+        return sum(0 * self._tower_pass(black, grid)[0].sum() for _ in range(count)) if count > 0 else None
+
+    def _tower_passes(self, items: list[MediaItem], parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Patches and grid, on the CPU, of what the tower takes at once; `parts` are the items' patches in order.
 
         A chunk may be of any size where gradients are recorded: the tower, mostly frozen then, takes it in passes.
         """
+        if not items:
+            return
         if len({part.dtype for part in parts}) > 1:
             parts = [normalized(part, self.config) for part in parts]
         patches, start = parts[0] if len(parts) == 1 else torch.cat(parts), 0

@@ -99,8 +99,7 @@ class VambaVideoEncoder(VambaPreTrainedModel):
                 memory.defer(levels)
                 return memory
             for index in range(levels.num_levels):
-                for keys_values in levels.take(index):
-                    memory.append(index, *keys_values)
+                memory.append(index, *(torch.cat(parts, 2)[:, :, :S] for parts in zip(*levels.take(index))))
             memory.states[:] = levels.sequences[0].states[:-1]
             return memory
         for index, state in enumerate([*memory.states, None]):

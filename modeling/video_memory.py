@@ -192,7 +192,7 @@ class VideoMemory(Cache):
         store = self._levels[layer_idx]
         if self._deferred is not None:
             new = [*store.parts, *(VideoLevel(*keys_values) for keys_values in self._deferred.take(layer_idx))]
-            return LevelStore(new).read()
+            return LevelStore(new).read().map(lambda t: t[:, :, : self.video_length])  # without what fills up cells
         level = store.read()
         if device is None or level.keys_BHMP.device == device:
             return level

@@ -298,10 +298,10 @@ def test_ranks_that_share_weights_make_as_many_passes(monkeypatch, given):
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     alone = {name: None if gradient is None else gradient.clone() for name, gradient in gradients().items()}
-    room = "vamba.modeling.modeling_video_ma2mba."
     monkeypatch.setattr("vamba.modeling.shared_model.MAX_CHUNK_FRAMES", 2)
-    monkeypatch.setattr(room + "weights_are_sharded", lambda module: True)
-    monkeypatch.setattr(room + "largest_of_ranks", lambda numbers, device: [5])
+    agreed = "vamba.modeling.modeling_video_ma2mba.agree_on_calls"
+    monkeypatch.setattr(agreed, lambda module, passes, reads, device: ([5], reads))
+    monkeypatch.setattr("vamba.modeling.modeling_video_ma2mba.calls_are_shared", lambda module: True)
     model.model.visual.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
     for name, gradient in gradients().items():
         expected = torch.zeros_like(gradient) if alone[name] is None else alone[name]

@@ -1,0 +1,61 @@
+"""Several ranks train one model: whatever their batches hold, they call every layer equally often.
+
+What is unusual: where weights are sharded (FSDP2, DeepSpeed's ZeRO-3) each call of a layer gathers them from all ranks,
+in forward and in backward. How often a rank calls the vision tower, the video's layers and the cross-attention depends
+on its batch: the length of its videos, the samples of a pack, or no media at all. So before it calls any of them it
+asks for the most that any rank needs, and makes up for what it has less with black frames, whose outputs are
+multiplied by zero. Under DDP nothing is gathered, but every parameter has to get a gradient, so a batch without media
+runs one black frame there too.
+"""
+
+import torch
+from torch import nn
+
+
+def weights_are_sharded(module: nn.Module) -> bool:
+    """Whether ranks hold parts of the weights and gather them for each call: FSDP2, or DeepSpeed's ZeRO-3."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in module.parameters())
+
+
+def largest_of_ranks(numbers: list[int], device: torch.device) -> list[int]:
+    """The largest that each number is on any rank; all ranks must ask."""
+    found = torch.tensor(numbers, device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found.tolist()
+
+
+def calls_are_shared(module: nn.Module) -> bool:
+    """Whether other ranks wait for this one to call the layers that its own batch does not need."""
+    return weights_are_sharded(module) or _trains_beside_others(module)
+
+
+def _trains_beside_others(module: nn.Module) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return module.training and torch.is_grad_enabled() and torch.distributed.get_world_size() > 1
+
+
+def agree_on_calls(module: nn.Module, passes: list[int], reads: int, device: torch.device) -> tuple[list[int], int]:
+    """What all ranks call in one forward, of which each has given what it needs itself.
+
+    Args:
+        passes: for each chunk of this rank's media, how often the vision tower is called for it.
+        reads: how many videos the text reads, one after the other.
+
+    Returns:
+        Both as the rank needs them that has most: passes of as many chunks, and reads.
+    """
+    if weights_are_sharded(module):
+        chunks, reads = largest_of_ranks([len(passes), reads], device)
+        if chunks:
+            passes = largest_of_ranks([*passes, *[0] * (chunks - len(passes))], device)
+    elif not any(passes) and _trains_beside_others(module):
+        passes, reads = [1, *passes[1:]], max(reads, 1)
+    return passes, reads
+
+
+__all__ = ["agree_on_calls", "calls_are_shared", "largest_of_ranks", "weights_are_sharded"]

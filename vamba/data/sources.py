@@ -19,7 +19,7 @@ import numpy as np
 
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-SAVED = ("state.json", "dataset_dict.json")  # one of them is in a folder that `save_to_disk` wrote
+SAVED = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})  # what is in a folder that `save_to_disk` wrote
 HEAD = 2**16  # bytes at both ends of a file that its fingerprint is made of, besides its size
 SHUFFLE_BUFFER = 1000  # rows of a streamed source among which the next is drawn
 
@@ -155,7 +155,7 @@ def _open(path: str, split: str, streaming: bool, hub: dict) -> tuple[Any, str |
     from datasets import load_dataset, load_from_disk
 
     folder = Path(path).expanduser()
-    saved = any((folder / name).is_file() for name in SAVED)
+    saved = any(all((folder / name).is_file() for name in names) for names in SAVED)
     files = sorted(folder.rglob("*.arrow")) if saved else _files(folder)
     if files is None:
         return _undecoded(load_dataset(path, split=split, streaming=streaming, **hub)), None, []

@@ -72,35 +72,21 @@ def write_hub_files(source: Path, folder: Path, config: VambaConfig, kind: str, 
     """What a checkpoint on the Hub carries besides: the model's code, for machines without this package, and a card.
 
     Args:
-        source: the folder converted from; its card says under which license.
+        source: the folder converted from; its card says under which license and of what it was made.
         folder: the folder being written, under its temporary name. name: the name it will have.
         kind: what the source is; a Qwen2-VL or a Mamba-2 has to be trained before it is of use with video.
     """
-    from vamba.hub import write_model_card, write_remote_code
+    from vamba.hub import inherited_metadata, write_model_card, write_remote_code
 
     write_remote_code(folder, config.model_type)
     write_model_card(
         folder,
         config,
         repo_id=name,
-        base_model=_base_model(source),
-        license=_license(source),
+        **inherited_metadata(source),
         origin=f"Converted from {source.name} ({kind}).",
         state="converted" if kind in (QWEN2_VL, STATE_SPACES, MAMBA2) else "trained",
     )
-
-
-def _base_model(source: Path) -> str:
-    """The Hub id the source's config remembers, or its folder's name."""
-    remembered = read_json(source / "config.json").get("_name_or_path") or ""
-    return remembered if re.fullmatch(r"[\w.-]+/[\w.-]+", remembered) else source.name
-
-
-def _license(source: Path) -> str:
-    """From the front matter of the source's card; "other" if it says nothing."""
-    card = source / "README.md"
-    found = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8"), re.M) if card.is_file() else None
-    return found[1] if found else "other"
 
 
 def strip_pads(template: str) -> str:

@@ -501,6 +501,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         for sample in [*(sample for _, sample in packed), *read_besides] if packed else []:
             sample.keep_no_cell()
         memory.expand_rows(inputs_embeds.shape[0])
+        self.warn_of_unseen_media(input_ids, *([memory] if packed is None else (sample for _, sample in packed)))
         self._rotate_video_keys(memory, not unrotate_video_keys)
         return self.language_model(
             inputs_embeds=inputs_embeds,

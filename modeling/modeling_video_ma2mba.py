@@ -440,6 +440,8 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         grids = without_seen_grids(pixels, {"image": image_grid_thw, "video": video_grid_thw}, memory.media)
         items = [list_media(kind, pixels[kind], grids[kind]) for kind in pixels]
+        if not any(items):
+            self.warn_of_unseen_media(input_ids, memory)
         at_once = torch.is_grad_enabled() or N <= self.pass_frames * self.config.tokens_per_frame
         plain = not any(items) and at_once and not calls_are_shared(self)
         if plain and (N == 1 or unread_BN is None):  # decoding asks nothing of the device

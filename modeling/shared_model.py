@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from .chunked_loss import chunked_causal_lm_loss
@@ -51,6 +52,9 @@ def flattened_lengths(
     return [end - start for start, end in pairwise(borders)]
 
 
+logger = logging.get_logger(__name__)
+
+
 class VideoModelMixin:
     """For a `PreTrainedModel` with a `visual` tower and a `language_model` that embeds tokens."""
 
@@ -83,6 +87,23 @@ class VideoModelMixin:
                 "or training since): encode the video again with the model that is asked."
             )
         return fingerprint
+
+    def warn_of_unseen_media(self, input_ids: Tensor | None, *memories: Cache) -> None:
+        """Where text has marks of media and nothing was seen: others' collators leave media out and keep the marks.
+
+        Single tokens, as in decoding, are not looked at, as that would wait for the device.
+        """
+        if input_ids is None or input_ids.shape[1] < 2 or input_ids.is_meta or torch.compiler.is_compiling():
+            return
+        if any(memory.video_length or memory.get_seq_length() for memory in memories):
+            return
+        starts, ends = (input_ids == getattr(self.config, f"vision_{side}_token_id") for side in ("start", "end"))
+        if (starts[:, :-1] & ends[:, 1:]).any():
+            logger.warning_once(
+                "The text holds <|vision_start|><|vision_end|>, but neither images, videos nor a memory were given: "
+                "the model sees nothing there. Pass on all that the processor returns; in training, a collator that "
+                "knows videos, as vamba.data.Collator does."
+            )
 
     @property
     def tower_trains(self) -> bool:

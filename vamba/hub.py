@@ -6,11 +6,16 @@ calls `write_remote_code`.
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from importlib import resources
 from pathlib import Path
 from string import Template
+from typing import Any
+
+import yaml
+from transformers.utils import cached_file, logging
 
 from . import modeling
 from .modeling.configuration_vamba import VambaConfig
@@ -18,7 +23,9 @@ from .modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 
 
 _CONFIGS = {"vamba": VambaConfig, "video_ma2mba": VideoMa2mbaConfig}
+METADATA = ("license", "license_name", "license_link", "base_model")  # of a card, that models made of a model share
 _FRESH = {"vamba": "Mamba-2 blocks are", "video_ma2mba": "projector is"}
+logger = logging.get_logger(__name__)
 _LIMITS = {
     "converted": "The $fresh freshly initialised: this checkpoint has to be trained before it is of use.",
     "trained": "What the model was trained on bounds what it knows; check its answers where they matter.",
@@ -43,8 +50,10 @@ def write_model_card(
     config: VambaConfig | VideoMa2mbaConfig | None = None,
     *,
     repo_id: str | None = None,
-    base_model: str | None = None,
-    license: str = "apache-2.0",
+    base_model: str | list[str] | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
     origin: str = "",
     state: str = "trained",
 ) -> Path:
@@ -53,19 +62,21 @@ def write_model_card(
     Args:
         config: of the model; read from the folder if None.
         repo_id: named in the snippet; the folder's name if None.
-        base_model, license: metadata of the card; None where there is no base model.
+        base_model, license, license_name, license_link: metadata of the card, left out where None; see
+            `inherited_metadata`.
         origin: a sentence on where the weights come from.
         state: "trained", or "converted" for a checkpoint with parts that never were; says what to expect.
     """
     folder = Path(folder)
     config = read_config(folder) if config is None else config
+    told = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
+    told = {name: value for name, value in told.items() if value is not None}
     text, template = config.text_config, f"{config.model_type}.md"
     card = Template(resources.files("vamba.model_cards").joinpath(template).read_text(encoding="utf-8"))
     values = {
         "name": (repo_id or folder.resolve().name).split("/")[-1],
         "repo_id": repo_id or folder.resolve().name,
-        "license": license,
-        "base_model": f"base_model: {base_model}\n" if base_model else "",
+        "metadata": yaml.safe_dump(told, sort_keys=False) if told else "",
         "origin": origin,
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
@@ -80,6 +91,25 @@ def write_model_card(
     path = folder / "README.md"
     path.write_text(card.substitute(values), encoding="utf-8")
     return path
+
+
+def inherited_metadata(source: str | os.PathLike) -> dict[str, Any]:
+    """What the card of a model made of `source`, a checkpoint folder or an id on the Hub, says of license and base.
+
+    It is what the card of `source` says; what it does not say stays unsaid. The base model is `source` itself where it
+    has an id on the Hub, by which it was given or which its configuration remembers.
+    """
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    card = cached_file(source, "README.md", **{f"_raise_exceptions_for_{kind}": False for kind in quiet})
+    front = re.match(r"---\n(.*?)\n---", Path(card).read_text(encoding="utf-8") if card else "", re.DOTALL)
+    said = yaml.safe_load(front[1]) if front else None
+    metadata = {name: said[name] for name in METADATA if said.get(name)} if isinstance(said, dict) else {}
+    known, config = f"{source}", Path(source) / "config.json"
+    if Path(source).is_dir():
+        known = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path") or "" if config.is_file() else ""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", known):
+        metadata["base_model"] = known
+    return metadata
 
 
 def bytes_per_token(config: VambaConfig) -> int:
@@ -127,8 +157,8 @@ def push_to_hub(
 ) -> str:
     """Uploads model, processor, code and model card as one commit; returns the commit's address.
 
-    `card` are keyword arguments of `write_model_card`. Weights are written to a temporary folder first, so an
-    interrupted upload leaves the repository as it was.
+    `card` are keyword arguments of `write_model_card`; a repository that has a card, which someone may have edited,
+    keeps it. Weights are written to a temporary folder first, so an interrupted upload leaves the repository as it was.
     """
     from huggingface_hub import HfApi
 
@@ -138,7 +168,10 @@ def push_to_hub(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_remote_code(folder, model.config.model_type)
-        write_model_card(folder, model.config, repo_id=repo_id, **card)
+        if api.file_exists(repo_id, "README.md"):
+            logger.warning(f"{repo_id} keeps its README.md; delete it there to have a new one written.")
+        else:
+            write_model_card(folder, model.config, repo_id=repo_id, **card)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload Vamba checkpoint"))
 
 

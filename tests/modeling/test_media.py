@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vamba.modeling import shared_model
 from vamba.modeling.media import (
     assign_media,
     list_media,
@@ -11,6 +12,9 @@ from vamba.modeling.media import (
     uncached_media,
     without_seen_grids,
 )
+
+import tiny_vamba
+import tiny_video_ma2mba
 
 
 IMAGES = list_media("image", torch.zeros(28, 1), torch.tensor([[1, 4, 6], [1, 2, 2]]))
@@ -134,3 +138,26 @@ def test_positions_count_each_item_from_zero_across_chunks():
     assert torch.equal(torch.cat(pieces, 2), whole)
     assert whole[:, 0, :5].tolist() == [[0, 0, 0, 0, 1], [0, 0, 1, 1, 0], [0, 1, 0, 1, 0]]
     assert whole[:, 0, 20].tolist() == [0, 0, 0]  # the second video starts again
+
+
+@pytest.mark.parametrize("kind", ["vamba", "video_ma2mba"])
+def test_marks_of_media_that_are_not_given_are_warned_of(kind, monkeypatch):
+    """In training and in generation; not where there is media, a memory, or no mark."""
+    tiny = {"vamba": tiny_vamba, "video_ma2mba": tiny_video_ma2mba}[kind]
+    model, told = tiny.tiny_model(), []
+    monkeypatch.setattr(shared_model.logger, "warning_once", told.append)
+    given = tiny_video_ma2mba.video(2)
+    if kind == "vamba":
+        given = dict(zip(given, tiny_vamba.media((2, 4, 4))))
+    ids = tiny.prompt(6, items=1)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    memory = model.encode_video(**given)
+    model(tiny.prompt(6), labels=tiny.prompt(6))
+    model.train()(ids, labels=ids, **given).loss.backward()
+    model.eval().generate(ids, **given, **options)
+    model.generate(ids, past_key_values=memory.fork(), **options)
+    assert not told
+    model.train()(ids, labels=ids).loss.backward()
+    assert len(told) == 1 and "<|vision_start|><|vision_end|>, but neither images" in told[0]
+    model.eval().generate(ids, **options)
+    assert len(told) == 2

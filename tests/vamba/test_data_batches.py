@@ -1,7 +1,11 @@
 """Frames that fit a budget, batches and packs, mixtures, and a stream that skips what is broken and can be resumed."""
 
+import base64
+import io
 import json
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -37,6 +41,12 @@ def dataset(tmp_path_factory):
 def example(*media, question="What?"):
     content = [*media, {"type": "text", "text": question}]
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "This."}]}
+
+
+def uniform(*media, question="What?"):
+    """The same with a list of items for each turn: what `datasets` makes a table of."""
+    messages = example(*media, question=question)["messages"]
+    return {"messages": [messages[0], {"role": "assistant", "content": [{"type": "text", "text": "This."}]}]}
 
 
 def video(path, **options):
@@ -131,6 +141,121 @@ def test_patches_in_half_precision(processor, clip):
     assert torch.equal(sample["pixel_values_videos"], whole["pixel_values_videos"].bfloat16())
 
 
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(torch.randint(256, (40, 100, 3), generator=torch.manual_seed(0)).byte().numpy())
+
+
+def as_png(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "stored", "data", "base64", "picture", "array", "file", "path"])
+def test_images_however_they_are_given(kind, processor, picture, tmp_path):
+    (tmp_path / "a.png").write_bytes(png := as_png(picture))
+    text = base64.b64encode(png).decode()
+    source = {
+        "bytes": png, "stored": {"bytes": png, "path": "gone.png"}, "data": f"data:image/png;base64,{text}",
+        "base64": {"base64": text}, "picture": picture, "array": np.asarray(picture),
+        "file": f"file://{tmp_path}/a.png", "path": tmp_path / "a.png",
+    }[kind]  # fmt: skip
+    encoder = ConversationEncoder(processor, max_video_tokens=12)
+    plan = encoder.plan(example({"type": "image", "image": source}))
+    found = encoder.encode(plan)
+    expected = encoder(example({"type": "image", "image": str(tmp_path / "a.png")}))
+    assert plan.video_tokens == tokens(found)
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+def test_an_image_at_a_url_counts_as_the_largest(processor):
+    """Until the processor has fetched it."""
+    encoder = ConversationEncoder(processor, max_pixels=64 * 64)
+    item = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/a.png"}}
+    plan = encoder.plan(example(item))
+    assert plan.video_tokens == 16
+    with pytest.raises(ExampleError, match="an image .http://127.0.0.1:9/a.png. cannot be read"):
+        encoder.encode(plan)
+
+
+def test_planning_decodes_no_image(processor, picture):
+    """The header of this one is whole, and half of its pixels are gone."""
+    png = as_png(picture)
+    cut = png[: len(png) // 2]
+    encoder = ConversationEncoder(processor)
+    in_memory = Image.open(io.BytesIO(cut))
+    for source in (cut, in_memory):
+        plan = encoder.plan(example({"type": "image", "image": source}))
+        assert plan.video_tokens == tokens(encoder(example({"type": "image", "image": png})))
+        with pytest.raises(ExampleError, match="an image .* cannot be read: "):
+            encoder.encode(plan)
+
+
+def test_broken_images_are_skipped(processor, picture, tmp_path):
+    png = as_png(picture)
+    (tmp_path / "whole.png").write_bytes(png)
+    (tmp_path / "cut.png").write_bytes(png[:200])
+    (tmp_path / "crc.png").write_bytes(png[:40] + bytes([png[40] ^ 1]) + png[41:60] + bytes(40) + png[100:])
+    (tmp_path / "none.png").write_bytes(b"")
+    (tmp_path / "header.png").write_bytes(png[:29] + bytes(4) + png[33:])
+    picture.save(tmp_path / "bomb.png", "BMP")
+    with open(tmp_path / "bomb.png", "r+b") as file:
+        file.seek(18)
+        file.write(2 * (60000).to_bytes(4, "little"))  # its sides: PIL refuses so many pixels with an error of its own
+    kinds = ("whole", "cut", "crc", "none", "header", "gone", "bomb")
+    rows = [example({"type": "image", "image": f"{kind}.png"}) | {"id": kind} for kind in kinds]
+    stream = make_stream(processor, write_rows(tmp_path / "rows.jsonl", rows), rows=1)
+    batches = take(stream.loader(), 2)
+    assert names(batches) == [["rows.jsonl#whole"]] * 2
+    told = {message.split(":")[0] for message in batches[0][ABOUT].skipped + batches[1][ABOUT].skipped}
+    assert told == {f"rows.jsonl#{kind}" for kind in kinds[1:]}
+
+
+@pytest.mark.parametrize(
+    ("saved", "streaming"), [("dataset", False), ("dataset", True), ("splits", False), ("parquet", False)]
+)
+def test_columns_of_images_and_videos(saved, streaming, processor, picture, clip, tmp_path):
+    """Written by `datasets`, which is not to decode them: for a video it would need torchcodec."""
+    turns = uniform({"type": "image"}, {"type": "image"}, {"type": "video"})["messages"]
+    rows = {"messages": [turns] * 2, "images": [[picture, picture]] * 2, "video": [str(clip)] * 2}
+    data = datasets.Dataset.from_dict(rows)
+    data = data.cast_column("images", datasets.List(datasets.Image())).cast_column("video", datasets.Video())
+    path = tmp_path / "data"
+    if saved == "parquet":
+        path = path.with_suffix(".parquet")
+        data.to_parquet(path)
+    else:
+        (datasets.DatasetDict(train=data) if saved == "splits" else data).save_to_disk(path)
+    source = Source(path, streaming=streaming)
+    sample = ConversationEncoder(processor, fps=4)(source[1][1])
+    assert sample["mm_token_type_ids"][sample["mm_token_type_ids"] > 0].tolist() == [1, 1, 2]
+    expected = ConversationEncoder(processor)(example({"type": "image", "image": picture}))["pixel_values"]
+    assert torch.equal(sample["pixel_values"], expected.repeat(2, 1))
+    if saved == "splits":
+        with pytest.raises(ValueError, match="no split 'test'; it has train"):
+            Source(path, split="test")
+
+
+def test_a_dataset_on_the_hub(monkeypatch, tmp_path):
+    asked = {}
+
+    def load_dataset(path, **options):
+        asked.update(path=path, **options)
+        return datasets.Dataset.from_list([uniform(question="1?"), uniform(question="2?")])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source("org/name", split="test", name="en", revision="v2", data_files="a/*.parquet")
+    hub = {"name": "en", "revision": "v2", "data_files": "a/*.parquet"}
+    assert asked == {"path": "org/name", "split": "test", "streaming": False, **hub}
+    assert len(source) == 2 and source.media_root is None and "2 rows" in source.fingerprint
+    with pytest.raises(ValueError, match="no dataset on the Hub, which alone has name, revision"):
+        Source(write_rows(tmp_path / "rows.jsonl", [example()]), name="en", revision="v2")
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -218,8 +343,6 @@ def test_formats(kind, streaming, tmp_path):
     rows = [{"conversations": [{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": "!"}]} for n in range(5)]
     path = tmp_path / f"data.{'jsonl' if kind == 'folder' else kind}"
     if kind == "parquet":
-        import datasets
-
         datasets.Dataset.from_list(rows).to_parquet(path)
     elif kind == "json":
         path.write_text(json.dumps(rows))
@@ -320,7 +443,7 @@ def test_processes_and_workers_share_the_data_out(processor, dataset, monkeypatc
     shards = [make_stream(processor, dataset, rank=rank, world_size=2).loader(2) for rank in range(2)]
     batches = [batch for shard in shards for batch in take(shard, 4)]
     assert {batch[ABOUT].shard for batch in batches} == {0, 1, 2, 3}
-    seen = [name for batch in names(batches) for name in batch]  # the first window of each of four shards
+    seen = [name for batch in names(batches) for name in batch]  # two windows of each of four shards
     assert {seen.count(f"train.jsonl#v{n}") for n in range(12)} == {2}
 
 
@@ -345,7 +468,8 @@ def test_packs_keep_their_budget(processor, dataset):
         video = int(batch["video_grid_thw"].prod(1).sum()) // 4
         assert video <= 270 and batch["input_ids"].numel() <= 260
         assert len(batch["packed_lengths"]) == len(batch[ABOUT].samples)
-    assert 2 < stream.samples_per_batch() <= 270 / 54
+    plain = make_stream(processor, dataset, rows=5)
+    assert stream.epoch == 12 and 12 / 5 < stream.batches_per_epoch() <= 6 and plain.batches_per_epoch() == 3
 
 
 def broken(dataset, tmp_path):
@@ -392,8 +516,53 @@ def test_data_with_nothing_but_broken_examples_end(processor, tmp_path):
     assert "in a row were broken" in batch[ABOUT].error and "no assistant turn" in batch[ABOUT].error
 
 
-def test_a_place_of_another_layout_is_refused():
-    place = {"next": 0, "skipped": 0, "shards": {}, "workers": 2, "world_size": 4}
-    check_layout(place, 2, 4)
+def test_a_place_of_another_layout_is_refused(processor, dataset, tmp_path):
+    place = Position(make_stream(processor, dataset, world_size=4), 2).state()
+    check_layout(place, 2, make_stream(processor, dataset, world_size=4))
     with pytest.raises(ValueError, match="4 processes with 2 data workers.*now 8 and 2"):
-        check_layout(place, 2, 8)
+        check_layout(place, 2, make_stream(processor, dataset, world_size=8))
+    cut = write_rows(tmp_path / "train.jsonl", [json.loads(line) for line in dataset.read_text().splitlines()[:4]])
+    with pytest.raises(ValueError, match="other data: then train.jsonl with 12 rows.*now train.jsonl with 4 rows"):
+        check_layout(place, 2, make_stream(processor, cut, world_size=4))
+
+
+def test_a_fingerprint_is_that_of_the_contents(dataset, tmp_path):
+    same = tmp_path / "elsewhere" / dataset.name
+    same.parent.mkdir()
+    same.write_bytes(dataset.read_bytes())
+    assert Source(same).fingerprint == Source(dataset).fingerprint != Source(dataset, streaming=True).fingerprint
+    same.write_text(dataset.read_text().replace("flashed", "blinked", 1))
+    assert Source(same).fingerprint != Source(dataset).fingerprint
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_every_example_once(processor, dataset, packing, workers, monkeypatch):
+    """Also if a window would hold several, and no batch holds an example twice."""
+    monkeypatch.setattr(stream_module, "WINDOW", 64)
+    stream = make_stream(processor, dataset, packing, max_video_tokens=2000 if packing else None)
+    batches = take(stream.loader(workers), 3 * round(stream.batches_per_epoch(max(1, workers))))
+    seen = [name for batch in names(batches) for name in batch]
+    assert {seen.count(f"train.jsonl#v{n}") for n in range(12)} == {3}
+    assert all(len(set(batch)) == len(batch) for batch in names(batches))
+    position = Position(stream, max(1, workers))
+    for batch in batches:
+        position.advance(batch[ABOUT])
+    assert position.state()["rows"] == 36 and (not packing or len(batches) <= 6)
+
+
+@pytest.mark.parametrize(("files", "workers", "ranks"), [(1, 2, 1), (4, 4, 1), (3, 2, 2), (1, 0, 3)])
+def test_streamed_rows_are_shared_out(processor, tmp_path, files, workers, ranks, monkeypatch):
+    """Whatever files they lie in."""
+    monkeypatch.setattr(stream_module, "WINDOW", 24 // (ranks * max(1, workers)))  # the batches of one may be shuffled
+    for index in range(files):
+        rows = [example(question=f"{n}?") | {"id": n} for n in range(24) if n % files == index]
+        write_rows(tmp_path / f"{index}.jsonl", rows)
+    shards = ranks * max(1, workers)
+    seen = []
+    for rank in range(ranks):
+        stream = make_stream(processor, tmp_path, rows=1, streaming=True, rank=rank, world_size=ranks)
+        batches = take(stream.loader(workers), 24 // shards * max(1, workers))
+        assert not any(batch[ABOUT].error for batch in batches)
+        seen += [name for batch in names(batches) for name in batch]
+    assert sorted(int(name.split("#")[1]) for name in seen) == list(range(24))

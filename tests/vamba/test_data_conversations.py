@@ -35,6 +35,25 @@ def test_chat_messages_with_media_under_a_root():
     ]
 
 
+@pytest.mark.parametrize(
+    ("item", "source"),
+    [
+        ({"type": "image", "image": {"bytes": b"PNG", "path": "a.png"}}, b"PNG"),
+        ({"type": "image", "image": {"bytes": None, "path": "a.png"}}, "/r/a.png"),
+        ({"type": "image", "image": b"PNG"}, b"PNG"),
+        ({"type": "image", "base64": "UE5H"}, b"PNG"),
+        ({"type": "image_url", "image_url": {"url": "https://x/a.png", "detail": "low"}}, "https://x/a.png"),
+        ({"type": "image_url", "image_url": "data:image/png;base64,UE5H"}, "data:image/png;base64,UE5H"),
+        ({"type": "video_url", "video_url": {"url": "file:///a.mp4"}}, "file:///a.mp4"),
+        ({"type": "video", "video": {"bytes": b"MP4", "path": None}}, b"MP4"),
+    ],
+)
+def test_sources_as_others_write_them(item, source):
+    kind = item["type"].removesuffix("_url")
+    example = {"messages": [said("user", item, "?"), said("assistant", "!")]}
+    assert to_messages(example, "/r")[0]["content"][0] == {"type": kind, kind: source}
+
+
 def test_columns_of_media_fill_the_items_without_a_source():
     items = [{"type": "image"}, {"type": "video"}, {"type": "image"}]
     example = {"messages": [said("user", *items, "?"), said("assistant", "!")], "images": ["a.png", "b.png"]}
@@ -181,3 +200,14 @@ def test_an_answer_that_is_also_in_the_question_is_labelled_once(processor):
     labels = sample["labels"]
     assert processor.tokenizer.decode(labels[labels != -100]) == "yes<|im_end|>"
     assert (labels[-3:] == -100).sum() == 1  # the line break after it
+
+
+def test_named_chat_templates(checkpoint):
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    example = {"messages": [said("user", "What?"), said("assistant", "This.")]}
+    labels = ConversationEncoder(processor)(example)["labels"]
+    processor.chat_template = {"default": processor.chat_template, "rag": "{{ documents }}"}
+    assert torch.equal(ConversationEncoder(processor)(example)["labels"], labels)
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="no chat template .* set its chat_template"):
+        ConversationEncoder(processor)(example)

@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
@@ -16,17 +19,17 @@ from vamba import VideoChat
 from vamba.cli import main
 from vamba.data import Collator, ConversationEncoder, Source
 from vamba.demo.tiny_mamba2 import tiny_neox_tokenizer
-from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
+from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, shared_model
 from vamba.modeling.decoder_layer import VambaMLP
 from vamba.modeling.mamba2 import Mamba2Mixer
 from vamba.training import load_recipe, parse_recipe
 from vamba.training import trainer as trainer_module
 from vamba.training.finetune import finetune, make_trainer
 from vamba.training.preparation import prepare
-from vamba.training.trainer import NonFiniteLossError, VambaTrainer, last_checkpoint
+from vamba.training.trainer import NonFiniteLossError, VambaTrainer, last_checkpoint, publish
 
 from tiny_video_ma2mba import tiny_config
-from training_data import recipe_values, start, write_dataset
+from training_data import free_port, recipe_values, start, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def test_what_is_trained_can_be_asked(values, dataset, tmp_path, capsys):
     assert chat.ask("Which colour flashed first?", max_new_tokens=4)
     assert getattr(model.config, "use_cache", True)
     card = (final / "README.md").read_text()
-    assert "Fine-tuned from" in card and (final / "modeling_vamba.py").is_file()
+    assert "Fine-tuned from" in card and "license" not in card and (final / "modeling_vamba.py").is_file()
     assert yaml.safe_load((final / "recipe.yaml").read_text())["train"]["max_steps"] == 4
     assert not (final / "training_args.bin").exists() and not (tmp_path / "out" / ".saving").exists()
 
@@ -302,6 +305,93 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(values, tmp_path, monkeypatc
     assert found.steps == 6 and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint-6", "final"]
 
 
+FAILING = """
+import os, sys
+from vamba.cli import main
+from vamba.training.trainer import VambaTrainer
+step = VambaTrainer.training_step
+def failing(self, *args):
+    if self.state.global_step == 1 and os.environ["RANK"] == os.environ["FAILS"]:
+        raise RuntimeError("out of memory, say")
+    return step(self, *args)
+VambaTrainer.training_step = failing
+main(["finetune", sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_ends_the_run_and_its_data_workers(values, tmp_path, processes):
+    """Of one process in two the other ends too, as it finds nobody to share its gradients with."""
+    values["train"] |= {"dataloader_num_workers": 2}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"FAILS": str(processes - 1)}
+    running = [
+        start(FAILING, [str(tmp_path / "r.yaml")], tmp_path / str(rank), RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(processes)
+    ]
+    until = time.monotonic() + 30
+    for process in running:
+        process.join(until - time.monotonic())
+    ended = [process.exitcode for process in running]
+    for process in running:
+        process.kill()
+    assert ended == [1] * processes
+    assert "RuntimeError: out of memory, say" in (tmp_path / f"{processes - 1}.err").read_text()
+
+
+def test_a_run_in_another_thread(values):
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run, values, max_steps=1).result().steps == 1
+
+
+def test_a_result_is_not_overwritten(values, tmp_path, capsys):
+    run(values, max_steps=1)
+    mine = tmp_path / "out" / "final" / "notes.txt"
+    mine.write_text("mine")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    for options in ([], ["--resume"]):
+        assert main(["finetune", str(tmp_path / "r.yaml"), *options]) == 2
+        assert "which holds final, a trained model" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
+def test_what_is_published_replaces_or_leaves_all_as_it_was(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    publish(tmp_path / "old", tmp_path / "final")
+    with pytest.raises(FileNotFoundError):
+        publish(tmp_path / "gone", tmp_path / "final")
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["old"]
+    publish(tmp_path / "new", tmp_path / "final")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["new"]
+
+
+def test_epochs_are_counted_in_examples(values, dataset, tmp_path):
+    """Also after a resume. Batches of 5 make 12 examples three steps, and packs of any size one step."""
+    rows = dataset.read_text().splitlines(keepends=True)
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(rows))
+    values["data"] |= {"train": [{"path": str(data), "media_root": str(dataset.parent)}]}
+    values["train"] |= {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 5}
+    values["train"] |= {"save_strategy": "steps", "save_steps": 3}
+    run(values)
+    assert run(values, resume=True, num_train_epochs=2).steps == 6
+    last = tmp_path / "out" / "checkpoint-6"
+    state = json.loads((last / "trainer_state.json").read_text())
+    logged = [entry["epoch"] for entry in state["log_history"] if "loss" in entry]
+    assert logged[2] == 1.0 and 1 < logged[3] < logged[4] < logged[5] == state["epoch"] == 2.0
+    assert json.loads((last / "data_position_0.json").read_text())["rows"] == 24
+    data.write_text("".join(rows[:8]))
+    with pytest.raises(ValueError, match="other data: then train.jsonl with 12 rows.*now train.jsonl with 8 rows"):
+        run(values, resume=True)
+    values["data"] |= {"packing": True, "max_video_tokens": 270, "batch_video_tokens": 10**6}
+    values["train"] |= {"output_dir": str(tmp_path / "packs"), "per_device_train_batch_size": 1}
+    assert prepare(parse_recipe(values)).arguments.max_steps == 1
+
+
 def test_incomplete_checkpoints_are_passed_over(tmp_path):
     for name, files in {"checkpoint-3": 2, "checkpoint-10": 1, "checkpoint-x": 2, ".saving/checkpoint-12": 2}.items():
         (tmp_path / name).mkdir(parents=True)
@@ -372,11 +462,14 @@ def test_a_broken_example_stops_the_run_if_asked(values, broken, workers, tmp_pa
     assert line.startswith("vamba: broken.jsonl#v3: ") and "gone.mp4" in line
 
 
-def test_push_to_hub_uploads_all_of_it(values, monkeypatch):
+def test_push_to_hub_uploads_all_of_it(values, checkpoint, tmp_path, monkeypatch):
     uploaded = {}
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: some/base\n---\n# Base\n")
+    values["model"]["path"] = str(base)
 
     class StandIn:
-        """Of huggingface_hub.HfApi: the two calls an upload makes."""
+        """Of huggingface_hub.HfApi: the calls an upload makes."""
 
         def __init__(self, token=None):
             uploaded["token"] = token
@@ -384,6 +477,9 @@ def test_push_to_hub_uploads_all_of_it(values, monkeypatch):
         def create_repo(self, repo_id, private=None, exist_ok=False):
             uploaded["private"] = private
             return type("RepoUrl", (), {"repo_id": repo_id})
+
+        def file_exists(self, repo_id, filename):
+            return False
 
         def upload_folder(self, repo_id, folder_path, commit_message):
             files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
@@ -394,7 +490,10 @@ def test_push_to_hub_uploads_all_of_it(values, monkeypatch):
     result = run(values, max_steps=1, push_to_hub=True, hub_model_id="me/tuned", hub_private_repo=True, hub_token="t")
     assert (uploaded["repo_id"], uploaded["private"], uploaded["token"]) == ("me/tuned", True, "t")
     wanted = {"config.json", "model.safetensors", "modeling_vamba.py", "processor_config.json", "tokenizer.json"}
-    assert wanted <= uploaded["files"].keys() and b"Fine-tuned from" in uploaded["files"]["README.md"]
+    assert wanted <= uploaded["files"].keys()
+    for card in (uploaded["files"]["README.md"].decode(), (result.folder / "README.md").read_text()):
+        front = yaml.safe_load(card.split("---")[1])
+        assert (front["license"], front["base_model"]) == ("cc-by-nc-4.0", "some/base") and "Fine-tuned from" in card
     assert uploaded["files"]["model.safetensors"] == (result.folder / "model.safetensors").read_bytes()
     assert "hub_token" not in (result.folder / "recipe.yaml").read_text()
 
@@ -437,3 +536,23 @@ def test_trls_trainer(checkpoint, dataset, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[2] < losses[0]
+
+
+def test_trls_own_collator_is_warned_of(checkpoint, tmp_path, monkeypatch):
+    """It knows images only: the text keeps the marks of the videos, and the model is not given them."""
+    trl = pytest.importorskip("trl")
+    told = []
+    monkeypatch.setattr(shared_model.logger, "warning_once", told.append)
+    turns = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What happens?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    rows = Dataset.from_list([{"messages": turns}] * 4)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(checkpoint),
+        AutoProcessor.from_pretrained(checkpoint),
+    )
+    options = arguments(tmp_path, trl.SFTConfig, bf16=False, max_length=None)
+    options.max_steps = 1
+    trl.SFTTrainer(model, options, train_dataset=rows, processing_class=processor).train()
+    assert told and "neither images, videos nor a memory were given" in told[0]

@@ -5,6 +5,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from vamba.data import Collator, ConversationEncoder, Source
 from vamba.training import parse_recipe
@@ -177,6 +182,25 @@ def test_the_teacher_hears_the_same_of_a_pack(teacher, checkpoint, examples, col
     padded = distillation._teacher_logits
     distillation.prepare(Collator(collator.encoder, packing=True)(examples))
     assert torch.allclose(distillation._teacher_logits, padded, atol=1e-5) and len(padded) > 20
+
+
+class ZeRO3:
+    """Of transformers' DeepSpeed configuration: what `from_pretrained` asks of it."""
+
+    def is_zero3(self):
+        return True
+
+
+def test_the_teacher_is_not_shared_out(teacher, checkpoint):
+    """Under ZeRO-3, where `from_pretrained` shares out the weights of any model (and needs DeepSpeed to do so)."""
+    zero3 = ZeRO3()
+    set_hf_deepspeed_config(zero3)
+    try:
+        whole = load_teacher(str(checkpoint.parent / "qwen"), "float32")
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), teacher.parameters()))
 
 
 def test_a_run_with_a_teacher(values, checkpoint):

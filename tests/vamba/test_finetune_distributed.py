@@ -4,7 +4,6 @@ accelerate runs FSDP on accelerators only, so here PyTorch's `fully_shard` is ap
 """
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import yaml
 from vamba.training import parse_recipe
 from vamba.training.finetune import finetune
 
-from training_data import recipe_values, start, write_dataset
+from training_data import free_port, recipe_values, start, write_dataset
 
 
 TWO = """
@@ -84,10 +83,7 @@ def two(checkpoint, tmp_path_factory):
     values = recipe_values(checkpoint, data, folder / "two", max_steps=3, save_strategy="steps", save_steps=3)
     values |= {"global_batch_size": 8}
     (folder / "r.yaml").write_text(yaml.safe_dump(values))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = [str(folder / "r.yaml"), str(Path(__file__).resolve().parents[1])]
     running = [
         start(TWO, arguments, folder / f"rank{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **common)
@@ -121,3 +117,56 @@ def test_sharded_gradients_are_those_of_one_process(two):
     """Also where the processes differ in their number of samples with a video, of chunks of the loss, and of cells."""
     worst = json.loads(two[1].splitlines()[-1])
     assert worst.keys() == {"plain", "packs", "packs in cells"} and max(worst.values()) < 1e-5, worst
+
+
+DIFFERENT = """
+import sys, time
+from vamba.cli import main
+from datetime import timedelta
+from unittest.mock import patch
+import torch
+from vamba.training import finetune
+from vamba.training.distillation import load_teacher
+missing, fewer, teacher = sys.argv[1:]
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=10))
+assert main(["finetune", missing]) == 2
+with patch.dict("os.environ", ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true"):
+    whole = load_teacher(teacher, "float32")
+    print("teacher", float(sum(weight.double().abs().sum() for weight in whole.parameters())))
+finish = finetune._finish
+def slow(*args):
+    time.sleep(12)  # as merging the adapters of a large model
+    finish(*args)
+finetune._finish = slow
+assert main(["finetune", fewer]) == 0
+"""
+
+
+def test_processes_that_see_different_files(checkpoint, tmp_path):
+    """An error of one ends both, the steps of the first are those of both, nobody waits while it saves, and each has
+    the whole teacher although FSDP loads the student on the first only."""
+    data = write_dataset(tmp_path / "data", 8)
+    (tmp_path / "fewer.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[:4]))
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    running = []
+    for rank in range(2):
+        recipes = []
+        for name in ("missing", "fewer"):
+            values = recipe_values(checkpoint, data, tmp_path / name, max_steps=-1, num_train_epochs=2)
+            values["train"]["per_device_train_batch_size"] = 2
+            source = {"path": str(tmp_path / f"{name}.jsonl"), "media_root": str(tmp_path / "data")}
+            values["data"]["train"] = [source] if rank else values["data"]["train"]
+            recipes.append(tmp_path / f"{name}{rank}.yaml")
+            recipes[-1].write_text(yaml.safe_dump(values))
+        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        arguments = [str(path) for path in (*recipes, checkpoint.parent / "qwen")]
+        running.append(start(DIFFERENT, arguments, tmp_path / f"rank{rank}", **environment))
+    for process in running:
+        process.join(60)
+        process.kill()
+    printed = {path.name: path.read_text() for path in tmp_path.glob("rank*")}
+    assert all(process.exitcode == 0 for process in running), printed
+    assert all("missing.jsonl: there is no such file" in printed[f"rank{rank}.err"] for rank in range(2))
+    assert "trained 4 steps" in printed["rank0.out"] and (tmp_path / "fewer" / "final" / "config.json").is_file()
+    teachers = [printed[f"rank{rank}.out"].splitlines()[0] for rank in range(2)]
+    assert teachers[0] == teachers[1] and teachers[0].startswith("teacher")

@@ -92,18 +92,31 @@ def test_the_model_card(checkpoint):
     text = (checkpoint / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["pipeline_tag"] == "video-text-to-text" and front["library_name"] == "transformers"
-    assert front["license"] and front["base_model"] == "qwen" and "vamba" in front["tags"]
+    assert "vamba" in front["tags"] and "license" not in front and "base_model" not in front  # nobody said
     assert "$" not in text and "freshly initialised" in text and "3 layers of width 64" in text
     snippet = text.split("```python")[1].split("```")[0]
     compile(snippet, "README.md", "exec")
     assert 'from_pretrained("vamba"' in snippet
 
 
-def test_push_uploads_model_processor_code_and_card(checkpoint, monkeypatch):
+def test_what_a_card_inherits(tmp_path):
+    front = "license: other\nlicense_name: qwen\nbase_model: [a/b]\ntags: [x]"
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# X\n")
+    expected = {"license": "other", "license_name": "qwen", "base_model": ["a/b"]}
+    assert hub.inherited_metadata(tmp_path) == expected
+    (tmp_path / "config.json").write_text('{"_name_or_path": "c/d"}')
+    assert hub.inherited_metadata(tmp_path) == expected | {"base_model": "c/d"}
+    (tmp_path / "config.json").write_text('{"_name_or_path": "/home/c/d"}')
+    (tmp_path / "README.md").write_text("# X\nlicense: mit\n")
+    assert hub.inherited_metadata(tmp_path) == {}
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_push_uploads_model_processor_code_and_card(checkpoint, monkeypatch, edited):
     uploaded = {}
 
     class StandIn:
-        """Of huggingface_hub.HfApi: the two calls an upload makes."""
+        """Of huggingface_hub.HfApi: the calls an upload makes."""
 
         def __init__(self, token=None):
             uploaded["token"] = token
@@ -111,16 +124,21 @@ def test_push_uploads_model_processor_code_and_card(checkpoint, monkeypatch):
         def create_repo(self, repo_id, private=None, exist_ok=False):
             return type("RepoUrl", (), {"repo_id": repo_id})
 
+        def file_exists(self, repo_id, filename):
+            return edited and (repo_id, filename) == ("me/tiny", "README.md")
+
         def upload_folder(self, repo_id, folder_path, commit_message):
             uploaded.update(repo_id=repo_id, files=sorted(path.name for path in Path(folder_path).iterdir()))
-            uploaded["card"] = (Path(folder_path) / "README.md").read_text()
+            card = Path(folder_path) / "README.md"
+            uploaded["card"] = card.read_text() if card.exists() else None
             return "https://hub/commit/1"
 
     monkeypatch.setattr("huggingface_hub.HfApi", StandIn)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
     processor = AutoProcessor.from_pretrained(checkpoint)
     assert hub.push_to_hub(model, processor, "me/tiny", token="t", base_model="me/base") == "https://hub/commit/1"
-    assert uploaded["repo_id"] == "me/tiny" and uploaded["token"] == "t" and "base_model: me/base" in uploaded["card"]
+    assert uploaded["repo_id"] == "me/tiny" and uploaded["token"] == "t"
+    assert uploaded["card"] is None if edited else "base_model: me/base" in uploaded["card"]
     assert {"config.json", "model.safetensors", "modeling_vamba.py", "processing_vamba.py", "tokenizer.json"} <= set(
         uploaded["files"]
     )

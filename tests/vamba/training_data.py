@@ -8,6 +8,7 @@ several seconds and a process that has trained cannot be forked.
 import json
 import multiprocessing
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def _run(code: str, arguments: list[str], output: Path, environment: dict[str, s
     sys.argv[1:] = arguments
     exec(code, {"__name__": "__main__"})
     sys.stdout.flush()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def write_dataset(folder: Path, count: int, seed: int = 0, questions: int = 3) -> Path:

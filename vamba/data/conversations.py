@@ -4,6 +4,8 @@ What is unusual: a mistake in an example is an `ExampleError` that says what is 
 except that LLaVA's files write `<image>` for a video too where an example has nothing but videos.
 """
 
+import base64
+import binascii
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +15,7 @@ from typing import Any
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ROLES["tool"] = "tool"
 MEDIA_KINDS = ("video", "image")
-_SOURCE_KEYS = ("url", "path")  # besides the kind itself
+_SOURCE_KEYS = ("{}", "bytes", "{}_url", "url", "path", "base64")  # of an image or a video, the first that is given
 _TAG = re.compile(r"<(video|image)>")
 
 
@@ -28,8 +30,10 @@ def to_messages(example: Mapping[str, Any], media_root: str | os.PathLike | None
         example: with `messages`, each `{"role": ..., "content": text or list of items}`, an item being
             `{"type": "text", "text": ...}`, `{"type": "video", "video": path or {"path": ..., "start": ..., "end": ...,
             "fps": ...}, ...}` or the same with `image`; items without a source take the example's `videos` / `images`
-            in order. Or with `conversations` as LLaVA has them: `{"from": "human" | "gpt" | "system", "value": text
-            with <video> and <image>}`, and `video` / `image`, one or a list.
+            in order. A source is a path, a URL, bytes, `{"bytes": ..., "path": ...}` as `datasets` stores it, or what
+            the processor takes besides; OpenAI's `image_url` items are understood. Or with `conversations` as LLaVA
+            has them: `{"from": "human" | "gpt" | "system", "value": text with <video> and <image>}`, and `video` /
+            `image`, one or a list.
         media_root: what relative paths are relative to.
 
     Raises:
@@ -74,6 +78,7 @@ def _message(turn: Mapping) -> dict:
 def _block(block: Mapping) -> dict:
     block = {key: value for key, value in block.items() if value is not None}  # Arrow fills in what others have
     kind = block.get("type") or next((kind for kind in ("text", *MEDIA_KINDS) if kind in block), None)
+    kind = kind.removesuffix("_url") if isinstance(kind, str) else kind
     if kind not in ("text", *MEDIA_KINDS) or (kind == "text" and not isinstance(block.get("text"), str)):
         raise ExampleError(f"{str(block)[:80]} is no item of a message; types are text, video and image")
     return {**block, "type": kind}
@@ -116,26 +121,44 @@ def _place_media(messages: list[dict], example: Mapping) -> None:
 
 
 def _listed(value: Any) -> list:
-    if value is None or value == "":
+    if not _is_given(value):
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _is_given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str) and not value)
+
+
 def _source_key(block: dict) -> str | None:
-    return next((key for key in (block["type"], *_SOURCE_KEYS) if block.get(key) not in (None, "")), None)
+    keys = [key.format(block["type"]) for key in _SOURCE_KEYS]
+    return next((key for key in keys if _is_given(block.get(key))), None)
+
+
+def _take_source(block: dict) -> tuple[str, Any]:
+    """Removes all that names the source of a media item; the key that counts, and what was there."""
+    key = _source_key(block)
+    taken = [block.pop(name.format(block["type"]), None) for name in _SOURCE_KEYS]
+    return key, next((source for source in taken if _is_given(source)), None)
 
 
 def _resolve(block: dict, media_root: str | os.PathLike | None) -> None:
     """Brings a media item to `{"type": kind, kind: source, options ...}` with the path under `media_root`."""
-    kind, key = block["type"], _source_key(block)
-    source = block.pop(key)
+    kind = block["type"]
+    key, source = _take_source(block)
     if isinstance(source, Mapping):
         inner = {"type": kind} | {name: value for name, value in source.items() if value is not None}
-        key = _source_key(inner)
+        key, found = _take_source(inner)
         if key is None:
             raise ExampleError(f"{str(source)[:80]} names no {kind}; give its path under {kind!r} or 'path'")
-        source = inner.pop(key)
+        source = found
+        inner.pop("detail", None)  # which only OpenAI's models know
         block |= inner
+    if key == "base64":
+        try:
+            source = base64.b64decode(source)
+        except binascii.Error as error:
+            raise ExampleError(f"the base64 text of a {kind} cannot be read: {error}") from error
     block[kind] = _under(media_root, source)
 
 

@@ -5,13 +5,16 @@ tokens an example will have, which is what packing needs to know; `encode` decod
 not fit its share of the budget is seen in fewer frames, spread evenly over it, never in part.
 """
 
-import copy
-from collections.abc import Mapping
+import base64
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import ProcessorMixin
+from transformers.image_utils import get_image_size
 
 from vamba.modeling.frame_selection import target_size
 from vamba.modeling.video_reading import read_video
@@ -103,9 +106,9 @@ class ConversationEncoder:
 
         Raises:
             ExampleError: the example is unsound, too long, or does not fit the budget in two frames a video.
-            VideoReadError, OSError: a video or image cannot be opened.
+            VideoReadError, OSError: a video cannot be opened.
         """
-        messages = copy.deepcopy(to_messages(example, media_root or self.media_root))
+        messages = to_messages(example, media_root or self.media_root)
         text = self._tokenize(_without_sources(messages))["input_ids"].shape[1]
         if self.max_length is not None and text > self.max_length:
             raise ExampleError(f"{text} text tokens are more than the limit of {self.max_length} (data.max_length)")
@@ -130,14 +133,15 @@ class ConversationEncoder:
             image_grid_thw, pixel_values_videos, video_grid_thw as the processor makes them, where there are any.
 
         Raises:
-            ExampleError: no token is labelled. VideoReadError, OSError: a video or image cannot be read.
+            ExampleError: no token is labelled, or an image cannot be read. VideoReadError, OSError: a video cannot.
         """
-        inputs = self._tokenize(plan.messages)
+        messages = [turn | {"content": [self._decoded(block) for block in turn["content"]]} for turn in plan.messages]
+        inputs = self._tokenize(messages)
         if self._media_tokens(inputs) > plan.video_tokens:  # a header announced fewer frames than there are
-            videos = [block for block in media_blocks(plan.messages) if block["type"] == "video"]
+            videos = [block for block in media_blocks(messages) if block["type"] == "video"]
             for block, frames in zip(videos, plan.frames):
                 _resample(block, frames)
-            inputs = self._tokenize(plan.messages)
+            inputs = self._tokenize(messages)
         spoken = torch.as_tensor(inputs["assistant_masks"][0]).bool()
         if not spoken[1:].any():
             raise ExampleError("the chat template leaves nothing of what the assistant says")
@@ -171,13 +175,32 @@ class ConversationEncoder:
         processor = self.processor.image_processor
         factor = processor.patch_size * processor.merge_size
         if not {"resized_height", "resized_width"} <= block.keys():
-            width, height = _image_size(block["image"])
             low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
             area = {"min_pixels": block.get("min_pixels", low), "max_pixels": block.get("max_pixels", high)}
-            height, width = target_size(height, width, factor=factor, **area)
+            size = _image_size(block["image"])
+            if size is None:  # as large as any
+                return area["max_pixels"] // factor**2
+            height, width = target_size(*size, factor=factor, **area)
         else:
             height, width = block["resized_height"], block["resized_width"]
         return (height // factor) * (width // factor)
+
+    def _decoded(self, block: dict) -> dict:
+        """A copy of an item, an image with what the processor is to see, as errors of any kind come of broken ones."""
+        if block["type"] != "image":
+            return dict(block)
+        from PIL import Image, ImageOps
+
+        source, stored = block["image"], _image_file(block["image"])
+        with _told_of_images(source):
+            if stored is not None:
+                with Image.open(stored) as image:
+                    source = ImageOps.exif_transpose(image).convert("RGB")
+            elif isinstance(source, str):
+                source = self.processor.image_processor.fetch_images(source)
+            elif hasattr(source, "load"):
+                source.load()
+        return block | {"image": source}
 
     def _clip(self, block: dict) -> _Clip:
         """How many frames of what size a video has, as it would be sampled without a budget."""
@@ -238,14 +261,41 @@ def _count_frames(source: Any, options: dict, fps: float | None) -> int:
     return int((available - 1) / native * (fps or 1.0)) + 1
 
 
-def _image_size(source: Any) -> tuple[int, int]:
-    """(width, height) of an image in memory or in a file, upright."""
-    from PIL import Image, ImageOps
+def _image_size(source: Any) -> tuple[int, int] | None:
+    """(height, width) of an image, by its header if it is stored; either may come first in a picture that is turned,
+    which is all the same here. None of what only the processor can get, at a URL."""
+    from PIL import Image
 
+    stored = _image_file(source)
+    if stored is None and isinstance(source, str):
+        return None
+    with _told_of_images(source):
+        if stored is not None:
+            with Image.open(stored) as image:
+                return image.size
+        return source.size if isinstance(source, Image.Image) else get_image_size(source)
+
+
+def _image_file(source: Any) -> Any:
+    """What PIL opens of an image that is stored: a path, or bytes as a file; None for one in memory or at a URL."""
+    if isinstance(source, str) and source.startswith("data:"):
+        with _told_of_images(source):
+            source = base64.b64decode(source.partition(",")[2])
+    if isinstance(source, (bytes, bytearray)):
+        return io.BytesIO(source)
     if isinstance(source, str):
-        with Image.open(source.removeprefix("file://")) as image:
-            return ImageOps.exif_transpose(image).size
-    return source.size
+        return None if source.startswith(("http://", "https://")) else source.removeprefix("file://")
+    return source if hasattr(source, "__fspath__") else None
+
+
+@contextmanager
+def _told_of_images(source: Any) -> Iterator[None]:
+    """PIL meets broken files with OSError, SyntaxError, zlib.error, DecompressionBombError and others."""
+    try:
+        yield
+    except Exception as error:
+        name = f"{source:.80}" if isinstance(source, str) else f"of type {type(source).__name__}"
+        raise ExampleError(f"an image ({name}) cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _without_sources(messages: list[dict]) -> list[dict]:

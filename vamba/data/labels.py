@@ -37,9 +37,14 @@ def template_options(processor: ProcessorMixin, messages: list[dict]) -> dict:
     """Keyword arguments with which `apply_chat_template` returns exact `assistant_masks` for `messages`.
 
     Raises:
-        ExampleError: the template renders a turn differently once others follow.
+        ExampleError: the template renders a turn differently once others follow. ValueError: there is none.
     """
-    if _MARKS.search(processor.chat_template):
+    template = processor.chat_template
+    if isinstance(template, dict):  # several by name, of which transformers takes this one
+        template = template.get("default")
+    if template is None:
+        raise ValueError("The processor has no chat template (or none that is named default); set its chat_template.")
+    if _MARKS.search(template):
         return {}
     return {"chat_template": _SPOKEN_PARTS, "parts": spoken_parts(processor, messages)}
 

@@ -1,10 +1,15 @@
 """Files of examples, opened with `datasets`, and mixtures of them.
 
+Columns of images and videos are not decoded: examples hold what `datasets` stores of them, bytes or a path.
+
 What is unusual: which example comes n-th is a function of n and the seed alone. So the position in the data is a
 number, the same in every process, and going on from a position needs no replay of what came before (a streamed source
-has to be walked through again, which reads rows but no video).
+has to be walked through again, which reads rows but no video). For the same reason every process and worker walks
+through all rows of a streamed source and takes its own among them, however many files they lie in.
 """
 
+import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +19,8 @@ import numpy as np
 
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SAVED = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})  # what is in a folder that `save_to_disk` wrote
+HEAD = 2**16  # bytes at both ends of a file that its fingerprint is made of, besides its size
 SHUFFLE_BUFFER = 1000  # rows of a streamed source among which the next is drawn
 
 
@@ -21,8 +28,11 @@ class Source:
     """One dataset, drawn from without end: every example once, in a new order, then all of them again.
 
     Args:
-        path: a .jsonl, .json or .parquet file, a folder of them, or the id of a dataset on the Hub.
-        split: of a dataset on the Hub. streaming: read rows as they are needed instead of all at first.
+        path: a .jsonl, .json or .parquet file, a folder of them, a folder that `save_to_disk` wrote, or the id of a
+            dataset on the Hub.
+        split: of a dataset on the Hub or of a saved `DatasetDict`.
+        name, revision, data_files: of a dataset on the Hub, as `datasets.load_dataset` takes them.
+        streaming: read rows as they are needed instead of all at first.
         media_root: what relative paths of videos and images are relative to; the file's folder if None.
         shuffle, seed: whether and how the order is random.
     """
@@ -32,14 +42,20 @@ class Source:
         path: str,
         *,
         split: str = "train",
+        name: str | None = None,
+        revision: str | None = None,
+        data_files: str | list[str] | None = None,
         streaming: bool = False,
         media_root: str | None = None,
         shuffle: bool = True,
         seed: int = 0,
     ):
         self.path, self.streaming, self.shuffle, self.seed = str(path), streaming, shuffle, seed
-        self.rows, folder = _open(self.path, split, streaming)
+        hub = {"name": name, "revision": revision, "data_files": data_files}
+        hub = {key: value for key, value in hub.items() if value is not None}
+        self.rows, folder, files = _open(self.path, split, streaming, hub)
         self.media_root = folder if media_root is None else str(media_root)
+        self.fingerprint = f"{Path(self.path).name} with {self._digest(files)}"
         self._order: tuple[int, np.ndarray] | None = None
         self._walk: tuple[int, Iterator] | None = None
 
@@ -52,6 +68,21 @@ class Source:
         """The `draw`-th example and its name; draws of a streamed source are cheap in increasing order only."""
         index, row = self._next_streamed(draw) if self.streaming else self._at(draw)
         return f"{Path(self.path).name}#{row.get('id') if row.get('id') is not None else index}", row
+
+    def _digest(self, files: list[Path]) -> str:
+        """What can be told of the examples without reading them all, to notice when they are others."""
+        digest = hashlib.sha256()
+        for path in files:
+            with open(path, "rb") as file:
+                size = file.seek(0, 2)
+                for start in (0, max(0, size - HEAD)):
+                    file.seek(start)
+                    digest.update(f"{size}".encode() + file.read(HEAD))
+        if self.streaming:
+            return f"fingerprint {digest.hexdigest()[:12]}"
+        if not files and len(self.rows):
+            digest.update(repr((self.rows[0], self.rows[-1])).encode())
+        return f"{len(self.rows)} rows, fingerprint {digest.hexdigest()[:12]}"
 
     def _at(self, draw: int) -> tuple[int, dict]:
         epoch, place = divmod(draw, len(self.rows))
@@ -78,9 +109,9 @@ class Source:
             if self.shuffle:
                 rows = rows.shuffle(seed=self.seed + epoch, buffer_size=SHUFFLE_BUFFER)
             seen = False
-            for row in rows:
+            for batch in rows.iter(batch_size=1):  # unlike iter(), the same in every worker of a DataLoader
                 seen = True
-                yield row
+                yield {name: values[0] for name, values in batch.items()}
             if not seen:
                 raise ValueError(f"{self.path} holds no example.")
             epoch += 1
@@ -118,26 +149,61 @@ class Mixture:
             drawn[source] += 1
 
 
-def _open(path: str, split: str, streaming: bool):
-    """The rows, and the folder that relative paths in them start from (None for a dataset on the Hub)."""
-    from datasets import load_dataset
+def _open(path: str, split: str, streaming: bool, hub: dict) -> tuple[Any, str | None, list[Path]]:
+    """The rows, the folder that relative paths in them start from, and the files; no folder and no files of a dataset
+    on the Hub, of which `hub` is what `load_dataset` is told besides."""
+    from datasets import load_dataset, load_from_disk
 
-    files = _files(Path(path).expanduser())
-    if files is None:
-        return load_dataset(path, split=split, streaming=streaming), None
     folder = Path(path).expanduser()
-    kinds = {FORMATS[file.suffix] for file in files}
-    if len(kinds) > 1:
-        raise ValueError(f"{path} holds .json and .parquet files; give them as two sources.")
-    rows = load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train", streaming=streaming)
-    return rows, str(folder if folder.is_dir() else folder.parent)
+    saved = any(all((folder / name).is_file() for name in names) for names in SAVED)
+    files = sorted(folder.rglob("*.arrow")) if saved else _files(folder)
+    if files is None:
+        return _undecoded(load_dataset(path, split=split, streaming=streaming, **hub)), None, []
+    if hub:
+        raise ValueError(f"{path} is no dataset on the Hub, which alone has {', '.join(hub)}; leave that out.")
+    if saved:
+        rows = load_from_disk(folder)
+        if isinstance(rows, dict):
+            if split not in rows:
+                raise ValueError(f"{path} has no split {split!r}; it has {', '.join(rows)}.")
+            rows = rows[split]
+        rows = rows.to_iterable_dataset() if streaming else rows
+    else:
+        kinds = {FORMATS[file.suffix] for file in files}
+        if len(kinds) > 1:
+            raise ValueError(f"{path} holds .json and .parquet files; give them as two sources.")
+        rows = load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train", streaming=streaming)
+    return _undecoded(rows), str(folder if folder.is_dir() else folder.parent), files
+
+
+def _undecoded(rows):
+    """The same rows with images and videos as they are stored, `{"bytes": ..., "path": ...}`."""
+    from datasets import IterableDataset
+
+    if rows.features is None:  # streamed from files of text, which have no such columns
+        return rows
+    features = _without_decoding(rows.features)
+    if isinstance(rows, IterableDataset):
+        return rows if features == rows.features else rows.cast(features)
+    rows.info.features = features  # `cast` would copy all of it
+    return rows
+
+
+def _without_decoding(feature):
+    from datasets import Image, Video
+
+    if isinstance(feature, dict):
+        return type(feature)({name: _without_decoding(inner) for name, inner in feature.items()})
+    if hasattr(feature, "feature"):  # a list of them
+        return dataclasses.replace(feature, feature=_without_decoding(feature.feature))
+    return dataclasses.replace(feature, decode=False) if isinstance(feature, (Image, Video)) else feature
 
 
 def _files(path: Path) -> list[Path] | None:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in FORMATS)
         if not files:
-            raise ValueError(f"{path} holds no {', '.join(FORMATS)} file.")
+            raise ValueError(f"{path} holds no {', '.join(FORMATS)} file and was not written by `save_to_disk`.")
         return files
     if path.suffix in FORMATS:
         if not path.is_file():

@@ -2,8 +2,9 @@
 
 What is unusual: batches are made in the DataLoader's workers, each of which is a shard with every n-th draw of the
 mixture. A shard plans a window of draws at a time (headers only), fills batches by length, and decodes them one by one;
-its position is (window, batch), and it travels with every batch. So a resumed run goes on with the very next batch,
-whatever the workers had prepared ahead when the first one ended.
+its position is (first draw of the window, batch), and it travels with every batch. So a resumed run goes on with the
+very next batch, whatever the workers had prepared ahead when the first one ended. A window ends where an epoch does: no
+batch holds an example twice, and an epoch is a whole number of batches.
 """
 
 import random
@@ -43,7 +44,8 @@ class SampleSize(NamedTuple):
 
 @dataclass
 class About:
-    """What a batch is: its samples, where the data go on after it, and what was skipped on the way to it."""
+    """What a batch is: its samples, where the data go on after it, and what was skipped on the way to it. `window` is
+    the first draw of the shard's window."""
 
     samples: list[str]
     shard: int
@@ -68,7 +70,8 @@ class TrainingStream(IterableDataset):
         order: stands for all that the batches and their order follow from. It is kept with a position: what goes on
             from there has to follow from the same.
         rank, world_size: this process's shards among those of all processes.
-        position: `{"next": worker, "shards": {shard: [window, batch]}, ...}` as `Position.state` returns it.
+        position: `{"next": worker, "shards": {shard: [window, batch]}, ...}` as `Position.state` returns it; see
+            `check_layout`.
     """
 
     def __init__(
@@ -93,6 +96,8 @@ class TrainingStream(IterableDataset):
         self.order, self.rank, self.world_size = order, rank, world_size
         self.position = position or {"next": 0, "shards": {}}
         self.window = WINDOW if rows is None else rows * max(1, WINDOW // rows)
+        self.epoch = None if any(source.streaming for source in mixture.sources) else len(mixture)  # in draws
+        self.data = [source.fingerprint for source in mixture.sources]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -107,10 +112,16 @@ class TrainingStream(IterableDataset):
         fixed = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator()}
         return DataLoader(self, num_workers=num_workers, **fixed, **options)
 
-    def samples_per_batch(self, shards: int = 1) -> float:
-        """The average over the first window of the first shard; one if all examples in it are broken."""
-        _, plans, _ = next(self._windows(0, shards, 0))
-        return max(1.0, len(plans) / max(1, len(self._fill(plans, 0, 0))))
+    def batches_per_epoch(self, shards: int = 1) -> float:
+        """Of all shards together: counted if that takes few draws, else estimated from that many."""
+        draws = batches = 0
+        for shard in range(min(shards, self.epoch)):
+            first, end = 0, len(range(shard, self.epoch, shards))
+            while first < end and draws < WINDOW:
+                _, plans, broken = next(self._windows(shard, shards, first))
+                first, draws = first + len(plans) + len(broken), draws + len(plans) + len(broken)
+                batches += len(self._fill(plans, shard, 0))
+        return max(1, batches) * self.epoch / draws
 
     def _batches(self, shard: int, shards: int) -> Iterator[dict[str, Any]]:
         first, done = self.position["shards"].get(str(shard), (0, 0))
@@ -134,18 +145,20 @@ class TrainingStream(IterableDataset):
             yield {ABOUT: About([], shard, 0, 0, error=f"{error}")}
 
     def _windows(self, shard: int, shards: int, first: int) -> Iterator[tuple[int, list[tuple[str, Plan]], list[str]]]:
-        draws = islice(self.mixture.draws(), first * self.window * shards + shard, None, shards)
+        draws = islice(self.mixture.draws(), first * shards + shard, None, shards)
         window = first
         while True:
-            plans, skipped = [], []
-            for source, draw in islice(draws, self.window):
+            plans, skipped, count = [], [], self.window
+            if self.epoch:
+                count = min(count, -(-(self.epoch - (window * shards + shard) % self.epoch) // shards))
+            for source, draw in islice(draws, count):
                 name, example = self.mixture.sources[source][draw]
                 root = self.mixture.sources[source].media_root
                 plan = self._try(name, skipped, self.collator.encoder.plan, example, root)
                 if plan is not None:
                     plans.append((name, plan))
             yield window, plans, skipped
-            window += 1
+            window += count
 
     def _fill(self, plans: list[tuple[str, Plan]], shard: int, window: int) -> list[list[tuple[str, Plan]]]:
         sizes = [(plan.video_tokens, plan.text_tokens) for _, plan in plans]
@@ -181,33 +194,43 @@ class Position:
 
     Args:
         stream: the stream that is read. workers: of its loader, at least 1.
+
+    `rows` counts the examples that this process has used or skipped since the first step.
     """
 
     def __init__(self, stream: TrainingStream, workers: int):
-        self.layout = {"workers": workers, "world_size": stream.world_size, "order": stream.order}
+        self.layout = {"workers": workers, "world_size": stream.world_size, "order": stream.order, "data": stream.data}
         self.shards = dict(stream.position["shards"])
         self.next = stream.position["next"]
-        self.skipped = stream.position.get("skipped", 0)
+        self.skipped, self.rows = (stream.position.get(name, 0) for name in ("skipped", "rows"))
 
     def advance(self, about: About) -> None:
         workers = self.layout["workers"]
         self.shards[str(about.shard)] = [about.window, about.batch]
         self.next = (about.shard % workers + 1) % workers
         self.skipped += len(about.skipped)
+        self.rows += len(about.samples) + len(about.skipped)
 
     def state(self) -> dict[str, Any]:
-        return {"next": self.next, "skipped": self.skipped, "shards": dict(self.shards), **self.layout}
+        counts = {"next": self.next, "skipped": self.skipped, "rows": self.rows}
+        return counts | {"shards": dict(self.shards), **self.layout}
 
 
-def check_layout(position: dict, workers: int, world_size: int, order: str = "") -> None:
-    """Raises ValueError if a position was left by another number of processes or workers, or in another order."""
-    layout = {"workers": workers, "world_size": world_size}
-    if {key: position[key] for key in layout} != layout:
+def check_layout(position: dict, workers: int, stream: TrainingStream) -> None:
+    """Raises ValueError if a position was left by another number of processes or workers, in another order, or in
+    other data."""
+    if (position["workers"], position["world_size"]) != (workers, stream.world_size):
         raise ValueError(
             f"The checkpoint's place in the data is that of {position['world_size']} processes with "
-            f"{position['workers']} data workers each; resume with as many (now {world_size} and {workers})."
+            f"{position['workers']} data workers each; resume with as many (now {stream.world_size} and {workers})."
         )
-    if position.get("order", "") != order:
+    for then, now in zip(position["data"], stream.data):
+        if then != now:
+            raise ValueError(
+                f"The checkpoint's place is one in other data: then {then}, now {now}. Put the data back as they "
+                "were, or start anew from that checkpoint's weights."
+            )
+    if position["order"] != stream.order:
         raise ValueError(
             "The checkpoint's place is one in other data: the recipe's data, batch size or seeds have changed since. "
             "Resume with the recipe it was started with, or start anew from that checkpoint's weights."

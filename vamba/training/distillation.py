@@ -5,13 +5,16 @@ is followed by as many placeholders as the item has tokens, and the same patches
 the assistant's tokens are paired. The teacher sees one sample at a time, so packed rows need nothing from it.
 """
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 
 
+_FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # in the environment, where accelerate sets it
 _KINDS = {
     1: ("image_token_id", "pixel_values", "image_grid_thw"),
     2: ("video_token_id", "pixel_values_videos", "video_grid_thw"),
@@ -101,8 +104,19 @@ def _samples(inputs: dict[str, Any]):
 
 
 def load_teacher(path: str, dtype: str) -> PreTrainedModel:
-    """The teacher with its weights on the CPU; it moves to where the first batch is."""
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    """The teacher with its weights on the CPU; it moves to where the first batch is.
+
+    It is whole in every process: nothing gathers what ZeRO-3 would share out or FSDP would load on the main process
+    only, as the Trainer knows of the student alone.
+    """
+    shared, loading = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FSDP_LOADING, None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = shared
+        if loading is not None:
+            os.environ[_FSDP_LOADING] = loading
 
 
 def teacher_mismatch(path: str, student: PreTrainedConfig) -> str | None:

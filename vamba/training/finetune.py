@@ -19,17 +19,17 @@ from .distillation import Distillation, load_teacher
 from .flops import peak_flops
 from .preparation import Prepared, prepare, trainable_patterns
 from .recipe import Recipe
-from .trainer import STAGING, VambaTrainer, publish
+from .trainer import FINAL, STAGING, VambaTrainer, publish
 
 
-FINAL = "final"
 # Attention, MLP and Mamba projections of the language model and the video encoder, as a regular expression.
 ADAPTED = r"(?!.*\bvisual\.).*\.([qkvo]_proj|gate_proj|up_proj|down_proj|in_proj|out_proj)"
 
 
 @dataclass
 class Result:
-    """folder: the trained model, None where SIGTERM stopped the run. losses: as logged, by step."""
+    """folder: the trained model, None where SIGTERM stopped the run; the main process writes it, the others may return
+    before it is there. losses: as logged, by step."""
 
     folder: Path | None
     steps: int
@@ -132,13 +132,18 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
 
 
 def save(trainer: VambaTrainer, prepared: Prepared) -> Path:
-    """Writes `<output_dir>/final` and, if asked to, uploads it."""
+    """Writes `<output_dir>/final` and, if asked to, uploads it.
+
+    Merging and uploading may take longer than processes wait for each other, so the main one does that by itself after
+    the last collective; the others return before it is done.
+    """
     recipe, output = prepared.recipe, Path(prepared.arguments.output_dir)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     staging = output / STAGING
     trainer.save_dtype = None if recipe.lora else _dtype(prepared)
     trainer.save_model(str(staging))
+    trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         try:
             _finish(staging, prepared)
@@ -147,7 +152,6 @@ def save(trainer: VambaTrainer, prepared: Prepared) -> Path:
             shutil.rmtree(staging, ignore_errors=True)
         if recipe.train.get("push_to_hub"):
             _push(output / FINAL, prepared)
-    trainer.accelerator.wait_for_everyone()
     return output / FINAL
 
 
@@ -170,7 +174,7 @@ def _finish(folder: Path, prepared: Prepared) -> None:
             video.size[edge] = area
     processor.save_pretrained(folder)
     if (folder / "config.json").is_file():
-        write_model_card(folder, repo_id=_repo_id(recipe), origin=f"Fine-tuned from {Path(recipe.model.path).name}.")
+        write_model_card(folder, repo_id=_repo_id(recipe), **_card(recipe))
     values = dataclasses.asdict(recipe)
     values["train"].pop("hub_token", None)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -200,8 +204,14 @@ def _push(folder: Path, prepared: Prepared) -> None:
         _repo_id(prepared.recipe),
         private=train.get("hub_private_repo"),
         token=train.get("hub_token"),
-        origin=f"Fine-tuned from {Path(prepared.recipe.model.path).name}.",
+        **_card(prepared.recipe),
     )
+
+
+def _card(recipe: Recipe) -> dict:
+    from vamba.hub import inherited_metadata
+
+    return {"origin": f"Fine-tuned from {Path(recipe.model.path).name}.", **inherited_metadata(recipe.model.path)}
 
 
 def _repo_id(recipe: Recipe) -> str:

@@ -23,11 +23,12 @@ from vamba.data import Collator, ConversationEncoder, ExampleError, Mixture, Sou
 from vamba.data.encoding import tokens_of_pixels
 from vamba.data.stream import EXAMPLE_ERRORS
 
+from .agreement import agreed
 from .distillation import teacher_mismatch
 from .flops import FlopsModel
 from .recipe import Recipe
 from .strict import RecipeError
-from .trainer import last_checkpoint, read_position
+from .trainer import FINAL, last_checkpoint, read_position
 
 
 # What the two stages of Vamba's paper train, as regular expressions of parameter names.
@@ -71,13 +72,14 @@ def prepare(recipe: Recipe, resume: bool = False) -> Prepared:
             raise RecipeError(f"distillation.teacher is {mismatch}")
     processor = _load(AutoProcessor, recipe.model.path, "model.path")
     encoder = _encoder(recipe, config, processor)
-    checkpoint = _checkpoint(recipe, resume)
     _check_saving(recipe)
     flops = FlopsModel(config)  # before the arguments, which under ZeRO-3 have every new model's weights shared out
     arguments = _arguments(recipe)
-    mixture = _mixture(recipe, encoder, _data_seed(arguments))
-    stream = _stream(recipe, mixture, encoder, arguments, checkpoint)
-    _set_steps(recipe, arguments, stream)
+    checkpoint = agreed(lambda: _checkpoint(recipe, resume), decided_by_main=True)
+    mixture = agreed(lambda: _mixture(recipe, _data_seed(arguments)))
+    agreed(lambda: _check_sources(mixture, encoder), decided_by_main=True)
+    stream = agreed(lambda: _stream(recipe, mixture, encoder, arguments, checkpoint))
+    arguments.max_steps = agreed(lambda: _steps(recipe, arguments, stream), decided_by_main=True)
     return Prepared(recipe, arguments, config, processor, stream, checkpoint, flops)
 
 
@@ -168,8 +170,8 @@ def _encoder(recipe: Recipe, config: PreTrainedConfig, processor) -> Conversatio
     )
 
 
-def _mixture(recipe: Recipe, encoder: ConversationEncoder, seed: int) -> Mixture:
-    """The opened sources; each has something to learn."""
+def _mixture(recipe: Recipe, seed: int) -> Mixture:
+    """The opened sources."""
     data, sources = recipe.data, []
     for index, source in enumerate(data.train):
         key = f"data.train[{index}]"
@@ -179,6 +181,9 @@ def _mixture(recipe: Recipe, encoder: ConversationEncoder, seed: int) -> Mixture
             opened = Source(
                 source.path,
                 split=source.split,
+                name=source.name,
+                revision=source.revision,
+                data_files=source.data_files,
                 streaming=data.streaming,
                 media_root=source.media_root,
                 shuffle=data.shuffle,
@@ -186,10 +191,14 @@ def _mixture(recipe: Recipe, encoder: ConversationEncoder, seed: int) -> Mixture
             )
         except (OSError, ValueError) as error:
             raise RecipeError(f"{key}.path: {' '.join(str(error).split())}") from error
-        _check_source(key, opened, encoder)
         sources.append(opened)
     weights = [source.weight for source in data.train]
     return Mixture(sources, None if None in weights else weights)
+
+
+def _check_sources(mixture: Mixture, encoder: ConversationEncoder) -> None:
+    for index, source in enumerate(mixture.sources):
+        _check_source(f"data.train[{index}]", source, encoder)
 
 
 def _check_source(key: str, source: Source, encoder: ConversationEncoder) -> None:
@@ -223,14 +232,17 @@ def _checkpoint(recipe: Recipe, resume: bool) -> Path | None:
     output = Path(recipe.train["output_dir"])
     if output.exists() and not output.is_dir():
         raise RecipeError(f"train.output_dir is {output}, a file; accepted: a folder, new or empty")
-    checkpoint = last_checkpoint(output)
-    if resume:
-        return checkpoint
-    if checkpoint is not None:
+    checkpoint, result = last_checkpoint(output), output / FINAL
+    if checkpoint is not None and not resume:
         raise RecipeError(
             f"train.output_dir is {output}, which holds {checkpoint.name}; accepted: another folder, or --resume"
         )
-    return None
+    if checkpoint is None and result.exists():
+        raise RecipeError(
+            f"train.output_dir is {output}, which holds {result.name}, a trained model, and no checkpoint to go on "
+            "from; accepted: another folder, or this one without it"
+        )
+    return checkpoint
 
 
 def _check_saving(recipe: Recipe) -> None:
@@ -274,12 +286,10 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
 
 def _stream(recipe: Recipe, mixture, encoder, arguments: TrainingArguments, checkpoint: Path | None) -> TrainingStream:
     data, rank, world = recipe.data, arguments.process_index, arguments.world_size
-    rows, position = None if data.packing else arguments.per_device_train_batch_size, None
+    rows = None if data.packing else arguments.per_device_train_batch_size
     order = hashlib.sha256(repr((data, rows, _data_seed(arguments))).encode()).hexdigest()
-    if checkpoint is not None:
-        position = read_position(checkpoint, rank)
-        check_layout(position, max(1, arguments.dataloader_num_workers), world, order)
-    return TrainingStream(
+    position = None if checkpoint is None else read_position(checkpoint, rank)
+    stream = TrainingStream(
         mixture,
         Collator(encoder, packing=data.packing),
         rows=rows,
@@ -293,18 +303,23 @@ def _stream(recipe: Recipe, mixture, encoder, arguments: TrainingArguments, chec
         world_size=world,
         position=position,
     )
+    if position is not None:
+        check_layout(position, max(1, arguments.dataloader_num_workers), stream)
+    return stream
 
 
 def _data_seed(arguments: TrainingArguments) -> int:
     return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
-def _set_steps(recipe: Recipe, arguments: TrainingArguments, stream: TrainingStream) -> None:
-    """Steps that see every example `num_train_epochs` times on average, where the recipe does not say how many."""
+def _steps(recipe: Recipe, arguments: TrainingArguments, stream: TrainingStream) -> int:
+    """Steps that see every example `num_train_epochs` times, where the recipe does not say how many."""
     if arguments.max_steps > 0:
-        return
+        return arguments.max_steps
     if recipe.data.streaming:
         raise RecipeError("train.max_steps is missing; accepted with data.streaming: a number of steps above 0")
-    per_step = stream.samples_per_batch() * arguments.world_size * arguments.gradient_accumulation_steps
-    arguments.max_steps = max(1, math.ceil(arguments.num_train_epochs * len(stream.mixture) / per_step))
-    logger.info(f"{arguments.num_train_epochs} epochs are about {arguments.max_steps} steps")
+    world, accumulated = arguments.world_size, arguments.gradient_accumulation_steps
+    batches = stream.batches_per_epoch(world * max(1, arguments.dataloader_num_workers))
+    steps = max(1, math.ceil(round(arguments.num_train_epochs * batches / (world * accumulated), 6)))
+    logger.info(f"{arguments.num_train_epochs} epochs are about {steps} steps")
+    return steps

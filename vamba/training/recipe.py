@@ -29,13 +29,17 @@ class ModelRecipe:
 
 @dataclass
 class SourceRecipe:
-    """path: .jsonl, .json, .parquet, a folder of them or a Hub id. weight: relative frequency, for all sources or none
-    (then every example is as frequent). media_root: what relative media paths start from; the file's folder if null."""
+    """path: .jsonl, .json, .parquet, a folder of them, a folder of `save_to_disk` or a Hub id. weight: relative
+    frequency, for all sources or none (then every example is as frequent). media_root: what relative media paths start
+    from; the file's folder if null. name, revision, data_files: of a dataset on the Hub, as for `load_dataset`."""
 
     path: str
     media_root: str | None = None
     weight: float | None = None
     split: str = "train"
+    name: str | None = None
+    revision: str | None = None
+    data_files: str | list[str] | None = None
 
 
 @dataclass

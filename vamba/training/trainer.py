@@ -10,8 +10,10 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections import deque
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from .distillation import Distillation
 from .flops import FlopsModel
 
 
-STAGING = ".saving"
+FINAL, STAGING = "final", ".saving"  # folders in `output_dir`: the trained model, and what is being written
 POSITION_FILE = "data_position_{rank}.json"
 logger = logging.get_logger(__name__)
 
@@ -64,7 +66,7 @@ class VambaTrainer(Trainer):
         self.stream, self.learning_rates, self.distillation = stream, learning_rates, distillation
         self.position = Position(stream, max(1, self.args.dataloader_num_workers))
         self.flops, self.peak_flops, self.tokens_per_patch = flops, peak_flops, tokens_per_patch
-        self.stopping = StopOnSigterm(self)
+        self.stopping = AfterEachStep(self)
         self.add_callback(self.stopping)
         self._pending: deque[About] = deque()  # batches fetched for the current step, not yet trained on
         self._measured = {"video_tokens": 0.0, "text_tokens": 0.0, "flops": 0.0}
@@ -214,23 +216,30 @@ class VambaTrainer(Trainer):
             self._staging = None
 
 
-class StopOnSigterm(TrainerCallback):
-    """On SIGTERM: finish the step, save, stop. All processes stop after the same step, whichever got the signal."""
+class AfterEachStep(TrainerCallback):
+    """Keeps `epoch` true, and on SIGTERM finishes the step, saves and stops: all processes after the same step,
+    whichever got the signal. Signals reach the main thread only: a training in another thread leaves them alone."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: "VambaTrainer"):
         self.trainer, self.received = trainer, False
         self._before: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._before = signal.signal(signal.SIGTERM, self._receive)
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._receive)
 
     def _receive(self, number, frame):
         self.received = True
 
     def on_step_end(self, args, state, control, **kwargs):
+        received, rows = self.received, self.trainer.position.rows
         if args.world_size > 1:
-            flag = torch.tensor(float(self.received), device=args.device)
-            self.received = bool(self.trainer.accelerator.reduce(flag) > 0)
+            here = torch.tensor([received, rows], dtype=torch.float64, device=args.device)
+            received, rows = self.trainer.accelerator.reduce(here).tolist()
+        self.received = bool(received)
+        # Trainer, which knows no length of the data, counts a run as one epoch; of streamed data nobody knows it
+        epoch = self.trainer.stream.epoch
+        state.epoch = rows / epoch if epoch else None
         if self.received:
             control.should_save = control.should_training_stop = True
 
@@ -245,13 +254,25 @@ class StopOnSigterm(TrainerCallback):
 
 
 def publish(folder: Path, final: Path) -> None:
-    """Makes a folder that was written elsewhere appear as `final` at once, its contents on the disk before its name."""
+    """Makes a folder that was written elsewhere appear as `final` at once, its contents on the disk before its name.
+
+    What was there before is deleted last: at every moment one of the two is whole, the old one as `.replaced` for the
+    moment between two renames.
+    """
     for file in (file for file in folder.rglob("*") if file.is_file()):
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
+    replaced = final.with_name(f"{final.name}.replaced")
     if final.exists():
-        shutil.rmtree(final)
-    folder.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    try:
+        folder.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
@@ -274,4 +295,14 @@ def read_position(checkpoint: Path, rank: int) -> dict[str, Any]:
 
 
 def _outlive_sigterm(worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to a whole job; the step under way needs its data
+    """Ignores a SIGTERM sent to a whole job, as the step under way needs its data, but not one from the process that
+    trains: it sends one when it ends in an error, and waits until its workers are gone."""
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with, args=(parent_process().pid,), daemon=True).start()
+
+
+def _end_with(process: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != process:
+        pass
+    os._exit(0)

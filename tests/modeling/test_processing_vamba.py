@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+import vamba
 from vamba.demo.tiny_checkpoint import CHAT_TEMPLATE, tiny_tokenizer
 from vamba.modeling import VambaProcessor, VideoReadError
 
@@ -339,6 +340,34 @@ def test_output_of_qwen_vl_utils(processor, folder, frames, with_metadata, monke
     assert torch.equal(inputs["pixel_values_videos"], expected["pixel_values_videos"])
     assert marks(inputs, processor) == [[1, 2]]
     assert inputs["video_metadata"][0].fps == (2.0 if with_metadata else None)
+
+
+def test_qwen_vl_utils_reads_files_with_our_reader(processor, folder, monkeypatch):
+    """As README says; its own readers need packages that are not installed or functions that torchvision has not."""
+    from qwen_vl_utils import process_vision_info, vision_process
+
+    path = str(folder / "clip.mp4")
+    sizes = {"min_pixels": 64, "max_pixels": AREA}
+    for options, pairs in (({"fps": 2.5}, 3), ({"nframes": 4}, 2), ({"video_start": 1.0, "fps": 5.0}, 3)):
+        messages = say({"type": "video", "video": path, **sizes, **options})
+        if not options.keys() - {"fps"}:
+            with pytest.raises(Exception, match="read_video|decord|torchcodec"):
+                process_vision_info(messages)
+        with monkeypatch.context() as patch:
+            patch.setattr(vision_process, "VIDEO_READER_BACKENDS", dict(vision_process.VIDEO_READER_BACKENDS))
+            patch.setattr(vision_process, "FORCE_QWENVL_VIDEO_READER", None)
+            vamba.register_with_qwen_vl_utils()
+            images, videos, kwargs = process_vision_info(
+                messages, return_video_kwargs=True, return_video_metadata=True, image_patch_size=PATCH
+            )
+        vision_process.get_video_reader_backend.cache_clear()
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(text=text, images=images, videos=videos, return_tensors="pt", **kwargs)
+        assert inputs["video_grid_thw"].tolist() == [[pairs, 8, 12]]
+        mine = chat(processor, messages)
+        assert mine["video_grid_thw"].tolist() == inputs["video_grid_thw"].tolist()
+        difference = (inputs["pixel_values_videos"] - mine["pixel_values_videos"]).abs()
+        assert difference.max() < 0.1  # one is resized by torchvision
 
 
 def test_metadata_goes_with_its_video(processor, frames):

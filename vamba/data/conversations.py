@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vamba.errors import UserError
+
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ROLES["tool"] = "tool"
@@ -17,7 +19,7 @@ _SOURCE_KEYS = ("url", "path")  # besides the kind itself
 _TAG = re.compile(r"<(video|image)>")
 
 
-class ExampleError(ValueError):
+class ExampleError(UserError):
     """An example that cannot be trained on: one line that says why."""
 
 

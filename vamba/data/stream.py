@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vamba.errors import UserError
+
 from .collator import Collator, fill_packs
 from .conversations import ExampleError
 from .encoding import GRIDS, IGNORED, Plan
@@ -203,12 +205,12 @@ def check_layout(position: dict, workers: int, world_size: int, order: str = "")
     """Raises ValueError if a position was left by another number of processes or workers, or in another order."""
     layout = {"workers": workers, "world_size": world_size}
     if {key: position[key] for key in layout} != layout:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint's place in the data is that of {position['world_size']} processes with "
             f"{position['workers']} data workers each; resume with as many (now {world_size} and {workers})."
         )
     if position.get("order", "") != order:
-        raise ValueError(
+        raise UserError(
             "The checkpoint's place is one in other data: the recipe's data, batch size or seeds have changed since. "
             "Resume with the recipe it was started with, or start anew from that checkpoint's weights."
         )

@@ -336,7 +336,7 @@ class TorchcodecClip:
             from torchcodec.decoders import VideoDecoder
         except (ImportError, RuntimeError, OSError) as error:
             raise VideoReadError(
-                f"{name}: backend='torchcodec' is not available; pip install vamba[torchcodec] (it needs FFmpeg's "
+                f"{name}: backend='torchcodec' is not available; pip install torchcodec (it needs FFmpeg's "
                 "shared libraries), or use backend='pyav'"
             ) from error
         self.name, self._source, self._decoder_type, self._threads = name, source, VideoDecoder, threads

@@ -41,7 +41,7 @@ class VideoChat:
 
     Example:
         >>> chat = VideoChat(model, processor)
-        >>> chat.watch("talk.mp4", fps=1.0)
+        >>> chat.watch("talk.mp4")
         >>> chat.ask("Who speaks third?")
     """
 
@@ -74,7 +74,8 @@ class VideoChat:
             chunk_frames: frames encoded at once, an even number; None means 128, or fewer where the GPU's free memory
                 asks for it. A matter of speed and memory, not of result.
             progress: show a progress bar.
-            options: of `read_video`: fps, num_frames, start, end, min_pixels, max_pixels, …
+            options: of `read_video`: fps, num_frames (by default what the checkpoint was trained with), start, end,
+                min_pixels, max_pixels, …
 
         Raises:
             VideoReadError: the video cannot be read.

@@ -855,7 +855,7 @@ def test_natural_order():
 
 def test_torchcodec_that_is_not_there(clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec", None)
-    with pytest.raises(VideoReadError, match=r"pip install vamba\[torchcodec\]"):
+    with pytest.raises(VideoReadError, match=r"pip install torchcodec"):
         read_video(clip, backend="torchcodec")
 
 

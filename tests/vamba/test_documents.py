@@ -44,7 +44,7 @@ RUN = {
     'pipeline("image-text-to-text")': 'transformers.pipeline("image-text-to-text", model=model, processor=processor)',
     "processor.apply_chat_template(messages, ...)": (
         "inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,"
-        " return_tensors='pt')"
+        " return_tensors='pt').to(model.device)"
     ),
     "model.generate(**inputs)": "model.generate(**inputs, max_new_tokens=2)",
     "memory = model.encode_video(...)": (
@@ -139,7 +139,9 @@ def test_python_of_the_readme(desk, monkeypatch):
     question = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Who?"}]}]
     asked = names["processor"].apply_chat_template(question, add_generation_prompt=True)
     tokenize = names["processor"].tokenizer
-    names["question"], names["questions"] = (tokenize(texts, return_tensors="pt") for texts in (asked, [asked] * 2))
+    names["question"], names["questions"] = (
+        tokenize(texts, return_tensors="pt").to(names["model"].device) for texts in (asked, [asked] * 2)
+    )
     media = ("pixel_values_videos", "video_grid_thw")
     names["packed"] = {
         key: torch.cat([value, value], 0 if key in media else 1) for key, value in names["inputs"].items()

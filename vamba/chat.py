@@ -223,7 +223,11 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = None if device is None else torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"{device=} is no device of PyTorch; give 'cpu' or e.g. 'cuda:0'.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
     check_kind(base := base_of(path), MEMORIES)
     device_map = device or ("auto" if torch.cuda.is_available() else None)

@@ -51,11 +51,18 @@ def _from_hub(repo_id: str, owner: Path) -> Path:
     raise UserError(f"{repo_id} on the Hub holds no config.json; it is no checkpoint.")
 
 
+def _read(file: Path) -> dict:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is no JSON object ({error}); fetch the checkpoint again.") from error
+
+
 def adapter_config(folder: Path) -> dict | None:
     """adapter_config.json where `folder` holds a PEFT adapter instead of a whole model."""
     if (folder / CONFIG).is_file() or not (folder / ADAPTER).is_file():
         return None
-    return json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    return _read(folder / ADAPTER)
 
 
 def base_of(path: str) -> str:
@@ -75,7 +82,7 @@ def base_of(path: str) -> str:
 
 def check_kind(path: str, kinds) -> str:
     """The model type of a whole checkpoint. Raises UserError where it is none of `kinds`."""
-    kind = json.loads((checkpoint_folder(path) / CONFIG).read_text(encoding="utf-8")).get("model_type")
+    kind = _read(checkpoint_folder(path) / CONFIG).get("model_type")
     if kind not in kinds:
         raise UserError(
             f"{path} is a {kind} checkpoint, not a Vamba; `vamba convert` makes one of a Qwen2-VL or a Mamba-2."

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 
 from . import modeling
-from .checkpoint_folder import adapter_config, check_kind, checkpoint_folder
+from .checkpoint_folder import adapter_config, base_of, check_kind, checkpoint_folder
 from .errors import UserError
 from .modeling.configuration_vamba import VambaConfig
 from .modeling.configuration_video_ma2mba import VideoMa2mbaConfig
@@ -144,9 +144,9 @@ def describe(path: str | os.PathLike) -> dict:
     path = checkpoint_folder(os.fspath(path))
     if (adapter := adapter_config(path)) is not None:
         about = {"adapter": adapter.get("peft_type"), "rank": adapter.get("r")}
-        about["base_model"] = base = adapter.get("base_model_name_or_path")
+        about["base_model"] = adapter.get("base_model_name_or_path")
         try:
-            return about | describe(base or "")
+            return about | describe(base_of(os.fspath(path)))
         except UserError as error:
             return about | {"of its base model": f"unknown: {error}"}
     config = read_config(path)

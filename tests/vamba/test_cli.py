@@ -86,6 +86,17 @@ def test_mistakes_that_are_found_before_the_video_is_encoded(checkpoint, clip, t
         )
 
 
+def test_mistakes_of_other_kinds_are_mistakes_too(checkpoint, clip, tmp_path, capsys):
+    asking = ["ask", str(clip), "What?"]
+    assert main([*asking, "--model", str(checkpoint), "--device", "gpu9"]) == 2
+    assert "device='gpu9' is no device of PyTorch" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{")
+    assert main([*asking, "--model", str(tmp_path)]) == 2
+    assert "config.json is no JSON object" in capsys.readouterr().err
+    assert main(["convert", str(checkpoint), str(tmp_path / "x" / "out"), "--max-shard-size", "huge"]) == 2
+    assert "huge" in capsys.readouterr().err
+
+
 def test_another_kind_of_checkpoint_is_named(checkpoint, clip, tmp_path, capsys):
     qwen = checkpoint.parent / "qwen"
     for arguments in (["ask", str(clip), "What?", "--model", str(qwen)], ["info", str(qwen)]):

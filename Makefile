@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint format wheel clean
+.PHONY: setup demo test test-av lint format wheel clean
 
 setup: $(VENV)/.ready
 
@@ -19,6 +19,14 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The reader's tests with every PyAV that pyproject.toml allows, each in a folder beside .venv.
+test-av: setup
+	for version in 14.0 14 15 16 17 18; do \
+		$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --upgrade --target build/av-$$version "av==$$version.*" \
+		&& PYTHONPATH=build/av-$$version $(BIN)/python -m pytest tests/modeling/test_video_reading.py \
+			tests/modeling/test_video_reading_fuzz.py || exit 1; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

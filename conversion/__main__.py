@@ -1,6 +1,8 @@
 """`python -m vamba.conversion SRC DST`: the same as `vamba convert SRC DST`."""
 
-from .command_line import main
+import sys
+
+from vamba.cli import main
 
 
-raise SystemExit(main())
+raise SystemExit(main(["convert", *sys.argv[1:]]))

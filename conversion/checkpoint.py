@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from vamba.errors import UserError
 from vamba.modeling.configuration_vamba import VambaConfig
 
 from . import table as tables
@@ -219,14 +220,14 @@ def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)} or None for the source's.")
+        raise UserError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)} or None for the source's.")
     return DTYPES[dtype]
 
 
 def _source_config(source: Path, to: str | None, mamba_config: dict | None) -> tuple[str, VambaConfig]:
     """What the source is, and the model's configuration; refuses a `to` that makes no sense for it."""
     if to not in (None, "vamba", "original"):
-        raise ValueError(f"to is {to!r}, must be 'vamba' (as None) or 'original'.")
+        raise UserError(f"to is {to!r}, must be 'vamba' (as None) or 'original'.")
     raw = read_config(source)
     kind = format_of(raw)
     if kind != VAMBA and to == "original":

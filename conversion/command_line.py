@@ -1,7 +1,6 @@
 """The thin command line of the converter, shared by `vamba convert` and `python -m vamba.conversion`."""
 
 import argparse
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Converts as `args` say and prints the folder written.
 
-    Raises ValueError or OSError, with one line to show, for a user's mistake.
+    Raises UserError or FileNotFoundError, with one line to show, for a user's mistake.
     """
     from .checkpoint import convert
 
@@ -41,17 +40,3 @@ def run(args: argparse.Namespace) -> int:
     )
     print(destination)
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 with one line on stderr for a user's mistake; 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m vamba.conversion", description="Convert a checkpoint.")
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130

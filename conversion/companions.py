@@ -8,6 +8,7 @@ byte, but for the class of the processor and where its code is.
 import json
 import re
 import shutil
+from logging import getLogger
 from pathlib import Path
 
 from vamba.modeling.configuration_vamba import AUTO_MAP, VambaConfig
@@ -32,6 +33,8 @@ WITH_PROCESSOR_CLASS = (
     "processor_config.json",
 )
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PADS = re.compile(r"<\|(?:image|video)_pad\|>")
 
 
@@ -47,6 +50,11 @@ def copy_companions(source: Path, folder: Path, config: VambaConfig, processor_c
     Raises:
         ConversionError: where a file that has to be changed is not JSON.
     """
+    parts = {"tokenizer": TOKENIZERS, "image processor": PROCESSORS}
+    if missing := [part for part, names in parts.items() if not _matching(source, names)]:
+        getLogger(__name__).warning(
+            f"{source} holds no {' and no '.join(missing)}: put the files beside the converted weights before use."
+        )
     for path in _matching(source, VERBATIM):
         shutil.copyfile(path, folder / path.name)
     for path in _matching(source, TEMPLATES):

@@ -117,11 +117,13 @@ def open_checkpoint(folder: Path) -> CheckpointReader | TorchReader:
 
 
 def split_into_files(steps: Iterable[Step], max_shard_size: int | str) -> dict[str, list[Step]]:
-    """The output files, named as transformers names them, and what each holds. Raises ValueError on a bad size."""
+    """The output files, named as transformers names them, and what each holds. Raises ConversionError on a bad size."""
     steps = {step.key: step for step in steps}
-    split = split_state_dict_into_shards_factory(
-        steps, get_storage_size=size_of, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
+    options = {"filename_pattern": "model{suffix}.safetensors", "max_shard_size": max_shard_size}
+    try:
+        split = split_state_dict_into_shards_factory(steps, get_storage_size=size_of, **options)
+    except ValueError as error:
+        raise ConversionError(f"max_shard_size is {max_shard_size!r}: {error}") from error
     return {name: [steps[key] for key in keys] for name, keys in split.filename_to_tensors.items()}
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vamba.errors import UserError
+
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -17,10 +19,10 @@ def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: `destination` is a file, or holds something and `overwrite` is false, or holds no checkpoint.
-        ValueError: source and destination lie in each other.
+        UserError: source and destination lie in each other.
     """
     if destination == source or destination in source.parents or source in destination.parents:
-        raise ValueError(f"Source {source} and destination {destination} must not lie in each other.")
+        raise UserError(f"Source {source} and destination {destination} must not lie in each other.")
     if not destination.exists():
         return
     if not destination.is_dir():
@@ -32,12 +34,16 @@ def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
             raise FileExistsError(f"{destination} holds something that is no checkpoint; it is not overwritten.")
 
 
+class DiskFullError(UserError, OSError):
+    """There is no room for what is to be written."""
+
+
 def check_space(destination: Path, needed: int) -> None:
-    """Raises OSError (ENOSPC) if the disk of `destination` has less than `needed` bytes."""
+    """Raises DiskFullError if the disk of `destination` has less than `needed` bytes."""
     existing = next(parent for parent in destination.parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise OSError(f"{destination} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
+        raise DiskFullError(f"{destination} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
 
 
 @contextmanager
@@ -45,7 +51,7 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     """A new sibling folder to write into, which becomes `destination` when the block ends.
 
     On any exception, KeyboardInterrupt included, it is removed with all it holds, and a `destination` that was there
-    is still there. A full disk raises OSError with a message that says so.
+    is still there. A full disk raises DiskFullError, an OSError, with a message that says so.
     """
     staging = destination.with_name(f"{destination.name}.partial-{secrets.token_hex(4)}")
     created = [parent for parent in staging.parents if not parent.exists()]
@@ -61,7 +67,7 @@ def staged_folder(destination: Path) -> Iterator[Path]:
                     parent.rmdir()
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             message = f"The disk of {destination} is full; nothing was left behind."
-            raise OSError(message) from error
+            raise DiskFullError(message) from error
         raise
 
 

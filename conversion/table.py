@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import torch
 
+from vamba.errors import UserError
 
-class ConversionError(ValueError):
+
+class ConversionError(UserError):
     """The source cannot be converted; the message names the key or value and what was expected."""
 
 

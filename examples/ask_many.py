@@ -20,7 +20,7 @@ saved = os.path.splitext(video)[0] + ".memory.safetensors"
 if os.path.exists(saved):
     memory = vamba.VideoMemory.load(saved, device=model.device)
 else:
-    memory = vamba.VideoChat(model, processor).watch(video, fps=1.0)
+    memory = vamba.VideoChat(model, processor).watch(video)
     memory.save(saved)
 print(f"{memory.video_length} video tokens, {memory.video_nbytes / 2**20:.1f} MiB")
 

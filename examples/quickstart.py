@@ -17,7 +17,7 @@ processor = AutoProcessor.from_pretrained(path)
 messages = [
     {
         "role": "user",
-        "content": [{"type": "video", "video": video, "fps": 1.0}, {"type": "text", "text": question}],
+        "content": [{"type": "video", "video": video}, {"type": "text", "text": question}],
     }
 ]
 inputs = processor.apply_chat_template(

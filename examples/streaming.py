@@ -17,7 +17,7 @@ processor = AutoProcessor.from_pretrained(path)
 chat = vamba.VideoChat(model, processor)
 
 # `read_video` yields frames as they are decoded; a camera would do as well
-with processor.video_reader(video, fps=4.0, chunk_frames=8) as reader:
+with processor.video_reader(video, chunk_frames=8) as reader:
     for chunk in reader:
         inputs = processor.video_processor(
             [chunk.frames], do_resize=False, cap_pixels_per_frame=False, return_tensors="pt"

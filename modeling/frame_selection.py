@@ -17,6 +17,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 
+from .pyav_versions import quarter_turns, reformat
+
 
 MAX_SIDE = 16384
 MAX_PIXELS = 2**28
@@ -189,19 +191,12 @@ def to_rgb(av, reformatter, frame, height, width, threads=0):
         frame = _top_field(av, frame)
     if any(component.is_alpha for component in frame.format.components):
         frame = _over_white(av, frame)
-    kind = av.video.reformatter.Interpolation
-    flags = kind.BICUBIC | kind.ACCURATE_RND | kind.FULL_CHR_H_INT | kind.FULL_CHR_H_INP
-    planar = reformatter.reformat(frame, width, height, "gbrp", interpolation=flags, threads=threads)
+    planar = reformat(reformatter, frame, width, height, "gbrp", threads)
     green, blue, red = (
         np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, :width] for plane in planar.planes
     )
     pixels = np.stack([red, green, blue])
     return np.ascontiguousarray(np.rot90(pixels, turns, axes=(1, 2))) if turns else pixels
-
-
-def quarter_turns(frame):
-    """Counter-clockwise quarter turns that set the picture upright."""
-    return round(frame.rotation / 90) % 4
 
 
 def _top_field(av, frame):

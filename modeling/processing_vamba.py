@@ -28,14 +28,16 @@ from .video_reading import read_video
 
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
 # What a chat message may say about its image or video: transformers' words, then qwen-vl-utils' where they differ.
-_SOURCE_KEYS = {"video": ("video", "url", "path"), "image": ("image", "url", "path", "base64", "image_url")}
+_SOURCE_KEYS = {"video": ("video", "url", "path"), "image": ("image", "url", "path", "base64")}
 _ALIASES = {"nframes": "num_frames", "video_start": "start", "video_end": "end", "sample_fps": "source_fps"}
 _IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 # Options that only `read_video` knows; the video processor would refuse them.
 _READER_OPTIONS = (
     "start", "end", "total_pixels", "resized_height", "resized_width", "source_fps", "backend", "allow_urls",
 )  # fmt: skip
-_VIDEO_OPTIONS = ("min_pixels", "max_pixels", "fps", "num_frames", *_READER_OPTIONS)
+_VIDEO_OPTIONS = (
+    "min_pixels", "max_pixels", "fps", "num_frames", "min_frames", "max_frames", "raw_fps", *_READER_OPTIONS,
+)  # fmt: skip
 _EVERY_FRAME = 1e6  # frames per second
 # User text whose control tokens transformers has marked (`sanitize_control_tokens`) names no media.
 _UNMARKED = getattr(processing_utils, "_UNMARKED", "")
@@ -267,6 +269,7 @@ class VambaProcessor(Qwen2VLProcessor):
         return outputs, [self.replace_image_token(outputs, index) for index in range(len(images))]
 
     def _process_image(self, item: dict, **kwargs) -> BatchFeature:
+        _check_keys(item, "image")
         image, options = item["image"], {key: item[key] for key in _IMAGE_OPTIONS if item.get(key) is not None}
         kwargs["size"] = _size(self.image_processor, kwargs, options)
         if options.keys() & {"resized_height", "resized_width"}:
@@ -284,6 +287,7 @@ class VambaProcessor(Qwen2VLProcessor):
 
     def _process_video(self, item: dict, **kwargs) -> BatchFeature:
         source, metadata = item["video"], item.get("metadata")
+        _check_keys(item, "video", "metadata")
         options = {_ALIASES.get(key, key): value for key, value in item.items() if value is not None}
         options = {key: value for key, value in options.items() if key in _VIDEO_OPTIONS}
         call = {key: kwargs.pop(key) for key in _READER_OPTIONS if key in kwargs}
@@ -293,10 +297,18 @@ class VambaProcessor(Qwen2VLProcessor):
         if kwargs.get("cap_pixels_per_frame") is None and self.video_processor.cap_pixels_per_frame is None:
             kwargs["cap_pixels_per_frame"] = False  # Vamba is made for long videos; `total_pixels` caps on request
         kwargs["size"] = _size(self.video_processor, kwargs, options)
+        options.pop("raw_fps", None)  # only qwen-vl-utils' metadata of frames that are in memory
         asks = options.keys() - {"min_pixels", "max_pixels", "backend", "allow_urls"}
         if _is_frames(source) and (metadata is not None or not asks):
             return self.video_processor([source], video_metadata=[metadata] if metadata else None, **kwargs)
-        frames, metadata = self.read_frames(source, **self._reader_options(source, options, kwargs))
+        counts = [options.pop(name, None) for name in ("min_frames", "max_frames")]
+        options = self._reader_options(source, options, kwargs)
+        if "num_frames" not in options and any(counts):
+            with read_video(source, **options) as reader:
+                expected = reader.num_frames_expected or 1
+            if (wanted := min(max(expected, counts[0] or 1), counts[1] or np.inf)) != expected:
+                options = {key: value for key, value in options.items() if key != "fps"} | {"num_frames": wanted}
+        frames, metadata = self.read_frames(source, **options)
         kwargs |= {"do_resize": False, "do_sample_frames": False, "video_metadata": [metadata]}
         return self.video_processor([frames], **kwargs)
 
@@ -371,39 +383,69 @@ class VambaProcessor(Qwen2VLProcessor):
         for conversation in conversations:
             images.append([])
             videos.append([])
-            for kind, block in _media_blocks(conversation):
-                kinds.append(kind)
-                if (item := _media_item(block, kind)) is not None:
-                    (videos if kind == "video" else images)[-1].append(item)
+            for message in conversation:
+                content = message.get("content")
+                for block in content if isinstance(content, list) else ():
+                    kind = block.get("type") if isinstance(block, Mapping) else None
+                    if kind in _SOURCE_KEYS:
+                        kinds.append(kind)
+                        if (item := _media_item(block, kind)) is not None:
+                            (videos if kind == "video" else images)[-1].append(item)
         return images, videos, [], {"media_kinds": kinds} if kinds else {}
 
+    def _normalize_conversations(self, conversation):
+        """Items under the names that every chat template knows. Raises ValueError for what it would drop silently."""
+        return super()._normalize_conversations(_plain_messages(conversation))
 
-def _media_blocks(conversation: list[dict]) -> list[tuple[str, Mapping]]:
-    """The (kind, block) pairs of a conversation, recognised as Qwen2-VL's chat template does."""
-    found = []
-    for message in conversation:
-        content = message.get("content")
-        for block in content if isinstance(content, (list, tuple)) else ():
-            if not isinstance(block, Mapping):
-                continue
-            if block.get("type") in ("image", "image_url") or "image" in block or "image_url" in block:
-                found.append(("image", block))
-            elif block.get("type") == "video" or "video" in block:
-                found.append(("video", block))
-    return found
+
+def _plain_messages(messages):
+    """Messages, however nested, whose items say by their `type` alone whether they are text, image or video."""
+    if isinstance(messages, (list, tuple)):
+        return [_plain_messages(message) for message in messages]
+    if not isinstance(messages, Mapping) or not isinstance(messages.get("content"), (list, tuple)):
+        return messages
+    return {**messages, "content": [_plain_item(item) for item in messages["content"]]}
+
+
+def _plain_item(block):
+    """An item of a message without OpenAI's wrapping (`video_url`, `image_url`) and without keys that are None."""
+    if not isinstance(block, Mapping):
+        return block
+    block = {key: value for key, value in block.items() if value is not None}
+    for kind in _SOURCE_KEYS:
+        named = block.pop(f"{kind}_url", {} if block.get("type") == f"{kind}_url" else None)
+        if named is not None:
+            named = named if isinstance(named, Mapping) else {"url": named}
+            # `detail` is OpenAI's size of an image
+            block |= {key: value for key, value in named.items() if key != "detail"} | {"type": kind}
+        if block.get("type") == kind or kind in block:
+            _check_keys(block, kind, "type")
+            return block | {"type": kind}
+    if "text" not in block or block.get("type", "text") != "text":
+        raise ValueError(f"A message's item is {str(block)[:80]}; give a text, an image or a video.")
+    _check_keys(block, "text", "type")
+    return block
+
+
+def _check_keys(block: Mapping, kind: str, *more: str) -> None:
+    """Raises ValueError for keys of an item that mean nothing."""
+    options = {"video": (*_VIDEO_OPTIONS, *_ALIASES), "image": _IMAGE_OPTIONS, "text": ("text",)}[kind]
+    known = (*_SOURCE_KEYS.get(kind, ()), *options, *more)
+    if unknown := [key for key in block if key not in known]:
+        named = ", ".join(map(repr, unknown))
+        raise ValueError(f"{named} is unknown in an item of type {kind}; known keys are {', '.join(known)}.")
 
 
 def _media_item(block: Mapping, kind: str) -> dict | None:
-    """The source a chat message names and its options; None for an item that the video memory holds already."""
-    block = {key: value for key, value in block.items() if value is not None}
+    """The source an item of a message names and its options; None for one that the video memory holds already."""
     sources = [block[key] for key in _SOURCE_KEYS[kind] if key in block]
     if not sources:
         if block.keys() <= {"type"}:
             return None
         raise ValueError(f"A message's {kind} item names no source under {', '.join(_SOURCE_KEYS[kind])}: {block}.")
     source = sources[0]["url"] if isinstance(sources[0], Mapping) and "url" in sources[0] else sources[0]
-    known = _VIDEO_OPTIONS if kind == "video" else _IMAGE_OPTIONS
     options = {_ALIASES.get(key, key): value for key, value in block.items()}
+    known = _VIDEO_OPTIONS if kind == "video" else _IMAGE_OPTIONS
     return {kind: source} | {key: value for key, value in options.items() if key in known}
 
 

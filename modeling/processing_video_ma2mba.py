@@ -15,6 +15,7 @@ from transformers.image_transforms import to_pil_image
 from transformers.processing_utils import MultiModalData
 
 from .configuration_video_ma2mba import VideoMa2mbaConfig
+from .frame_selection import VideoReadError
 from .processing_vamba import VambaProcessor, VambaProcessorKwargs, _factor, _is_frames
 
 
@@ -89,10 +90,10 @@ class VideoMa2mbaProcessor(VambaProcessor):
         return super()._process_video(item, **kwargs)
 
     def video_reader(self, source, **options):
-        """`read_video` at this processor's frame size and sampling. Raises ValueError where another size is asked."""
+        """`read_video` at this processor's frame size and sampling. Raises VideoReadError for another size."""
         if asked := _SIZES & options.keys():
             size = self._square({})
-            raise ValueError(
+            raise VideoReadError(
                 f"{', '.join(sorted(asked))}: this model takes frames of {size['resized_width']} x "
                 f"{size['resized_height']} pixels only; leave it out."
             )

@@ -21,9 +21,9 @@ from .frame_selection import (
     VideoReadError,
     check_picture_size,
     import_av,
-    quarter_turns,
     to_rgb,
 )
+from .pyav_versions import frame_duration, is_cover_art, key_frame_index, quarter_turns
 
 
 MAX_READ_FAILURES = 32  # reads of the container that may fail before the file counts as ended
@@ -167,9 +167,9 @@ class PyavStream:
         if target - self._position < self._min_skip:
             return
         self._tried = target
-        index = self.stream.index_entries
+        index = key_frame_index(self.stream)
         stamp = self.origin + round(target / self.time_base)
-        if len(index) and index[len(index) - 1].timestamp >= stamp:
+        if index is not None and index[len(index) - 1].timestamp >= stamp:
             key = index.search_timestamp(stamp, backward=True)
             if key < 0 or (index[key].timestamp - self.origin) * self.time_base - self._position < MIN_GAIN:
                 return
@@ -248,7 +248,7 @@ class PyavStream:
         return (frame.pts - self.origin) * self.time_base
 
     def _frame_duration(self, frame):
-        duration = (frame.duration or 0) * self.time_base
+        duration = frame_duration(frame) * self.time_base
         return duration if 0 < duration <= MAX_GAP else self._clock.interval
 
     def _describe_first(self, frame):
@@ -296,13 +296,14 @@ class PyavStream:
 
 def _video_stream(container, name):
     """The video stream that a player would show; cover art does not count."""
-    streams = [s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic]
+    streams = [s for s in container.streams.video if not is_cover_art(s)]
     best = container.streams.best("video")
     if best is not None and any(best.index == stream.index for stream in streams):
         return best
     if streams:
         return streams[0]
-    kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
+    # not by each stream's type, of which PyAV before 17 makes a segmentation fault where it is unknown
+    kinds = [kind for kind in ("audio", "data", "subtitles") if getattr(container.streams, kind)]
     found = f"only {' and '.join(kinds)}" if kinds else "nothing"
     raise VideoReadError(f"{name}: has no video stream ({found}); give a file with moving pictures")
 
@@ -335,7 +336,7 @@ class TorchcodecClip:
             from torchcodec.decoders import VideoDecoder
         except (ImportError, RuntimeError, OSError) as error:
             raise VideoReadError(
-                f"{name}: backend='torchcodec' is not available; pip install vamba[torchcodec] (it needs FFmpeg's "
+                f"{name}: backend='torchcodec' is not available; pip install torchcodec (it needs FFmpeg's "
                 "shared libraries), or use backend='pyav'"
             ) from error
         self.name, self._source, self._decoder_type, self._threads = name, source, VideoDecoder, threads

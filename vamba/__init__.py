@@ -12,6 +12,7 @@ from ._registration import register_with_transformers
 __version__ = "0.1.0"
 
 _HOMES = {
+    "UserError": ".errors",
     "VideoChat": ".chat",
     "VambaConfig": ".modeling",
     "VambaForConditionalGeneration": ".modeling",
@@ -26,8 +27,10 @@ _HOMES = {
     "VideoReadError": ".modeling",
     "load_video": ".modeling",
     "read_video": ".modeling",
+    "register_with_qwen_vl_utils": ".qwen_vl_utils_reader",
     "conversion": None,
     "data": None,
+    "hub": None,
     "modeling": None,
     "training": None,
 }

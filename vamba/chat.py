@@ -20,6 +20,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from .checkpoint_folder import base_of, check_kind, checkpoint_folder
+from .errors import UserError
 from .modeling import StateMemory, VideoMemory, VideoReadError
 from .modeling.frame_streaming import default_chunk_frames, load_ahead, read_ahead
 from .modeling.graphed_decoding import GraphedDecoding
@@ -39,7 +41,7 @@ class VideoChat:
 
     Example:
         >>> chat = VideoChat(model, processor)
-        >>> chat.watch("talk.mp4", fps=1.0)
+        >>> chat.watch("talk.mp4")
         >>> chat.ask("Who speaks third?")
     """
 
@@ -72,7 +74,8 @@ class VideoChat:
             chunk_frames: frames encoded at once, an even number; None means 128, or fewer where the GPU's free memory
                 asks for it. A matter of speed and memory, not of result.
             progress: show a progress bar.
-            options: of `read_video`: fps, num_frames, start, end, min_pixels, max_pixels, …
+            options: of `read_video`: fps, num_frames (by default what the checkpoint was trained with), start, end,
+                min_pixels, max_pixels, …
 
         Raises:
             VideoReadError: the video cannot be read.
@@ -137,13 +140,16 @@ class VideoChat:
         Args:
             question: plain text.
             stream: return an iterator over pieces of the answer as they are generated.
-            generate_kwargs: passed to `generate`; `max_new_tokens` is 256 by default and `min_new_tokens` 1, as no
-                question is answered by nothing.
+            generate_kwargs: passed to `generate`; where neither they nor a `generation_config` among them says so,
+                `max_new_tokens` is 256 and `min_new_tokens` 1, as no question is answered by nothing.
         """
         if self.memory is None:
             raise ValueError("Nothing was watched yet: call watch(video) before ask(question).")
         inputs = self._prompt(question)
-        generate_kwargs = {"max_new_tokens": 256, "min_new_tokens": 1, **generate_kwargs}
+        if _setting(generate_kwargs, "max_new_tokens") is None and _setting(generate_kwargs, "max_length") is None:
+            generate_kwargs["max_new_tokens"] = 256
+        if _setting(generate_kwargs, "min_new_tokens") is None:
+            generate_kwargs["min_new_tokens"] = 1
         if stream:
             return self._stream(inputs, generate_kwargs)
         output = self.model.generate(**inputs, past_key_values=self._fork(inputs, generate_kwargs), **generate_kwargs)
@@ -155,7 +161,9 @@ class VideoChat:
         grows = any(generate_kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
         if grows or not isinstance(self.memory, VideoMemory) or not GraphedDecoding.suits(self.model):
             return self.memory.fork()
-        length = inputs["input_ids"].shape[1] + generate_kwargs["max_new_tokens"]
+        new_tokens, length = _setting(generate_kwargs, "max_new_tokens"), _setting(generate_kwargs, "max_length")
+        if new_tokens is not None:
+            length = inputs["input_ids"].shape[1] + new_tokens
         return self.memory.fork(max_cache_len=-(-length // 64) * 64)
 
     def _prompt(self, question: str) -> dict:
@@ -192,6 +200,12 @@ class VideoChat:
             raise failure[0]
 
 
+def _setting(generate_kwargs: dict, name: str) -> Any:
+    """What `generate` is told about `name`, by itself or in a generation config."""
+    value = generate_kwargs.get(name)
+    return getattr(generate_kwargs.get("generation_config"), name, None) if value is None else value
+
+
 class _StopWhen(StoppingCriteria):
     """Ends generation once an event is set."""
 
@@ -205,21 +219,29 @@ class _StopWhen(StoppingCriteria):
 def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> VideoChat:
     """A `VideoChat` from a checkpoint folder or Hub id, on `device` or wherever accelerate puts it.
 
+    Where `path` is a PEFT adapter, it is added to the weights of the model it was trained on.
+
     Raises:
-        ValueError: not a Vamba checkpoint, or a CUDA device where there is none. OSError: nothing at `path`.
+        UserError: no Vamba checkpoint at `path`, or a CUDA device where there is none.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
-    if (kind := AutoConfig.from_pretrained(path).model_type) not in MEMORIES:
-        raise ValueError(
-            f"{path} is a {kind} checkpoint, not a Vamba; `vamba convert` makes one of a Qwen2-VL or a Mamba-2."
-        )
-
+    try:
+        kind = None if device is None else torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"{device=} is no device of PyTorch; give 'cpu' or e.g. 'cuda:0'.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
+    check_kind(base := base_of(path), MEMORIES)
     device_map = device or ("auto" if torch.cuda.is_available() else None)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device_map)
-    return VideoChat(model.eval(), AutoProcessor.from_pretrained(path))
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, device_map=device_map)
+    own_processor = True
+    if base != path:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+        own_processor = (checkpoint_folder(path) / "processor_config.json").is_file()
+    return VideoChat(model.eval(), AutoProcessor.from_pretrained(path if own_processor else base))
 
 
 __all__ = ["VideoChat", "VideoReadError", "load_chat"]

@@ -1,9 +1,23 @@
-"""`vamba`: the command line. A user's mistake is one line on stderr and exit code 2; `--debug` shows the traceback."""
+"""`vamba`: the command line.
+
+What is unusual: a user's mistake is one line on stderr and exit code 2; any other exception is a fault: exit code 1 and
+one line that names a file with the traceback. `--debug` shows the traceback of either.
+"""
 
 import argparse
+import os
 import sys
+import tempfile
+import traceback
 from logging import ERROR, getLogger
 from pathlib import Path
+
+from .checkpoint_folder import base_of, check_kind, checkpoint_folder
+from .errors import UserError
+
+
+# Said in words of their own by whatever is asked to open a file.
+_PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,11 +30,28 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output has gone: `vamba … | head`
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
         if args.debug:
             raise
-        print(f"vamba: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        line = " ".join(str(error).split())
+        if _is_mistake(error):
+            print(f"vamba: {line}", file=sys.stderr)
+            return 2
+        print(f"vamba: {type(error).__name__}: {line} (a fault; the traceback is in {_log(error)})", file=sys.stderr)
+        return 1
+
+
+def _is_mistake(error: Exception) -> bool:
+    """By type: ours, that of the model's video reader, which knows nothing of us, and paths that are not there."""
+    reading = sys.modules.get("vamba.modeling.frame_selection")  # which imports torch
+    return isinstance(error, (UserError, *_PATH_ERRORS, *([reading.VideoReadError] if reading else [])))
+
+
+def _log(error: Exception) -> str:
+    descriptor, path = tempfile.mkstemp(prefix="vamba-", suffix=".log")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(f"{' '.join(sys.argv)}\n{''.join(traceback.format_exception(error))}")
+    return path
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,7 +75,6 @@ def _question(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vamba", description="Linear-time video understanding.")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     ask = commands.add_parser("ask", help="watch a video once and answer questions about it")
@@ -79,8 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     _lazily(finetune, "vamba.training.command_line")
 
     info = commands.add_parser("info", help="say what a checkpoint is")
-    info.add_argument("path", metavar="PATH", help="a Vamba checkpoint folder")
+    info.add_argument("path", metavar="PATH", help="a Vamba checkpoint or an adapter: a folder or Hub id")
     info.set_defaults(run=_info)
+
+    parser.set_defaults(debug=False)
+    for any_parser in (parser, *commands.choices.values()):  # before the command or after it
+        any_parser.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
     return parser
 
 
@@ -94,6 +130,7 @@ def _lazily(parser: argparse.ArgumentParser, module: str) -> None:
 
 
 def _ask(args: argparse.Namespace) -> int:
+    check_kind(base_of(args.model), ("vamba", "video_ma2mba"))  # at once, before torch is imported
     _quiet_transformers()
     from .chat import MEMORIES, load_chat
 
@@ -107,10 +144,13 @@ def _ask(args: argparse.Namespace) -> int:
 
         read_video(args.video, allow_urls=args.allow_urls, **reading).close()
     if args.save_memory and not Path(args.save_memory).resolve().parent.is_dir():
-        raise FileNotFoundError(f"--save-memory {args.save_memory}: there is no such folder; make it first.")
+        raise UserError(f"--save-memory {args.save_memory}: there is no such folder; make it first.")
     chat = load_chat(args.model, dtype=args.dtype, device=args.device)
     if args.video.endswith(".safetensors"):
-        chat.memory = MEMORIES[chat.model.config.model_type].load(args.video, device=chat.model.device)
+        try:
+            chat.memory = MEMORIES[chat.model.config.model_type].load(args.video, device=chat.model.device)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     else:
         chat.watch(args.video, progress=not args.quiet, allow_urls=args.allow_urls, **reading)
     if args.save_memory:
@@ -125,6 +165,7 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
+    checkpoint_folder(args.path)  # at once, before transformers is imported
     _quiet_transformers()
     from .hub import describe
 

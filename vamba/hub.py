@@ -18,6 +18,8 @@ import yaml
 from transformers.utils import cached_file, logging
 
 from . import modeling
+from .checkpoint_folder import adapter_config, base_of, check_kind, checkpoint_folder
+from .errors import UserError
 from .modeling.configuration_vamba import VambaConfig
 from .modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 
@@ -127,20 +129,12 @@ def state_bytes(config: VideoMa2mbaConfig) -> int:
 
 
 def read_config(folder: str | os.PathLike) -> VambaConfig | VideoMa2mbaConfig:
-    """The configuration of a checkpoint folder of either kind.
+    """The configuration of a checkpoint of either kind.
 
     Raises:
-        FileNotFoundError: no config.json. ValueError: another kind of checkpoint.
+        UserError: no checkpoint, or another kind of one.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; give the folder of a Vamba checkpoint.")
-    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if kind not in _CONFIGS:
-        raise ValueError(
-            f"{folder} is a {kind} checkpoint, not a Vamba; `vamba convert` makes one of a Qwen2-VL or a Mamba-2."
-        )
-    return _CONFIGS[kind].from_pretrained(folder)
+    return _CONFIGS[check_kind(os.fspath(folder), _CONFIGS)].from_pretrained(folder)
 
 
 def _count_parameters(config: VambaConfig | VideoMa2mbaConfig) -> str:
@@ -176,7 +170,18 @@ def push_to_hub(
 
 
 def describe(path: str | os.PathLike) -> dict:
-    """What `vamba info` prints of a checkpoint folder: sizes, switches, and what a video takes in memory."""
+    """What `vamba info` prints of a checkpoint folder or Hub id: sizes, switches, what a video takes in memory.
+
+    Of an adapter: what it is, and the same of its base model, where that is at hand.
+    """
+    path = checkpoint_folder(os.fspath(path))
+    if (adapter := adapter_config(path)) is not None:
+        about = {"adapter": adapter.get("peft_type"), "rank": adapter.get("r")}
+        about["base_model"] = adapter.get("base_model_name_or_path")
+        try:
+            return about | describe(base_of(os.fspath(path)))
+        except UserError as error:
+            return about | {"of its base model": f"unknown: {error}"}
     config = read_config(path)
     text = config.text_config
     index = Path(path) / "model.safetensors.index.json"

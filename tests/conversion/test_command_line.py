@@ -7,8 +7,12 @@ import sys
 import pytest
 from safetensors import safe_open
 
+from vamba.cli import main as vamba
 from vamba.conversion import add_arguments, run
-from vamba.conversion.command_line import main
+
+
+def main(arguments):
+    return vamba(["convert", *arguments])
 
 
 def test_converts_as_a_program(qwen2_vl, tmp_path):
@@ -45,7 +49,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert main([str(tmp_path), str(tmp_path.with_name("x"))]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: The source's model_type is 'llama'") and error.count("\n") == 1
+    assert error.startswith("vamba: The source's model_type is 'llama'") and error.count("\n") == 1
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
 
 
@@ -54,7 +58,7 @@ def test_interrupt(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vamba.conversion.checkpoint.convert", interrupted)
-    assert main(["a", "b"]) == 130 and "nothing was written" in capsys.readouterr().err
+    assert main(["a", "b"]) == 130 and "interrupted" in capsys.readouterr().err
 
 
 def test_usage(capsys):

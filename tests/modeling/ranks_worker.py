@@ -1,6 +1,7 @@
 """What each process of test_ranks.py runs: mixtures of batches on sharded weights, against the same batches alone.
 
-Arguments: "ddp", "fsdp2" or "zero3", then the cases as JSON: [[model, packed, cells, [kind of each rank's batch]], ...].
+Arguments: "ddp", "fsdp2" or "zero3", then the cases as JSON, [[model, packed, cells,
+[kind of each rank's batch]], ...].
 """
 
 import json

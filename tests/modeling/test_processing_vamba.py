@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+import vamba
 from vamba.demo.tiny_checkpoint import CHAT_TEMPLATE, tiny_tokenizer
 from vamba.modeling import VambaProcessor, VideoReadError
 
@@ -341,6 +342,34 @@ def test_output_of_qwen_vl_utils(processor, folder, frames, with_metadata, monke
     assert inputs["video_metadata"][0].fps == (2.0 if with_metadata else None)
 
 
+def test_qwen_vl_utils_reads_files_with_our_reader(processor, folder, monkeypatch):
+    """As README says; its own readers need packages that are not installed or functions that torchvision has not."""
+    from qwen_vl_utils import process_vision_info, vision_process
+
+    path = str(folder / "clip.mp4")
+    sizes = {"min_pixels": 64, "max_pixels": AREA}
+    for options, pairs in (({"fps": 2.5}, 3), ({"nframes": 4}, 2), ({"video_start": 1.0, "fps": 5.0}, 3)):
+        messages = say({"type": "video", "video": path, **sizes, **options})
+        if not options.keys() - {"fps"}:
+            with pytest.raises(Exception, match="read_video|decord|torchcodec"):
+                process_vision_info(messages)
+        with monkeypatch.context() as patch:
+            patch.setattr(vision_process, "VIDEO_READER_BACKENDS", dict(vision_process.VIDEO_READER_BACKENDS))
+            patch.setattr(vision_process, "FORCE_QWENVL_VIDEO_READER", None)
+            vamba.register_with_qwen_vl_utils()
+            images, videos, kwargs = process_vision_info(
+                messages, return_video_kwargs=True, return_video_metadata=True, image_patch_size=PATCH
+            )
+        vision_process.get_video_reader_backend.cache_clear()
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(text=text, images=images, videos=videos, return_tensors="pt", **kwargs)
+        assert inputs["video_grid_thw"].tolist() == [[pairs, 8, 12]]
+        mine = chat(processor, messages)
+        assert mine["video_grid_thw"].tolist() == inputs["video_grid_thw"].tolist()
+        difference = (inputs["pixel_values_videos"] - mine["pixel_values_videos"]).abs()
+        assert difference.max() < 0.1  # one is resized by torchvision
+
+
 def test_metadata_goes_with_its_video(processor, frames):
     metadata = [VideoMetadata(total_num_frames=10, fps=5.0), {"total_num_frames": 10, "fps": 10.0}]
     given = [[frames], [frames]]
@@ -363,7 +392,8 @@ def test_metadata_goes_with_its_video(processor, frames):
         {"type": "image", "path": "PATH"},
         {"type": "image_url", "image_url": {"url": "PATH"}},
         {"image_url": "PATH"},
-        {"image": "PATH"},
+        {"type": "image_url", "image_url": "PATH"},
+        {"image": "PATH", "video": None},
     ],
 )
 def test_names_of_an_image_in_a_message(processor, folder, block):
@@ -377,6 +407,51 @@ def test_names_of_an_image_in_a_message(processor, folder, block):
 
     inputs = chat(processor, say(fill(block)))
     assert torch.equal(inputs["pixel_values"], processor.image_processor(Image.open(path))["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "video_url", "video_url": {"url": "PATH"}, "fps": 2.5},
+        {"type": "video_url", "video_url": {"url": "PATH", "fps": 2.5}},
+        {"type": "video_url", "video_url": "PATH", "fps": 2.5},
+        {"video_url": "PATH", "fps": 2.5, "image": None},
+    ],
+)
+def test_names_of_a_video_in_a_message(processor, folder, block):
+    path = str(folder / "clip.mp4")
+    inner = block["video_url"]
+    block = block | {"video_url": path if inner == "PATH" else {**inner, "url": path}}
+    expected = chat(processor, say({"type": "video", "video": path, "fps": 2.5}))
+    inputs = chat(processor, say(block))
+    assert torch.equal(inputs["pixel_values_videos"], expected["pixel_values_videos"])
+    assert inputs["input_ids"].tolist() == expected["input_ids"].tolist() and marks(inputs, processor) == [[2]]
+    text = processor.apply_chat_template(say(block), add_generation_prompt=True)
+    assert text.count(START) == 1
+
+
+def test_nothing_in_a_message_is_dropped_silently(processor, folder):
+    path = str(folder / "clip.mp4")
+    for tokenize in (True, False):
+        for item in ({"type": "video", "video": path, "fpss": 2}, {"type": "video_url", "video_url": path, "fpss": 2}):
+            with pytest.raises(
+                ValueError, match="'fpss' is unknown in an item of type video; known keys are video, url.* fps,"
+            ):
+                processor.apply_chat_template(say(item), tokenize=tokenize)
+        with pytest.raises(ValueError, match="'fps' is unknown in an item of type image"):
+            processor.apply_chat_template(say({"type": "image", "image": path, "fps": 1}), tokenize=tokenize)
+        with pytest.raises(ValueError, match="'videoo' is unknown in an item of type text; known keys are text, type"):
+            processor.apply_chat_template(say({"type": "text", "text": "a", "videoo": path}), tokenize=tokenize)
+        with pytest.raises(ValueError, match="'type': 'audio'.*give a text, an image or a video"):
+            processor.apply_chat_template(say({"type": "audio", "audio": path}), tokenize=tokenize)
+    with pytest.raises(ValueError, match="'fpss' is unknown"):
+        processor(text=f"{START}{END}", videos=[{"video": path, "fpss": 2}])
+
+
+@pytest.mark.parametrize(("options", "pairs"), [({"max_frames": 4}, 2), ({"min_frames": 8}, 4), ({"raw_fps": 5}, 3)])
+def test_the_bounds_of_qwen_vl_utils_on_the_number_of_frames(processor, folder, options, pairs):
+    inputs = chat(processor, say({"type": "video", "video": str(folder / "clip.mp4"), "fps": 2.5, **options}))
+    assert inputs["video_grid_thw"][0, 0] == pairs
 
 
 def test_messages_are_not_changed(processor, folder):
@@ -448,7 +523,7 @@ def test_an_item_without_a_source_stands_for_the_memorys(processor, frames):
     inputs = chat(processor, say({"type": "video"}, {"type": "video", "video": frames}))
     assert marks(inputs, processor) == [[2, 2]] and len(inputs["video_grid_thw"]) == 1
     with pytest.raises(ValueError, match="names no source under video, url, path"):
-        chat(processor, say({"type": "video", "file": "clip.mp4"}))
+        chat(processor, say({"type": "video", "fps": 2.0}))
 
 
 @pytest.mark.parametrize(

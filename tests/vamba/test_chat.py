@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, StaticCache
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, StaticCache
 
 import vamba
 import vamba.chat as chat_module
@@ -86,6 +86,22 @@ def test_no_answer_is_empty(chat, clip):
     chat.watch(clip, progress=False)
     first = chat.processor.tokenizer(chat.ask("What?", max_new_tokens=1, do_sample=False)).input_ids[:1]
     assert first and chat.ask("What?", max_new_tokens=3, do_sample=False, eos_token_id=first[0])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_generation_config_says_how_long_an_answer_is(chat, clip, monkeypatch, stream, graphs):
+    chat.watch(clip, progress=False)
+    monkeypatch.setattr(chat_module.GraphedDecoding, "suits", lambda model: graphs)
+    expected = chat.ask("What?", max_new_tokens=1, do_sample=False)
+    assert expected != chat.ask("What?", max_new_tokens=30, do_sample=False)
+    prompt = chat._prompt("What?")["input_ids"].shape[1]
+    for length in ({"max_new_tokens": 1}, {"max_length": prompt + 1}):
+        config = GenerationConfig(**{**chat.model.generation_config.to_dict(), "do_sample": False, **length})
+        answer = chat.ask("What?", generation_config=config, stream=stream)
+        assert ("".join(answer).strip() if stream else answer) == expected
+    config.max_new_tokens = 30
+    assert chat.ask("What?", generation_config=config, max_new_tokens=1) == expected  # what is said outright wins
 
 
 def test_a_checkpoint_may_say_how_it_samples(chat, clip):

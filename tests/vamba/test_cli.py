@@ -1,7 +1,15 @@
 """The command line: answers and exit code 0, or one clear line and exit code 2."""
 
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.cli import main
 
@@ -78,6 +86,17 @@ def test_mistakes_that_are_found_before_the_video_is_encoded(checkpoint, clip, t
         )
 
 
+def test_mistakes_of_other_kinds_are_mistakes_too(checkpoint, clip, tmp_path, capsys):
+    asking = ["ask", str(clip), "What?"]
+    assert main([*asking, "--model", str(checkpoint), "--device", "gpu9"]) == 2
+    assert "device='gpu9' is no device of PyTorch" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{")
+    assert main([*asking, "--model", str(tmp_path)]) == 2
+    assert "config.json is no JSON object" in capsys.readouterr().err
+    assert main(["convert", str(checkpoint), str(tmp_path / "x" / "out"), "--max-shard-size", "huge"]) == 2
+    assert "huge" in capsys.readouterr().err
+
+
 def test_another_kind_of_checkpoint_is_named(checkpoint, clip, tmp_path, capsys):
     qwen = checkpoint.parent / "qwen"
     for arguments in (["ask", str(clip), "What?", "--model", str(qwen)], ["info", str(qwen)]):
@@ -97,6 +116,110 @@ def test_convert_refuses_what_is_no_checkpoint(tmp_path, capsys):
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(ValueError):
         main(["--debug", "convert", str(tmp_path), str(tmp_path / "out")])
+
+    with pytest.raises(ValueError):
+        main(["convert", str(tmp_path), str(tmp_path / "out"), "--debug"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no wandb\nhere"), ValueError("deep inside"), ImportError("torch")])
+def test_a_fault_is_one_line_that_names_the_file_with_its_traceback(error, tmp_path, capsys, monkeypatch):
+    def convert(*args, **options):
+        raise error
+
+    monkeypatch.setattr("vamba.conversion.checkpoint.convert", convert)
+    assert main(["convert", "a", "b"]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith(f"vamba: {type(error).__name__}: {str(error).split()[0]}")
+    log = Path(line.rsplit(" ", 1)[1].rstrip(")\n"))
+    assert "Traceback" in (text := log.read_text()) and "raise error" in text
+    log.unlink()
+    with pytest.raises(type(error)):
+        main(["convert", "a", "b", "--debug"])
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["runs/dmeo", "dmeo", "./runs/dmeo"])
+def test_a_mistyped_model_is_answered_before_anything_heavy_is_imported(name, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code = "import sys; from vamba.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    done = python(code, "ask", "clip.mp4", "What?", "--model", name)
+    assert done.stdout == "2 False\n" and done.stderr.count("\n") == 1 and done.stderr.startswith(f"vamba: {name}")
+
+
+def in_the_hubs_cache(folder, repo_id, cache):
+    """A checkpoint as `hf download` leaves it."""
+    repo = cache / f"models--{repo_id.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repo / "snapshots" / ("0" * 40))
+
+
+def test_info_takes_an_id_on_the_hub(checkpoint, tmp_path, capsys, monkeypatch):
+    in_the_hubs_cache(checkpoint, "me/tiny", tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["info", "me/tiny"]) == 0
+    assert "hidden_size                          64" in capsys.readouterr().out
+    assert main(["info", "me/other"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "me/other is no folder here, and the Hub does not give it" in error
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, tmp_path_factory):
+    """An adapter that changes what is answered."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_described_and_asked_with_its_base_model(adapter, checkpoint, clip, tmp_path, capsys):
+    assert main(["info", str(adapter)]) == 0
+    out = capsys.readouterr().out
+    assert "adapter                              LORA" in out and str(checkpoint) in out and "hidden_size" in out
+    asking = ["ask", str(clip), "What happens?", "--max-new-tokens", "6", "--quiet"]
+    assert main([*asking, "--model", str(adapter)]) == 0
+    answer = capsys.readouterr().out
+    merged = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(checkpoint), adapter)
+    merged.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "merged")
+    assert main([*asking, "--model", str(tmp_path / "merged")]) == 0
+    assert capsys.readouterr().out == answer
+    assert main([*asking, "--model", str(checkpoint)]) == 0
+    assert capsys.readouterr().out != answer
+
+
+def test_an_adapter_without_its_base_model_says_so(adapter, clip, tmp_path, capsys):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    assert main(["ask", str(clip), "What?", "--model", str(config.parent)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is an adapter, and its base model is not here" in error and "gone" in error
+    assert main(["info", str(config.parent)]) == 0
+    assert "LORA" in capsys.readouterr().out
+
+
+def test_a_source_without_a_tokenizer_is_named(checkpoint, tmp_path, caplog):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoint / name, bare)
+    assert main(["convert", str(bare), str(tmp_path / "out"), "--no-progress"]) == 0
+    assert f"{bare} holds no tokenizer and no image processor" in caplog.text and len(caplog.records) == 1
+    caplog.clear()
+    assert main(["convert", str(checkpoint), str(tmp_path / "whole"), "--no-progress"]) == 0
+    assert not caplog.records
 
 
 def test_info_describes_a_checkpoint(checkpoint, capsys):

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from vamba import demo, read_video
+from vamba.cli import main as vamba
 from vamba.demo import pipeline, training
 from vamba.demo.evaluation import Reply, accuracy, chance
 from vamba.demo.tiny_checkpoint import SPECIAL_TOKENS, make_tiny_qwen2_vl, mrope_section, tiny_tokenizer
@@ -224,7 +225,7 @@ def test_a_useless_output_folder_is_one_line_and_exit_code_2(tmp_path, capsys, o
     else:
         target.write_text("data")
     path = target / "deeper" if obstacle == "a file above" else target
-    assert main(f"--output-dir={path}") == 2
+    assert vamba(["demo", f"--output-dir={path}"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and str(path) in captured.err
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.pipelines import SUPPORTED_TASKS
 
 from vamba import hub
 from vamba.modeling import VambaConfig
@@ -91,7 +92,8 @@ def test_auto_map_names_every_class(checkpoint):
 def test_the_model_card(checkpoint):
     text = (checkpoint / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
-    assert front["pipeline_tag"] == "video-text-to-text" and front["library_name"] == "transformers"
+    assert front["pipeline_tag"] == "image-text-to-text" and front["pipeline_tag"] in SUPPORTED_TASKS
+    assert front["library_name"] == "transformers"
     assert "vamba" in front["tags"] and "license" not in front and "base_model" not in front  # nobody said
     assert "$" not in text and "freshly initialised" in text and "3 layers of width 64" in text
     snippet = text.split("```python")[1].split("```")[0]

@@ -121,7 +121,7 @@ def test_described_states_are_what_a_memory_takes(ma2mba):
 def test_the_model_card(ma2mba):
     text = (ma2mba / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
-    assert front["pipeline_tag"] == "video-text-to-text" and "video-ma2mba" in front["tags"]
+    assert front["pipeline_tag"] == "image-text-to-text" and "video-ma2mba" in front["tags"]
     assert "$" not in text and "projector is freshly initialised" in text and "3 layers of width 64" in text
     compile(text.split("```python")[1].split("```")[0], "README.md", "exec")
 

@@ -32,7 +32,9 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints and writes; raises ValueError, OSError or ImportError for a user's mistake."""
+    """Measures, prints and writes; raises UserError for a user's mistake."""
+    from vamba.errors import UserError
+
     from . import report
 
     if args.plot:
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             print(path)
         return 0
     if args.model is None:
-        raise ValueError("--model is missing: give the folder of a Vamba checkpoint, or 7b for random weights.")
+        raise UserError("--model is missing: give the folder of a Vamba checkpoint, or 7b for random weights.")
     from vamba.cli import _quiet_transformers
 
     from .measure import measure_all

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from vamba.errors import UserError
 from vamba.modeling import VideoMemory
 
 from .models import linear_weights, load_ours, load_peer
@@ -107,7 +108,7 @@ class Ours:
         self.merged = vision.spatial_merge_size**2
         self.patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         if args.patches[0] % vision.spatial_merge_size or args.patches[1] % vision.spatial_merge_size:
-            raise ValueError(f"--patches {args.patches} must be multiples of {vision.spatial_merge_size}.")
+            raise UserError(f"--patches {args.patches} must be multiples of {vision.spatial_merge_size}.")
 
     def steps(self, frames: int) -> int:
         """Temporal patches of so many frames."""

@@ -13,6 +13,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+from vamba.checkpoint_folder import checkpoint_folder
+from vamba.errors import UserError
 from vamba.modeling import VambaConfig, VambaForConditionalGeneration
 
 
@@ -34,21 +36,22 @@ SEVEN_BILLION = {  # for our configuration and Qwen2-VL's
 def load_ours(model: str, device: torch.device) -> VambaForConditionalGeneration:
     """A checkpoint, or random bfloat16 weights of the 7B's sizes for "7b"."""
     if model != "7b":
+        checkpoint_folder(model)
         if (kind := AutoConfig.from_pretrained(model).model_type) != "vamba":
-            raise ValueError(
+            raise UserError(
                 f"{model} is a {kind} checkpoint, and vamba bench measures a Vamba; benchmarks/video_ma2mba.py is for "
                 "a Video-Ma2mba."
             )
         return AutoModelForImageTextToText.from_pretrained(model, dtype="auto").to(device).eval()
     if device.type != "cuda":
-        raise ValueError(f"--model 7b takes 21 GiB and a GPU, not {device}; give the folder of a small checkpoint.")
+        raise UserError(f"--model 7b takes 21 GiB and a GPU, not {device}; give the folder of a small checkpoint.")
     return random_model(VambaForConditionalGeneration, VambaConfig(**SEVEN_BILLION), device, torch.bfloat16)
 
 
 def load_peer(ours: VambaConfig, device: torch.device, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
     """Qwen2-VL of our text model's and vision tower's sizes with random weights, attention through sdpa."""
     if ours.vision_config.model_type != "qwen2_vl_vision":
-        raise ValueError(f"--peer qwen2-vl has no vision tower like {ours.vision_config.model_type}; leave it out.")
+        raise UserError(f"--peer qwen2-vl has no vision tower like {ours.vision_config.model_type}; leave it out.")
     names = Qwen2VLConfig().text_config.to_dict().keys() - {"model_type", "architectures", "dtype"}
     text = {name: value for name, value in ours.text_config.to_dict().items() if name in names}
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -4,6 +4,8 @@ import csv
 import os
 from pathlib import Path
 
+from vamba.errors import UserError
+
 
 _GIB = 2**30
 # column of the plots -> (name of the file, label, unit's factor, column of the floor)
@@ -44,7 +46,7 @@ def write(results: dict, folder: str | os.PathLike) -> list[Path]:
     report = folder / f"{stem}.md"
     try:
         plots = plot(paths[0])
-    except ImportError as error:
+    except UserError as error:
         plots = []
         print(f"no plots: {error}")
     text = markdown(results) + "".join(f"\n![{path.stem}]({path.name})\n" for path in plots)
@@ -64,17 +66,17 @@ def plot(table: str | os.PathLike) -> list[Path]:
     """Draws prefill, decoding and memory against the number of frames, floors dashed, beside the table.
 
     Raises:
-        ImportError: matplotlib is not installed. ValueError: `table` is no table of lengths.
+        UserError: matplotlib is not installed, or `table` is no table of lengths.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"plots need matplotlib: pip install matplotlib, then vamba bench --plot {table}") from error
+        raise UserError(f"plots need matplotlib: pip install matplotlib, then vamba bench --plot {table}") from error
     table = Path(table)
     with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"model", "frames", "prefill_s"} <= rows[0].keys():
-        raise ValueError(f"{table} is no table of lengths, as vamba bench --out writes it.")
+        raise UserError(f"{table} is no table of lengths, as vamba bench --out writes it.")
     paths = []
     for column, (name, label, unit, floor) in _PLOTS.items():
         if not any(row.get(column) for row in rows):  # the memory, on a CPU

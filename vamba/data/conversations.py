@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vamba.errors import UserError
+
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ROLES["tool"] = "tool"
@@ -19,7 +21,7 @@ _SOURCE_KEYS = ("{}", "bytes", "{}_url", "url", "path", "base64")  # of an image
 _TAG = re.compile(r"<(video|image)>")
 
 
-class ExampleError(ValueError):
+class ExampleError(UserError):
     """An example that cannot be trained on: one line that says why."""
 
 

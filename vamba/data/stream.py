@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vamba.errors import UserError
+
 from .collator import Collator, fill_packs
 from .conversations import ExampleError
 from .encoding import GRIDS, IGNORED, Plan
@@ -217,21 +219,21 @@ class Position:
 
 
 def check_layout(position: dict, workers: int, stream: TrainingStream) -> None:
-    """Raises ValueError if a position was left by another number of processes or workers, in another order, or in
+    """Raises UserError if a position was left by another number of processes or workers, in another order, or in
     other data."""
     if (position["workers"], position["world_size"]) != (workers, stream.world_size):
-        raise ValueError(
+        raise UserError(
             f"The checkpoint's place in the data is that of {position['world_size']} processes with "
             f"{position['workers']} data workers each; resume with as many (now {stream.world_size} and {workers})."
         )
     for then, now in zip(position["data"], stream.data):
         if then != now:
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint's place is one in other data: then {then}, now {now}. Put the data back as they "
                 "were, or start anew from that checkpoint's weights."
             )
     if position["order"] != stream.order:
-        raise ValueError(
+        raise UserError(
             "The checkpoint's place is one in other data: the recipe's data, batch size or seeds have changed since. "
             "Resume with the recipe it was started with, or start anew from that checkpoint's weights."
         )

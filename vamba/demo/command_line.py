@@ -1,7 +1,6 @@
 """The arguments of `vamba demo`, and its exit code: 0 only where the model has learned its task."""
 
 import argparse
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,18 +11,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if the accuracy is reached, 1 if not, 2 after one line on stderr if the output folder cannot be used."""
+    """0 if the accuracy is reached, 1 if not."""
+    from vamba.errors import UserError
+
     from . import REQUIRED_ACCURACY
     from . import run as run_demo
 
     if args.steps is not None and args.steps < 1:
-        print(f"vamba demo: --steps is {args.steps}, must be at least 1", file=sys.stderr)
-        return 2
-    try:
-        results = run_demo(args.output_dir, model=args.model, seed=args.seed, steps=args.steps)
-    except OSError as error:
-        if getattr(args, "debug", False):
-            raise
-        print(f"vamba demo: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        raise UserError(f"--steps is {args.steps}, must be at least 1")
+    results = run_demo(args.output_dir, model=args.model, seed=args.seed, steps=args.steps)
     return 0 if results["accuracy"] >= REQUIRED_ACCURACY else 1

@@ -12,8 +12,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from vamba.errors import UserError
 
-class RecipeError(ValueError):
+
+class RecipeError(UserError):
     """A recipe that cannot be followed: one line that names the key and what is accepted."""
 
 

@@ -25,6 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from vamba.data import ABOUT, About, ExampleError, Position, TrainingStream
+from vamba.errors import UserError
 
 from .distillation import Distillation
 from .flops import FlopsModel
@@ -35,7 +36,7 @@ POSITION_FILE = "data_position_{rank}.json"
 logger = logging.get_logger(__name__)
 
 
-class NonFiniteLossError(ValueError):
+class NonFiniteLossError(UserError):
     """The loss is NaN or infinite; the message names the batch."""
 
 
@@ -290,7 +291,7 @@ def read_position(checkpoint: Path, rank: int) -> dict[str, Any]:
     """
     path = checkpoint / POSITION_FILE.format(rank=rank)
     if not path.is_file():
-        raise ValueError(f"{checkpoint} has no place in the data for process {rank}: resume with as many processes.")
+        raise UserError(f"{checkpoint} has no place in the data for process {rank}: resume with as many processes.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def test_losses_and_gradients_are_those_of_each_batch_alone(kind):
     assert all(code == 0 for code, _, _ in ended), [errors[-3000:] for _, _, errors in ended]
     worst = json.loads(ended[0][1].splitlines()[-1])
     assert len(worst) == len(chosen) and max(worst.values()) < 1e-5, worst
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_an_error_on_one_rank_ends_all(kind):
+    start = time.perf_counter()
+    mixture = ["short", "broken short", "text"]
+    ended = run_ranks(kind, json.dumps([["vamba", False, False, mixture]]), timeout=60)
+    assert all(code != 0 for code, _, _ in ended) and time.perf_counter() - start < 60
+    assert "ValueError: video_grid_thw announces" in ended[1][2]
 
 
 @pytest.mark.gpu

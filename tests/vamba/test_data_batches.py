@@ -447,19 +447,6 @@ def test_processes_and_workers_share_the_data_out(processor, dataset, monkeypatc
     assert {seen.count(f"train.jsonl#v{n}") for n in range(12)} == {2}
 
 
-def test_batches_of_text_alone_are_left_out_where_weights_are_shared_out(processor, dataset, tmp_path):
-    text = [json.loads(line) for line in dataset.read_text().splitlines()][:6]
-    for row in text[:3]:
-        row["messages"][0]["content"].pop(0)
-    path = write_rows(tmp_path / "mixed.jsonl", text)
-    data = {"path": path, "root": dataset.parent}
-    alone = take(broken_stream(processor, data, needs_media=True).loader(), 12)
-    assert all("video_grid_thw" in batch for batch in alone)
-    some = [message for batch in alone for message in batch[ABOUT].skipped]
-    assert some and all("text alone" in message for message in some)
-    assert any("video_grid_thw" not in batch for batch in take(broken_stream(processor, data).loader(), 12))
-
-
 def test_packs_keep_their_budget(processor, dataset):
     stream = make_stream(processor, dataset, packing=True, max_video_tokens=270, max_text_tokens=260)
     batches = take(stream.loader(), 12)

@@ -65,8 +65,6 @@ class TrainingStream(IterableDataset):
         mixture: what to draw from. collator: makes a batch of samples; its encoder plans and decodes.
         rows: samples in a batch at most; None for as many as fit (packing).
         max_video_tokens, max_text_tokens: of a batch; None for no limit.
-        needs_media: leave out batches of text alone, which would call fewer modules than the batches of other processes
-            do; where weights are shared out among the processes, they would wait for each other for ever.
         on_error: "skip" leaves a broken example out and says so, "raise" stops.
         seed: of the order of batches within a window.
         order: stands for all that the batches and their order follow from. It is kept with a position: what goes on
@@ -84,7 +82,6 @@ class TrainingStream(IterableDataset):
         rows: int | None = None,
         max_video_tokens: int | None = None,
         max_text_tokens: int | None = None,
-        needs_media: bool = False,
         on_error: str = "skip",
         seed: int = 0,
         order: str = "",
@@ -94,7 +91,7 @@ class TrainingStream(IterableDataset):
     ):
         self.mixture, self.collator = mixture, collator
         self.rows, self.limits = rows, (max_video_tokens, max_text_tokens)
-        self.needs_media, self.on_error, self.seed = needs_media, on_error, seed
+        self.on_error, self.seed = on_error, seed
         self.order, self.rank, self.world_size = order, rank, world_size
         self.position = position or {"next": 0, "shards": {}}
         self.window = WINDOW if rows is None else rows * max(1, WINDOW // rows)
@@ -175,9 +172,6 @@ class TrainingStream(IterableDataset):
             sample = self._try(name, failed, self.collator.encoder.encode, plan)
             if sample is not None:
                 samples.append((name, sample))
-        if samples and self.needs_media and not any(grid in sample for _, sample in samples for grid in GRIDS):
-            failed += [f"{name}: a batch of text alone cannot train weights that are shared out" for name, _ in samples]
-            samples = []
         return samples, failed
 
     def _try(self, name: str, failed: list[str], function, *arguments):

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.utils import is_bitsandbytes_available, logging
 
 from vamba.data import Collator, ConversationEncoder, ExampleError, Mixture, Source, TrainingStream, check_layout
@@ -295,7 +293,6 @@ def _stream(recipe: Recipe, mixture, encoder, arguments: TrainingArguments, chec
         rows=rows,
         max_video_tokens=data.batch_video_tokens,
         max_text_tokens=data.batch_text_tokens,
-        needs_media=is_fsdp_enabled() or arguments.fsdp_plugin_args is not None or is_deepspeed_zero3_enabled(),
         on_error=data.on_error,
         seed=_data_seed(arguments),
         order=order,

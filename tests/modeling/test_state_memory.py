@@ -241,7 +241,7 @@ def test_an_error_leaves_a_memory_as_it_was(model):
         hook.remove()
         calls = iter(range(1, 100))  # text is one chunk
         assert states_equal(memory, before)
-        assert {**vars(memory), "states": 0} == {**vars(before), "states": 0}
+        assert {**vars(memory), "layers": 0} == {**vars(before), "layers": 0}
 
 
 # --- copies and files ------------------------------------------------------------------------------------------------

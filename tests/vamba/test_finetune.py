@@ -315,7 +315,7 @@ def failing(self, *args):
         raise RuntimeError("out of memory, say")
     return step(self, *args)
 VambaTrainer.training_step = failing
-main(["finetune", sys.argv[1]])
+sys.exit(main(["finetune", sys.argv[1]]))
 """
 
 

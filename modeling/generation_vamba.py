@@ -82,7 +82,7 @@ class VambaGenerationMixin(GenerationMixin):
         rows = self.model.media_rows(input_ids, inputs_tensor, types, pixels, grids)
         if cache is not None:
             starts_BN = self.model.media_starts(input_ids, inputs_tensor)
-            rows = uncached_media(rows, starts_BN, cache.get_seq_length())
+            rows = uncached_media(rows, starts_BN, types, cache.get_seq_length())
         memory = VideoMemory.of(cache, self.config.text_config)
         self.model.encode_media([(memory, rows)] if any(rows) else [], pixels)
         if any(rows):

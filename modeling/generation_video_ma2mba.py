@@ -77,7 +77,7 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         unread = memory.unread(attention_mask, inputs_embeds[:, first:])
         unread_BN[:, first:] = True if unread is None else unread.to(unread_BN.device)
         if total == length:
-            _check_prefix(memory, starts_BN & ~unread_BN)
+            _check_prefix(memory, starts_BN & ~unread_BN, model_kwargs.get("mm_token_type_ids"))
         images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in _PIXELS)
         if images or videos:
             types = model_kwargs.get("mm_token_type_ids")
@@ -94,6 +94,8 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"] = memory
             if wanted:
                 model_kwargs["read_hidden_states"] = tuple(level[:, first:] for level in output.hidden_states)
+        elif weights_are_sharded(self):  # other ranks may have media, and wait for this one to call as many layers
+            self.model.read(StateMemory(self.config), inputs_embeds[:, :0], [[] for _ in inputs_embeds], pixels)
         return model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
@@ -111,19 +113,24 @@ def _unread_media(
     images, videos, starts_BN: Tensor, unread_BN: Tensor, mm_token_type_ids: Tensor | None
 ) -> tuple[list[list[MediaItem]], Tensor]:
     """The items of each row that the memory has not seen, and where they start; all of the prompt's may be given."""
-    count, new_BN = len(images) + len(videos), starts_BN & unread_BN
-    if count == int(starts_BN.sum()):
-        rows = media_of_rows(images, videos, starts_BN, mm_token_type_ids)
+    count = len(images) + len(videos)
+    all_BN = item_starts(starts_BN, mm_token_type_ids, count)
+    if count == int(all_BN.sum()):
+        rows, new_BN = media_of_rows(images, videos, all_BN, mm_token_type_ids), all_BN & unread_BN
         return [row[len(row) - new :] for row, new in zip(rows, new_BN.sum(1).tolist())], new_BN
-    new_BN = item_starts(new_BN, mm_token_type_ids, count)
+    new_BN = item_starts(starts_BN & unread_BN, mm_token_type_ids, count)
     return media_of_rows(images, videos, new_BN, mm_token_type_ids), new_BN
 
 
-def _check_prefix(memory: StateMemory, read_BN: Tensor) -> None:
-    """Raises ValueError unless what the memory has read of a prompt names what it has seen."""
-    seen = [len(row) for row in memory.media]
-    named = read_BN.sum(1).tolist()
-    if any(seen) and named != (seen * len(named) if len(seen) == 1 else seen):
+def _check_prefix(memory: StateMemory, read_BN: Tensor, mm_token_type_ids: Tensor | None) -> None:
+    """Raises ValueError unless what the memory has read of a prompt names what it has seen.
+
+    Starts that are typed 0, or that an answer held, name nothing: without types there may be more than was seen.
+    """
+    seen = [len(row) for row in memory.media] * (len(read_BN) if len(memory.media) == 1 else 1)
+    typed = item_starts(read_BN, mm_token_type_ids, sum(seen))
+    named = typed.sum(1).tolist()
+    if any(seen) and (any(map(int.__lt__, named, seen)) or (mm_token_type_ids is not None and named != seen)):
         raise ValueError(
             f"The memory has seen {seen} images and videos, and the part of the prompt that it has read names {named}: "
             "a prompt begins with one <|vision_start|><|vision_end|> for each video watched, as the chat template "

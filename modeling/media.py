@@ -64,7 +64,7 @@ def without_seen_grids(
 
 
 def item_starts(starts_BN: Tensor, mm_token_type_ids: Tensor | None, count: int) -> Tensor:
-    """`starts_BN` without those typed 0, or generated since the types, if just the others are `count`, as the items."""
+    """Drops starts typed 0 and starts beyond the types, if exactly `count` remain; else returns all of them."""
     (B, N), types_BN = starts_BN.shape, mm_token_type_ids
     if types_BN is None or len(types_BN) != B or types_BN.shape[1] > N or int(starts_BN.sum()) == count:
         return starts_BN
@@ -125,11 +125,14 @@ def _in_order(images: list[MediaItem], videos: list[MediaItem], kinds: list[str]
     return [next(of_kind[kind]) for kind in kinds]
 
 
-def uncached_media(rows: list[list[MediaItem]], starts_BN: Tensor, cached_length: int) -> list[list[MediaItem]]:
+def uncached_media(
+    rows: list[list[MediaItem]], starts_BN: Tensor, mm_token_type_ids: Tensor | None, cached_length: int
+) -> list[list[MediaItem]]:
     """Drops the items whose `<|vision_start|>` lies in the cached part of the text: the memory has seen them.
 
     A row whose items are not all written in the text (a batch of one may do that) keeps them all.
     """
+    starts_BN = item_starts(starts_BN, mm_token_type_ids, sum(map(len, rows)))
     total, cached = starts_BN.sum(1).tolist(), starts_BN[:, :cached_length].sum(1).tolist()
     return [row[seen:] if len(row) == written else row for row, written, seen in zip(rows, total, cached)]
 

@@ -49,7 +49,7 @@ from .media import (
     split_frames,
     without_seen_grids,
 )
-from .ranks import agree_on_calls, calls_are_shared
+from .ranks import agree_on_calls, weights_are_sharded
 from .shared_model import VideoHeadMixin, VideoModelMixin, flattened_lengths
 from .text_triton import FusedRMSNorm
 from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder, makers_of_key_values
@@ -109,7 +109,7 @@ class VambaTextModel(VambaPreTrainedModel):
         text_cache = memory if use_cache or memory.get_seq_length() else None
         borders = None  # positions that start anew with each sample, for the mask
         if packed:
-            lengths = [length for length, _ in packed if length]
+            lengths = [length for length, _ in packed]
             borders = positions_in_samples(lengths, inputs_embeds.device)
             kwargs |= varlen_kwargs(lengths, inputs_embeds.device)
         elif position_ids is not None and is_tracing(inputs_embeds):  # which cannot look whether these do
@@ -285,7 +285,8 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
 
         Args:
             videos: memories, extended in place, each with the media of its rows in order.
-            pixels: the patches of all images and of all videos, by kind. chunk_frames: see `encode_video`.
+            pixels: the patches of all images and of all videos, by kind.
+            chunk_frames: see `encode_video`. read_once: see `VambaVideoEncoder.forward`.
             reads: how many memories the text is going to read.
 
         Returns:
@@ -296,9 +297,6 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         for memory, rows in videos:
             if memory.num_video_rows not in (0, len(rows)):
                 raise ValueError(f"The memory has {memory.num_video_rows} video rows, the media are for {len(rows)}.")
-            self._rotate_video_keys(memory, True)  # as the new keys will be
-            longest = max(sum(item.num_patches for item in row) // merged for row in rows)
-            memory.reserve(max(memory.expected_length, memory.video_length + longest))
         device, read_once = self.visual.device, read_once and frames is None
         chunks = [(memory, chunk) for memory, rows in videos for chunk in split_frames(rows, frames)]
         passes = [self.count_passes(item for row in chunk for item in row) for _, chunk in chunks]
@@ -311,8 +309,11 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
             device,
         )
         with contextlib.ExitStack() as on_error:
-            for memory, _ in videos:
+            for memory, rows in videos:
                 on_error.enter_context(memory.unchanged_on_error())
+                self._rotate_video_keys(memory, True)  # as the new keys will be
+                longest = max(sum(item.num_patches for item in row) // merged for row in rows)
+                memory.reserve(max(memory.expected_length, memory.video_length + longest))
                 memory.note_weights(self.check_weights(memory), self.config.vision_config.temporal_patch_size)
             for ((memory, chunk), patches), count in zip(loaded, passes):
                 vision_BSD, lengths_B = self._vision_tokens(chunk, patches, count)
@@ -327,7 +328,7 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
 
     def _temporal_patches_at_once(self, videos, chunk_frames: int | None) -> int | None:
         """How many temporal patches of each row go through the model at once; None for all."""
-        if chunk_frames is None and not torch.is_grad_enabled():
+        if chunk_frames is None and videos and not torch.is_grad_enabled():
             rows = [[item.h * item.w for item in row] for _, rows in videos for row in rows]
             chunk_frames = default_chunk_frames(self, sum(max(row, default=0) for row in rows))
         return None if chunk_frames is None else max(1, chunk_frames // self.config.vision_config.temporal_patch_size)
@@ -490,17 +491,19 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         elif any(given is not None for given in (*pixels.values(), *grids.values())):
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)
             videos = [(memory, rows)] if any(rows) else []
-        if not videos and inputs_embeds.shape[1] > 1:  # not for each token that is decoded
-            memory.check(self.config.text_config, inputs_embeds.shape[0], inputs_embeds.dtype)
+        B, N, _ = inputs_embeds.shape
+        if not videos and N > 1 and memory.video_length:  # not for each token that is decoded
+            memory.check(self.config.text_config, B, inputs_embeds.dtype)
             self.check_weights(memory)
         read_besides: list[VideoMemory] = []
-        if videos or calls_are_shared(self):
+        if videos or self.shares_calls(N):
             reads = max(len(videos), min(1, memory.video_length))
             read_once = packed is not None or (past_key_values is None and not use_cache)
             read_besides = self.encode_media(videos, pixels, read_once=read_once, reads=reads)
-        for sample in [*(sample for _, sample in packed), *read_besides] if packed else []:
-            sample.keep_no_cell()
-        memory.expand_rows(inputs_embeds.shape[0])
+        if packed or (torch.is_grad_enabled() and weights_are_sharded(self)):  # ranks may differ in this
+            for read in [memory, *(sample for _, sample in packed or ()), *read_besides]:
+                read.keep_no_cell()
+        memory.expand_rows(B)
         self.warn_of_unseen_media(input_ids, *([memory] if packed is None else (sample for _, sample in packed)))
         self._rotate_video_keys(memory, not unrotate_video_keys)
         return self.language_model(

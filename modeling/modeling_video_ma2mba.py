@@ -36,7 +36,7 @@ from .multi_axis_checkpointing import (
     run_cells,
 )
 from .multi_axis_memory import mamba2_costs
-from .ranks import agree_on_calls, calls_are_shared
+from .ranks import agree_on_calls
 from .shared_model import VideoHeadMixin, VideoModelMixin, flattened_lengths
 from .state_memory import StateMemory
 
@@ -434,18 +434,18 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
                 "over to the next: give every sample a row of its own, padded, with an attention_mask."
             )
         memory = StateMemory.of(past_key_values, self.config)
+        unread_BN = memory.unread(attention_mask, inputs_embeds)
         memory.expand_rows(B)
         memory.check(self.config.text_config, B)
-        unread_BN = memory.unread(attention_mask, inputs_embeds)
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         grids = without_seen_grids(pixels, {"image": image_grid_thw, "video": video_grid_thw}, memory.media)
         items = [list_media(kind, pixels[kind], grids[kind]) for kind in pixels]
         if not any(items):
             self.warn_of_unseen_media(input_ids, memory)
         at_once = torch.is_grad_enabled() or N <= self.pass_frames * self.config.tokens_per_frame
-        plain = not any(items) and at_once and not calls_are_shared(self)
+        plain = not any(items) and at_once and not self.shares_calls(N)
         if plain and (N == 1 or unread_BN is None):  # decoding asks nothing of the device
-            if N > 1:  # not for each token that is decoded
+            if N > 1 and memory.made_by is not None:  # not for each token that is decoded
                 self.check_weights(memory)
             lengths_B = None if unread_BN is None else unread_BN.sum(1)
             output = self.language_model(

@@ -14,7 +14,7 @@ from torch import nn
 
 def weights_are_sharded(module: nn.Module) -> bool:
     """Whether ranks hold parts of the weights and gather them for each call: FSDP2, or DeepSpeed's ZeRO-3."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _are_several():
         return False
     from torch.distributed.tensor import DTensor
 
@@ -34,9 +34,13 @@ def calls_are_shared(module: nn.Module) -> bool:
 
 
 def _trains_beside_others(module: nn.Module) -> bool:
+    return module.training and torch.is_grad_enabled() and _are_several()
+
+
+def _are_several() -> bool:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    return module.training and torch.is_grad_enabled() and torch.distributed.get_world_size() > 1
+    return torch.distributed.get_world_size() > 1
 
 
 def agree_on_calls(module: nn.Module, passes: list[int], reads: int, device: torch.device) -> tuple[list[int], int]:

@@ -17,7 +17,11 @@ from transformers.utils.import_utils import is_tracing
 from .chunked_loss import chunked_causal_lm_loss
 from .frame_streaming import MAX_CHUNK_FRAMES, normalized
 from .media import MediaItem, split_frames
+from .ranks import calls_are_shared
 from .weights_fingerprint import WeightsFingerprint, are_same_weights
+
+
+logger = logging.get_logger(__name__)
 
 
 def flattened_lengths(
@@ -52,9 +56,6 @@ def flattened_lengths(
     return [end - start for start, end in pairwise(borders)]
 
 
-logger = logging.get_logger(__name__)
-
-
 class VideoModelMixin:
     """For a `PreTrainedModel` with a `visual` tower and a `language_model` that embeds tokens."""
 
@@ -72,13 +73,18 @@ class VideoModelMixin:
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def check_weights(self, memory: Cache) -> str | None:
-        """The fingerprint of the weights that make a memory of video; None while torch compiles or exports.
+        """The fingerprint of the weights that make a memory of video; None for a new memory in training, where weights
+        change with every step, and while torch compiles or exports.
 
         Raises:
             ValueError: the memory was made by others.
         """
         made_by = getattr(memory, "made_by", None)
-        if torch.compiler.is_compiling() or (made_by is None and torch.is_grad_enabled()):  # in training they change
+        if torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled():  # after a step of an optimizer that counts up no version
+            self._forget_fingerprint()
+        if self.training and made_by is None:
             return None
         fingerprint = vars(self).setdefault("_fingerprint", WeightsFingerprint()).of(self.modules_that_make_memories())
         if made_by is not None and not are_same_weights(made_by, fingerprint):
@@ -87,6 +93,19 @@ class VideoModelMixin:
                 "or training since): encode the video again with the model that is asked."
             )
         return fingerprint
+
+    def _forget_fingerprint(self) -> None:
+        vars(self).pop("_fingerprint", None)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self._forget_fingerprint()
+        return super().train(mode)
+
+    def shares_calls(self, tokens: int) -> bool:
+        """`ranks.calls_are_shared`; for a single token what it was before, as that looks at all parameters."""
+        if tokens > 1 or "_shares_calls" not in vars(self):
+            self._shares_calls = calls_are_shared(self)
+        return self._shares_calls
 
     def warn_of_unseen_media(self, input_ids: Tensor | None, *memories: Cache) -> None:
         """Where text has marks of media and nothing was seen: others' collators leave media out and keep the marks.

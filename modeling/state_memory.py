@@ -286,7 +286,7 @@ class StateMemory(Cache):
         memory = cls(PreTrainedConfig(num_hidden_layers=header["layers"]))
         for name in _IN_HEADER:
             setattr(memory, name, header.get(name))
-        if memory.media and "made_by" not in header:
+        if memory.media and not header.get("made_by"):
             warn_of_unknown_weights(path)
         memory.text_tokens_B = tensors.get("text_tokens")
         for index in range(header["layers"]):

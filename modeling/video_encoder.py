@@ -29,7 +29,7 @@ class VambaPreTrainedModel(MultiAxisCheckpointingMixin, PreTrainedModel):
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["VambaDecoderLayer", "Mamba2Block", "Qwen2_5_VLVisionBlock"]
-    _skip_keys_device_placement = ["past_key_values", "video_memory", "packed"]
+    _skip_keys_device_placement = ["past_key_values", "video_memory", "packed", "read_besides"]
     _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias"]
     _supports_flash_attn = True
     _supports_sdpa = True

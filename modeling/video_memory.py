@@ -437,7 +437,7 @@ class VideoMemory(Cache):
             FileNotFoundError: no such file. ValueError: the file is not a video memory, or is damaged.
         """
         tensors, header = read_memory(path, FORMAT, str(device))
-        if header["video_length"] and "made_by" not in header:
+        if header["video_length"] and not header.get("made_by"):
             warn_of_unknown_weights(path)
         return cls._from_tensors(tensors, header)
 

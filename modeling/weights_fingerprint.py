@@ -1,9 +1,10 @@
 """Which weights made a memory: a short text by which those of another fine-tune are told from the same in another form.
 
 What is unusual: it holds one number of each weight rather than a hash, so that weights rounded to another dtype are
-known again; what cannot be read (quantised, sharded, or offloaded weights) is not compared. As reading waits for the
-GPU it is done once for each state of the weights, which their places and version counters tell. Optimizers that write
-past those counters (through `.data` or by raw pointers) are not noticed within one process.
+known again; what cannot be read (quantised, sharded, or offloaded weights) is not compared. Adapters count by their own
+weights: merged into the base's, they are other weights. As reading waits for the GPU it is done once for each state of
+the weights, which their places and version counters tell; fused optimizers write past those, so the models also read
+anew after anything that records gradients (see `check_weights`).
 """
 
 import base64
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 _KINDS = {torch.float64: "d", torch.float32: "f", torch.float16: "h", torch.bfloat16: "b"}
 _UNREAD = "-"
 _QUANTISED = {torch.int8, torch.uint8, torch.int32}  # GPTQ and AWQ keep weights in buffers of these
-_WRAPPERS = {"base_layer", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 class WeightsFingerprint:
@@ -33,7 +34,7 @@ class WeightsFingerprint:
         state = tuple((name, *_place(weight)) for name, weight in weights)
         if state != self._read_of:
             names = hashlib.sha256("\n".join(name for name, _ in weights).encode()).hexdigest()[:16]
-            tensors = [weight for _, weight in weights if weight is not None]
+            tensors = [weight for _, weight in weights]
             kinds = "".join(_KINDS[t.dtype] if _is_readable(t) else _UNREAD for t in tensors)
             numbers = base64.b64encode(_one_of_each(tensors).numpy().tobytes()).decode()
             self._text, self._read_of = f"{names}:{kinds}:{numbers}", state
@@ -65,13 +66,11 @@ def _is_rounded(a: Tensor, b: Tensor, kinds: tuple[str, str]) -> bool:
     return bool(a.to(dtypes[1]).float() == b) or bool(b.to(dtypes[0]).float() == a)
 
 
-def _weights(module: nn.Module, name: str) -> Iterator[tuple[str, Tensor | None]]:
-    """Weights by names without wrappers; adapters count while they are enabled, which an entry of its own says."""
-    if hasattr(module, "merged_adapters"):  # a layer of PEFT
-        if module.disable_adapters and not module.merged_adapters:
-            yield from _weights(module.base_layer, name)
-            return
-        yield f"{name} {module.active_adapters} {module.merged_adapters}", None
+def _weights(module: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Weights by names without wrappers, those of adapters where they act."""
+    if hasattr(module, "base_layer") or hasattr(module, "original_module"):  # of PEFT
+        yield from _adapted_weights(module, name)
+        return
     for of, weight in module._parameters.items():
         if weight is not None:
             yield f"{name}.{of}", weight
@@ -83,13 +82,28 @@ def _weights(module: nn.Module, name: str) -> Iterator[tuple[str, Tensor | None]
             yield from _weights(child, name if of in _WRAPPERS else f"{name}.{of}")
 
 
+def _adapted_weights(layer: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+    acting = [] if layer.disable_adapters or getattr(layer, "merged_adapters", None) else layer.active_adapters
+    if hasattr(layer, "modules_to_save"):  # copies that stand in for the module
+        copies = [layer.modules_to_save[adapter] for adapter in acting if adapter in layer.modules_to_save]
+        yield from _weights(copies[0] if copies else layer.original_module, name)
+        return
+    yield from _weights(layer.base_layer, name)
+    for of, held in layer._modules.items():  # lora_A and others like it, by adapter
+        for place, adapter in enumerate(acting):
+            if of != "base_layer" and isinstance(held, (nn.ModuleDict, nn.ParameterDict)) and adapter in held:
+                inside = f"{name}.{of}.{place}"
+                is_weight = isinstance(held[adapter], Tensor)
+                yield from [(inside, held[adapter])] if is_weight else _weights(held[adapter], inside)
+
+
 def _is_readable(weight: Tensor) -> bool:
     plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in _KINDS
     return plain and not weight.is_meta and weight.numel() > 0  # ZeRO-3 leaves empty ones
 
 
-def _place(weight: Tensor | None) -> tuple:
-    if weight is None or not _is_readable(weight):
+def _place(weight: Tensor) -> tuple:
+    if not _is_readable(weight):
         return (id(weight),)
     return weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
 

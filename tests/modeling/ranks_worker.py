@@ -1,7 +1,7 @@
 """What each process of test_ranks.py runs: mixtures of batches on sharded weights, against the same batches alone.
 
-Arguments: "ddp", "fsdp2" or "zero3", then the cases as JSON, [[model, packed, cells,
-[kind of each rank's batch]], ...].
+Arguments: "ddp", "fsdp2" or "zero3", and the cases as JSON, [[model, packed, cells, kinds of the ranks' batches], ...];
+or "generate", and [[model, kinds of the ranks' prompts], ...].
 """
 
 import json
@@ -89,14 +89,7 @@ def alone(name: str, packed: bool, kind: str):
 
 
 def fsdp2(name: str, cells: bool, batch: dict):
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = dist.device_mesh.init_device_mesh(DEVICE.type, (dist.get_world_size(),))
-    model = make(name, cells)
-    for module in model.modules():
-        if type(module).__name__ in SHARDED:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = sharded(make(name, cells))
     loss = loss_of(model, batch)
     loss.backward()
     grads = {n: None if p.grad is None else p.grad.full_tensor() for n, p in model.named_parameters()}
@@ -104,6 +97,26 @@ def fsdp2(name: str, cells: bool, batch: dict):
     with torch.no_grad():
         evaluated = loss_of(model, batch)
     return loss.detach(), grads, evaluated
+
+
+def answer(model, name: str, kind: str) -> torch.Tensor:
+    """Greedy tokens after one sample."""
+    ids, types, media = rows_of(SAMPLES[kind][:1], name)
+    inputs = {"input_ids": ids[0][None], "mm_token_type_ids": types[0][None], **media}
+    inputs = {key: value.to(DEVICE) for key, value in inputs.items()}
+    mask = torch.ones_like(inputs["input_ids"])
+    length = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    return model.generate(**inputs, attention_mask=mask, synced_gpus=dist.is_initialized(), **length)
+
+
+def sharded(model):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh(DEVICE.type, (dist.get_world_size(),))
+    for module in model.modules():
+        if type(module).__name__ in SHARDED:
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def ddp(name: str, cells: bool, batch: dict):
@@ -134,16 +147,11 @@ def zero3(name: str, cells: bool, batch: dict):
     return loss.detach(), grads, evaluated
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = False  # of the vision tower's convolutions
-    kind, cases = sys.argv[1], json.loads(sys.argv[2])
-    rank = int(os.environ["RANK"])
+def train(kind: str, cases: list, rank: int) -> dict[str, float]:
+    """The largest difference to the losses and gradients of the batches alone, by case."""
     needed = {(name, packed, mixture[rank]) for name, packed, _, mixture in cases}
     references = {key: alone(*key) for key in sorted(needed) if not key[2].startswith("broken ")}
-    if GPU:
-        torch.cuda.set_device(DEVICE)
-    dist.init_process_group("nccl" if GPU else "gloo")
+    meet()
     worst = {}
     for name, packed, cells, mixture in cases:
         loss, expected = references.get((name, packed, mixture[rank]), (None, None))
@@ -158,8 +166,40 @@ def main() -> None:
             got = torch.zeros_like(mean) if grads[parameter] is None else grads[parameter]
             differences.append(float((got - mean).abs().max()))
         worst[f"{name} {'packed ' * packed}{'cells ' * cells}{'/'.join(mixture)}"] = max(differences)
+    return worst
+
+
+def generate(cases: list, rank: int) -> dict[str, float]:
+    """By case, how many ranks answer something else than alone."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    needed = {(name, mixture[rank]) for name, mixture in cases}
+    expected = {(name, kind): answer(make(name, cells=False).eval(), name, kind) for name, kind in sorted(needed)}
+    meet()
+    wrong = {}
+    for name, mixture in cases:
+        model = sharded(make(name, cells=False).eval())
+        register_fsdp_forward_method(model, "generate")
+        found = answer(model, name, mixture[rank])
+        differs = torch.tensor(float(not torch.equal(found, expected[name, mixture[rank]])), device=DEVICE)
+        dist.all_reduce(differs)
+        wrong[f"{name} {'/'.join(mixture)}"] = differs.item()
+    return wrong
+
+
+def meet() -> None:
+    if GPU:
+        torch.cuda.set_device(DEVICE)
+    dist.init_process_group("nccl" if GPU else "gloo")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # of the vision tower's convolutions
+    kind, cases, rank = sys.argv[1], json.loads(sys.argv[2]), int(os.environ["RANK"])
+    result = generate(cases, rank) if kind == "generate" else train(kind, cases, rank)
     if rank == 0:
-        print(json.dumps(worst), flush=True)
+        print(json.dumps(result), flush=True)
     dist.barrier()
     os._exit(0)  # gloo's threads may outlive the interpreter's end, which then aborts
 

@@ -317,7 +317,13 @@ def test_a_start_typed_0_is_text(model, inputs):
     for row in range(2):
         alone = row_of(typed, row)
         torch.testing.assert_close(logits[row : row + 1, -3:], model(**alone).logits[:, -3:], rtol=1e-4, atol=1e-4)
-    assert generate(model, typed, max_new_tokens=1).shape[0] == 2
+    first = generate(model, typed, max_new_tokens=2, return_dict_in_generate=True)
+    seen = first.past_key_values.num_video_tokens
+    again = typed | {"input_ids": first.sequences, "past_key_values": first.past_key_values}
+    for name in ("attention_mask", "mm_token_type_ids"):  # the next turn comes with all media, of which all are seen
+        again[name] = torch.nn.functional.pad(typed[name], (0, 2), value=int(name == "attention_mask"))
+    assert generate(model, again, max_new_tokens=1).shape[0] == 2
+    assert first.past_key_values.num_video_tokens == seen
 
 
 @pytest.mark.parametrize("again", ["with the media", "with the grids", "without the media"])

@@ -110,10 +110,10 @@ def test_mixing_without_types_in_a_batch_is_an_error():
 
 def test_media_of_the_cached_text_are_dropped():
     mask = starts(2)  # at 1 and 3
-    assert uncached_media([VIDEOS], mask, 0) == [VIDEOS]
-    assert uncached_media([VIDEOS], mask, 2) == [VIDEOS[1:]]
-    assert uncached_media([VIDEOS], mask, 8) == [[]]
-    assert uncached_media([VIDEOS], starts(0), 8) == [VIDEOS]  # not written in the text: all are new
+    assert uncached_media([VIDEOS], mask, None, 0) == [VIDEOS]
+    assert uncached_media([VIDEOS], mask, None, 2) == [VIDEOS[1:]]
+    assert uncached_media([VIDEOS], mask, None, 8) == [[]]
+    assert uncached_media([VIDEOS], starts(0), None, 8) == [VIDEOS]  # not written in the text: all are new
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 7, 100])

@@ -301,7 +301,7 @@ def test_ranks_that_share_weights_make_as_many_passes(monkeypatch, given):
     monkeypatch.setattr("vamba.modeling.shared_model.MAX_CHUNK_FRAMES", 2)
     agreed = "vamba.modeling.modeling_video_ma2mba.agree_on_calls"
     monkeypatch.setattr(agreed, lambda module, passes, reads, device: ([5], reads))
-    monkeypatch.setattr("vamba.modeling.modeling_video_ma2mba.calls_are_shared", lambda module: True)
+    monkeypatch.setattr("vamba.modeling.shared_model.calls_are_shared", lambda module: True)
     model.model.visual.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
     for name, gradient in gradients().items():
         expected = torch.zeros_like(gradient) if alone[name] is None else alone[name]
@@ -435,6 +435,12 @@ def test_a_start_typed_0_is_text(model):
                        return_dict_in_generate=True)
     ]  # fmt: skip
     torch.testing.assert_close(answers[0].logits[0], output.logits[:, -1], **CLOSE)
+    turn, grown = answers[0].sequences, torch.nn.functional.pad(types, (0, 3))
+    for media in ({}, seen):  # the next turn, without the media or with all of them
+        memory = answers[0].past_key_values.fork()
+        following = {"past_key_values": memory, "max_new_tokens": 2, "do_sample": False, **media}
+        assert model.generate(turn, mm_token_type_ids=grown, **following).shape[1] == turn.shape[1] + 2
+        assert memory.num_video_tokens == answers[0].past_key_values.num_video_tokens
 
 
 def test_samples_in_one_row_are_refused(model):

@@ -66,6 +66,15 @@ def test_losses_and_gradients_are_those_of_each_batch_alone(kind):
     assert len(worst) == len(chosen) and max(worst.values()) < 1e-5, worst
 
 
+@pytest.mark.parametrize("name", ["vamba", "video_ma2mba"])
+def test_answers_are_those_of_each_rank_alone(name):
+    mixtures = [("text", "short"), ("short", "long"), ("image", "text"), ("long", "long")]
+    ended = run_ranks("generate", json.dumps([[name, mixture] for mixture in mixtures]), ranks=2, timeout=100)
+    assert all(code == 0 for code, _, _ in ended), [errors[-3000:] for _, _, errors in ended]
+    wrong = json.loads(ended[0][1].splitlines()[-1])
+    assert len(wrong) == 4 and not any(wrong.values()), wrong
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_an_error_on_one_rank_ends_all(kind):
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """A memory is asked by the weights that made it, in whatever dtype and place, and by no others."""
 
 import copy
+import functools
 import json
 import warnings
 
@@ -33,11 +34,21 @@ def ask(model, ids, memory):
     return model.generate(ids, past_key_values=memory.fork(), max_new_tokens=2, do_sample=False)
 
 
-def train_a_step(model, ids, video):
+class ThroughData(torch.optim.SGD):
+    """Writes past the counters of versions, as DeepSpeed and bitsandbytes do."""
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad.sign(), alpha=-group["lr"])
+
+
+def train_a_step(model, ids, video, optimizer=torch.optim.AdamW):
     model.train()
     names = "pixel_values_videos", "video_grid_thw"
     model(ids, labels=ids, **dict(zip(names, video))).loss.backward()
-    torch.optim.AdamW(model.parameters(), lr=1e-5).step()
+    optimizer(model.parameters(), lr=1e-5).step()
     model.eval()
 
 
@@ -46,12 +57,17 @@ def fingerprint(model):
 
 
 @kinds
-def test_a_step_of_training_makes_a_memory_stale(kind, tmp_path):
+@pytest.mark.parametrize(
+    "optimizer",
+    [torch.optim.AdamW, functools.partial(torch.optim.AdamW, fused=True), ThroughData],
+    ids=["plain", "fused", "data"],
+)
+def test_a_step_of_training_makes_a_memory_stale(kind, optimizer, tmp_path):
     model, video, ids, memories = make(kind)
     memory = model.encode_video(*video)
     memory.save(tmp_path / "talk")
     answer = ask(model, ids, memory)
-    train_a_step(model, ids if kind == "video-ma2mba" else tiny_vamba.prompt(5, 1), video)
+    train_a_step(model, ids if kind == "video-ma2mba" else tiny_vamba.prompt(5, 1), video, optimizer)
     for stale in (memory, memory.fork(), memories.load(tmp_path / "talk"), copy.deepcopy(memory)):
         with pytest.raises(ValueError, match=OTHERS):
             ask(model, ids, stale)
@@ -60,6 +76,7 @@ def test_a_step_of_training_makes_a_memory_stale(kind, tmp_path):
             model.encode_video(*video, memory=stale)
         assert repr(stale) == before
     ask(model, ids, model.encode_video(*video))
+    ask(copy.deepcopy(model), ids, model.encode_video(*video))  # as another process would load the weights
     ask(model, ids, model.encode_video(*video, memory=(memory.reset(), memory)[1]))
     assert torch.equal(ask(make(kind)[0], ids, memories.load(tmp_path / "talk")), answer)  # the same weights elsewhere
 
@@ -134,8 +151,25 @@ def test_adapters_count_where_they_act():
     adapted.set_adapter("second")
     with pytest.raises(ValueError, match=OTHERS):
         ask(adapted, ids, own)
+    adapted.set_adapter("default")
+    ask(adapted, ids, own)  # whatever other adapters wait beside the one that acts
     of_text = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=r".*self_attn.q_proj"))
     ask(of_text, ids, memory)  # reads what the encoder made
+
+
+def test_copies_of_modules_count_where_they_stand_in():
+    peft = pytest.importorskip("peft")
+    model, video, ids, _ = make("vamba")
+    memory = model.encode_video(*video)
+    lora = peft.LoraConfig(target_modules=r".*self_attn.q_proj", modules_to_save=["merger"])
+    adapted = peft.get_peft_model(copy.deepcopy(model), lora)
+    ask(adapted, ids, memory)  # the copy is still equal
+    with torch.no_grad():
+        adapted.base_model.model.model.visual.merger.modules_to_save["default"].mlp[0].weight.add_(1)
+    with pytest.raises(ValueError, match=OTHERS):
+        ask(adapted, ids, memory)
+    with adapted.disable_adapter():
+        ask(adapted, ids, memory)
 
 
 def test_in_training_weights_are_not_read():

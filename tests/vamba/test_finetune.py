@@ -306,26 +306,28 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(values, tmp_path, monkeypatc
 
 
 FAILING = """
-import os, sys
+import os, sys, time
 from vamba.cli import main
 from vamba.training.trainer import VambaTrainer
 step = VambaTrainer.training_step
 def failing(self, *args):
     if self.state.global_step == 1 and os.environ["RANK"] == os.environ["FAILS"]:
         raise RuntimeError("out of memory, say")
+    if self.state.global_step == 1 and os.environ["WAITS"] == "1":
+        time.sleep(60)  # as a collective of a GPU would
     return step(self, *args)
 VambaTrainer.training_step = failing
 sys.exit(main(["finetune", sys.argv[1]]))
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_an_error_ends_the_run_and_its_data_workers(values, tmp_path, processes):
-    """Of one process in two the other ends too, as it finds nobody to share its gradients with."""
+@pytest.mark.parametrize(("processes", "waits"), [(1, False), (2, False), (3, True)])
+def test_an_error_ends_the_run_and_its_data_workers(values, tmp_path, processes, waits):
+    """The other processes end too, as they find nobody to share their gradients with or, on GPUs, are told."""
     values["train"] |= {"dataloader_num_workers": 2}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"FAILS": str(processes - 1)}
+    common |= {"FAILS": str(processes - 1), "WAITS": str(int(waits))}
     running = [
         start(FAILING, [str(tmp_path / "r.yaml")], tmp_path / str(rank), RANK=str(rank), LOCAL_RANK=str(rank), **common)
         for rank in range(processes)

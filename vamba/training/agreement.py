@@ -1,19 +1,27 @@
 """What processes agree on before they train: the main one decides, and an error of one is an error of all.
 
 A process that raised alone, or counted another number of steps than the others, would leave them waiting in their next
-collective.
+collective. Through gloo they notice that it is gone; on GPUs they would wait until their launcher kills them.
 """
 
-from collections.abc import Callable
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.distributed import TCPStore
 
 from .strict import RecipeError
 
 
 T = TypeVar("T")
+FAILED = "vamba/failed"  # in the store that the processes met at: the rank of the first that ended in an error
+POLL, GRACE = 1.0, 5.0  # seconds between looks at it, and for a process to end by itself
 
 
 def agreed(function: Callable[[], T], *, decided_by_main: bool = False) -> T:
@@ -35,3 +43,32 @@ def agreed(function: Callable[[], T], *, decided_by_main: bool = False) -> T:
         if message is not None:
             raise RecipeError(message)
     return outcomes[0][0] if decided_by_main else result
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Within, an error on one process ends all others within seconds, whatever they are waiting in."""
+    rank, world = PartialState().process_index, PartialState().num_processes
+    if world == 1:
+        yield
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    mine, theirs = (TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60)) for _ in range(2))
+    over = threading.Event()
+
+    def watch() -> None:
+        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+            while not over.wait(POLL):
+                if theirs.check([FAILED]) and not over.wait(GRACE):
+                    print(f"vamba: ends as process {theirs.get(FAILED).decode()} failed", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+    threading.Thread(target=watch, name="vamba-ending-together", daemon=True).start()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            mine.set(FAILED, str(rank))
+        raise
+    finally:
+        over.set()

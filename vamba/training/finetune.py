@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from .agreement import ending_together
 from .distillation import Distillation, load_teacher
 from .flops import peak_flops
 from .preparation import Prepared, prepare, trainable_patterns
@@ -47,14 +48,15 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Result:
         checkpoints are whole.
     """
     prepared = prepare(recipe, resume)
-    trainer = make_trainer(prepared)
-    try:
-        trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
-    finally:
-        trainer.stopping.restore()
-    history = trainer.state.log_history
-    losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-    folder = None if trainer.stopping.received else save(trainer, prepared)
+    with ending_together():
+        trainer = make_trainer(prepared)
+        try:
+            trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+        finally:
+            trainer.stopping.restore()
+        history = trainer.state.log_history
+        losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+        folder = None if trainer.stopping.received else save(trainer, prepared)
     return Result(folder, trainer.state.global_step, losses)
 
 

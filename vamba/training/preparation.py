@@ -26,7 +26,7 @@ from .distillation import teacher_mismatch
 from .flops import FlopsModel
 from .recipe import Recipe
 from .strict import RecipeError
-from .trainer import FINAL, last_checkpoint, read_position
+from .trainer import FINAL, UNFINISHED, last_checkpoint, read_position
 
 
 # What the two stages of Vamba's paper train, as regular expressions of parameter names.
@@ -230,12 +230,12 @@ def _checkpoint(recipe: Recipe, resume: bool) -> Path | None:
     output = Path(recipe.train["output_dir"])
     if output.exists() and not output.is_dir():
         raise RecipeError(f"train.output_dir is {output}, a file; accepted: a folder, new or empty")
-    checkpoint, result = last_checkpoint(output), output / FINAL
+    checkpoint, results = last_checkpoint(output), [output / name for name in (FINAL, UNFINISHED)]
     if checkpoint is not None and not resume:
         raise RecipeError(
             f"train.output_dir is {output}, which holds {checkpoint.name}; accepted: another folder, or --resume"
         )
-    if checkpoint is None and result.exists():
+    if checkpoint is None and (result := next((path for path in results if path.exists()), None)):
         raise RecipeError(
             f"train.output_dir is {output}, which holds {result.name}, a trained model, and no checkpoint to go on "
             "from; accepted: another folder, or this one without it"

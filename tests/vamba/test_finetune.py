@@ -22,7 +22,7 @@ from vamba.demo.tiny_mamba2 import tiny_neox_tokenizer
 from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, shared_model
 from vamba.modeling.decoder_layer import VambaMLP
 from vamba.modeling.mamba2 import Mamba2Mixer
-from vamba.training import load_recipe, parse_recipe
+from vamba.training import load_recipe, parse_recipe, preparation
 from vamba.training import trainer as trainer_module
 from vamba.training.finetune import finetune, make_trainer, save
 from vamba.training.preparation import prepare
@@ -434,6 +434,18 @@ def test_epochs_are_counted_in_examples(values, dataset, tmp_path):
     values["data"] |= {"packing": True, "max_video_tokens": 270, "batch_video_tokens": 10**6}
     values["train"] |= {"output_dir": str(tmp_path / "packs"), "per_device_train_batch_size": 1}
     assert prepare(parse_recipe(values)).arguments.max_steps == 1
+
+
+def test_a_step_that_sees_the_data_more_than_once_is_warned_of(values, monkeypatch):
+    told = []
+    monkeypatch.setattr(preparation.logger, "warning", told.append)
+    for steps in (6, -1):
+        values |= {"global_batch_size": 12}
+        prepare(parse_recipe(values | {"train": values["train"] | {"max_steps": steps}}))
+        assert not told
+        values |= {"global_batch_size": 16}
+        prepare(parse_recipe(values | {"train": values["train"] | {"max_steps": steps}}))
+        assert told.pop().startswith("A step takes 4 batches, and all data make 3: it sees examples more than once")
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path):

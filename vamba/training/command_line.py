@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when the model is trained and saved, now or before, 143 when SIGTERM stopped it after a save; mistakes are exceptions."""
+    """0 when the model is trained and saved, 143 when SIGTERM stopped it after a save; mistakes are exceptions."""
     from .recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)

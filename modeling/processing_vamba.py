@@ -371,6 +371,8 @@ class VambaProcessor(Qwen2VLProcessor):
     def video_reader(self, source, **options):
         """`read_video` with this processor's frame sizes and sampling, for reading a video chunk by chunk."""
         sampling = {} if options.keys() & {"fps", "num_frames"} else self._default_sampling()
+        if not sampling and not options.keys() & {"fps", "num_frames"} and "source_fps" in options:
+            sampling = {"fps": options["source_fps"]}  # as `_reader_options` has it
         return read_video(source, **(self._frame_size({}) | sampling | options))
 
     # --- chat -------------------------------------------------------------------------------------------------------

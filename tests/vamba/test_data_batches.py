@@ -137,6 +137,16 @@ def test_an_examples_bounds_on_its_frames(bounds, budget, frames, processor, cli
     assert limited.frames == [4]
 
 
+@pytest.mark.parametrize(("options", "frames"), [({}, 8), ({"fps": 2}, 4), ({"max_frames": 6}, 6)])
+def test_frames_with_a_rate_of_their_own(options, frames, processor, tmp_path):
+    for index in range(8):
+        Image.new("RGB", (64, 64), (30 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    files = [str(tmp_path / f"{index}.png") for index in range(8)]
+    encoder = ConversationEncoder(processor)
+    plan = encoder.plan(example(video(tmp_path) | {"video": files, "sample_fps": 4} | options))
+    assert plan.frames == [frames] and plan.video_tokens == tokens(encoder.encode(plan))
+
+
 def test_keys_that_mean_nothing_are_met_before_anything_is_decoded(processor, clip):
     encoder = ConversationEncoder(processor)
     for item in (video(clip, fpss=3), {"type": "image", "image": "a.png", "fps": 1}, {"text": "a", "id": "q"}):

@@ -22,14 +22,14 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.tokenization_utils_base import TextInput
 from transformers.video_utils import VideoInput, VideoMetadata
 
-from .frame_selection import IMAGE_SUFFIXES, target_size
+from .frame_selection import IMAGE_SUFFIXES, number, target_size
 from .video_reading import read_video
 
 
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
 # What a chat message may say about its image or video: transformers' words, then qwen-vl-utils' where they differ.
 _SOURCE_KEYS = {"video": ("video", "url", "path"), "image": ("image", "url", "path", "base64")}
-_ALIASES = {"nframes": "num_frames", "video_start": "start", "video_end": "end", "sample_fps": "source_fps"}
+ALIASES = {"nframes": "num_frames", "video_start": "start", "video_end": "end", "sample_fps": "source_fps"}
 _IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 # Options that only `read_video` knows; the video processor would refuse them.
 _READER_OPTIONS = (
@@ -269,7 +269,7 @@ class VambaProcessor(Qwen2VLProcessor):
         return outputs, [self.replace_image_token(outputs, index) for index in range(len(images))]
 
     def _process_image(self, item: dict, **kwargs) -> BatchFeature:
-        _check_keys(item, "image")
+        check_keys(item, "image")
         image, options = item["image"], {key: item[key] for key in _IMAGE_OPTIONS if item.get(key) is not None}
         kwargs["size"] = _size(self.image_processor, kwargs, options)
         if options.keys() & {"resized_height", "resized_width"}:
@@ -287,8 +287,8 @@ class VambaProcessor(Qwen2VLProcessor):
 
     def _process_video(self, item: dict, **kwargs) -> BatchFeature:
         source, metadata = item["video"], item.get("metadata")
-        _check_keys(item, "video", "metadata")
-        options = {_ALIASES.get(key, key): value for key, value in item.items() if value is not None}
+        check_keys(item, "video", "metadata")
+        options = {ALIASES.get(key, key): value for key, value in item.items() if value is not None}
         options = {key: value for key, value in options.items() if key in _VIDEO_OPTIONS}
         call = {key: kwargs.pop(key) for key in _READER_OPTIONS if key in kwargs}
         options = {key: value for key, value in call.items() if value is not None} | options
@@ -301,13 +301,10 @@ class VambaProcessor(Qwen2VLProcessor):
         asks = options.keys() - {"min_pixels", "max_pixels", "backend", "allow_urls"}
         if _is_frames(source) and (metadata is not None or not asks):
             return self.video_processor([source], video_metadata=[metadata] if metadata else None, **kwargs)
-        counts = [options.pop(name, None) for name in ("min_frames", "max_frames")]
+        bounds = {name: options.pop(name) for name in ("min_frames", "max_frames") if name in options}
         options = self._reader_options(source, options, kwargs)
-        if "num_frames" not in options and any(counts):
-            with read_video(source, **options) as reader:
-                expected = reader.num_frames_expected or 1
-            if (wanted := min(max(expected, counts[0] or 1), counts[1] or np.inf)) != expected:
-                options = {key: value for key, value in options.items() if key != "fps"} | {"num_frames": wanted}
+        if bounds:
+            options, _, _ = frames_asked_for(source, options | bounds)
         frames, metadata = self.read_frames(source, **options)
         kwargs |= {"do_resize": False, "do_sample_frames": False, "video_metadata": [metadata]}
         return self.video_processor([frames], **kwargs)
@@ -374,6 +371,8 @@ class VambaProcessor(Qwen2VLProcessor):
     def video_reader(self, source, **options):
         """`read_video` with this processor's frame sizes and sampling, for reading a video chunk by chunk."""
         sampling = {} if options.keys() & {"fps", "num_frames"} else self._default_sampling()
+        if not sampling and not options.keys() & {"fps", "num_frames"} and "source_fps" in options:
+            sampling = {"fps": options["source_fps"]}  # as `_reader_options` has it
         return read_video(source, **(self._frame_size({}) | sampling | options))
 
     # --- chat -------------------------------------------------------------------------------------------------------
@@ -419,17 +418,46 @@ def _plain_item(block):
             # `detail` is OpenAI's size of an image
             block |= {key: value for key, value in named.items() if key != "detail"} | {"type": kind}
         if block.get("type") == kind or kind in block:
-            _check_keys(block, kind, "type")
+            check_keys(block, kind, "type")
             return block | {"type": kind}
     if "text" not in block or block.get("type", "text") != "text":
         raise ValueError(f"A message's item is {str(block)[:80]}; give a text, an image or a video.")
-    _check_keys(block, "text", "type")
+    check_keys(block, "text", "type")
     return block
 
 
-def _check_keys(block: Mapping, kind: str, *more: str) -> None:
+def frames_asked_for(source, options: dict, open_video=read_video) -> tuple[dict, int, tuple[int, int]]:
+    """How many frames an item of a message asks for; opens the video, decodes nothing.
+
+    Args:
+        options: of `read_video`, and `min_frames` and `max_frames`, which bound the frames that `fps` gives.
+        open_video: `read_video` or a processor's `video_reader`.
+
+    Returns:
+        The options of `read_video` alone, with `num_frames` where a bound holds; how many frames are due then; their
+        height and width.
+    """
+    options = dict(options)
+    low, high = (number(name, options.pop(name, None), 1, integer=True) for name in ("min_frames", "max_frames"))
+    if "num_frames" in options:
+        options.pop("fps", None)
+        low = high = None
+    with open_video(source, **options) as reader:
+        frames, size, step = reader.num_frames_expected, reader.frame_size, reader.seconds_per_frame
+    if frames is None:  # neither length nor number of frames is declared: look at the last packets
+        kept = {key: options[key] for key in ("start", "end", "backend", "allow_urls", "source_fps") if key in options}
+        with read_video(source, num_frames=2**20, **kept) as reader:
+            frames = int((reader.num_frames_expected - 1) / (reader.metadata.fps or 1.0) / step) + 1
+    wanted = min(max(frames, low or 1), high or np.inf)
+    if wanted != max(frames, 1):
+        options = {key: value for key, value in options.items() if key != "fps"} | {"num_frames": wanted}
+        return frames_asked_for(source, options, open_video)
+    return options, max(frames, 1), size
+
+
+def check_keys(block: Mapping, kind: str, *more: str) -> None:
     """Raises ValueError for keys of an item that mean nothing."""
-    options = {"video": (*_VIDEO_OPTIONS, *_ALIASES), "image": _IMAGE_OPTIONS, "text": ("text",)}[kind]
+    options = {"video": (*_VIDEO_OPTIONS, *ALIASES), "image": _IMAGE_OPTIONS, "text": ("text",)}[kind]
     known = (*_SOURCE_KEYS.get(kind, ()), *options, *more)
     if unknown := [key for key in block if key not in known]:
         named = ", ".join(map(repr, unknown))
@@ -444,7 +472,7 @@ def _media_item(block: Mapping, kind: str) -> dict | None:
             return None
         raise ValueError(f"A message's {kind} item names no source under {', '.join(_SOURCE_KEYS[kind])}: {block}.")
     source = sources[0]["url"] if isinstance(sources[0], Mapping) and "url" in sources[0] else sources[0]
-    options = {_ALIASES.get(key, key): value for key, value in block.items()}
+    options = {ALIASES.get(key, key): value for key, value in block.items()}
     known = _VIDEO_OPTIONS if kind == "video" else _IMAGE_OPTIONS
     return {kind: source} | {key: value for key, value in options.items() if key in known}
 

@@ -99,12 +99,17 @@ def inherited_metadata(source: str | os.PathLike) -> dict[str, Any]:
     """What the card of a model made of `source`, a checkpoint folder or an id on the Hub, says of license and base.
 
     It is what the card of `source` says; what it does not say stays unsaid. The base model is `source` itself where it
-    has an id on the Hub, by which it was given or which its configuration remembers.
+    has an id on the Hub, by which it was given or which its configuration remembers. A card that cannot be read says
+    nothing: what is made of the model is worth more than its card.
     """
     quiet = ("gated_repo", "missing_entries", "connection_errors")
     card = cached_file(source, "README.md", **{f"_raise_exceptions_for_{kind}": False for kind in quiet})
-    front = re.match(r"---\n(.*?)\n---", Path(card).read_text(encoding="utf-8") if card else "", re.DOTALL)
-    said = yaml.safe_load(front[1]) if front else None
+    text = Path(card).read_text(encoding="utf-8", errors="replace") if card else ""
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    try:
+        said = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        said = None
     metadata = {name: said[name] for name in METADATA if said.get(name)} if isinstance(said, dict) else {}
     known, config = f"{source}", Path(source) / "config.json"
     if Path(source).is_dir():

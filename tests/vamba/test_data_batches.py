@@ -1,8 +1,11 @@
 """Frames that fit a budget, batches and packs, mixtures, and a stream that skips what is broken and can be resumed."""
 
 import base64
+import errno
 import io
 import json
+import os
+import resource
 
 import datasets
 import numpy as np
@@ -22,8 +25,10 @@ from vamba.data import (
     TrainingStream,
     check_layout,
     fill_packs,
+    sources,
 )
 from vamba.data import stream as stream_module
+from vamba.errors import UserError
 
 from training_data import write_dataset
 
@@ -109,6 +114,51 @@ def test_an_examples_own_options_come_first(processor, clip):
     assert small["video_grid_thw"].tolist() == [[8, 4, 4]]
 
 
+@pytest.mark.parametrize(
+    ("bounds", "budget", "frames"),
+    [
+        ({"fps": 8, "max_frames": 4}, None, 4),
+        ({"fps": 8, "max_frames": 4}, 60, 4),
+        ({"fps": 8, "max_frames": 12}, 36, 8),
+        ({"fps": 1, "min_frames": 12}, None, 12),
+        ({"fps": 1, "min_frames": 12}, 36, 8),
+        ({"fps": 1, "min_frames": 99}, None, 16),
+        ({"num_frames": 6, "min_frames": 8, "max_frames": 2}, None, 6),
+    ],
+)
+def test_an_examples_bounds_on_its_frames(bounds, budget, frames, processor, clip):
+    encoder = ConversationEncoder(processor, max_video_tokens=budget)
+    plan = encoder.plan(example(video(clip, **bounds)))
+    sample = encoder.encode(plan)
+    assert plan.frames == [frames] and sample["video_grid_thw"].tolist() == [[frames // 2, 6, 6]]
+    assert plan.video_tokens == tokens(sample)
+    assert encoder.plan(example(video(clip, **bounds))).messages == plan.messages
+    limited = ConversationEncoder(processor, max_frames=4).plan(example(video(clip, **bounds)))
+    assert limited.frames == [4]
+
+
+@pytest.mark.parametrize(("options", "frames"), [({}, 8), ({"fps": 2}, 4), ({"max_frames": 6}, 6)])
+def test_frames_with_a_rate_of_their_own(options, frames, processor, tmp_path):
+    for index in range(8):
+        Image.new("RGB", (64, 64), (30 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    files = [str(tmp_path / f"{index}.png") for index in range(8)]
+    encoder = ConversationEncoder(processor)
+    plan = encoder.plan(example(video(tmp_path) | {"video": files, "sample_fps": 4} | options))
+    assert plan.frames == [frames] and plan.video_tokens == tokens(encoder.encode(plan))
+
+
+def test_keys_that_mean_nothing_are_met_before_anything_is_decoded(processor, clip):
+    encoder = ConversationEncoder(processor)
+    for item in (video(clip, fpss=3), {"type": "image", "image": "a.png", "fps": 1}, {"text": "a", "id": "q"}):
+        with pytest.raises(ExampleError, match="is unknown in an item of type"):
+            encoder.plan(example(item))
+
+
+def test_text_that_looks_like_media_is_no_fault(processor):
+    with pytest.raises(ExampleError, match="the processor refuses it: The number of"):
+        ConversationEncoder(processor)(example(question="<|video_pad|>"))
+
+
 def test_a_header_that_lies_does_not_break_the_budget(processor, clip, monkeypatch):
     encoder = ConversationEncoder(processor, fps=8, max_video_tokens=45)
     honest = type(processor).video_reader
@@ -155,16 +205,16 @@ def as_png(picture):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["bytes", "stored", "data", "base64", "picture", "array", "file", "path"])
+@pytest.mark.parametrize("kind", ["bytes", "stored", "data", "base64", "text", "picture", "array", "file", "path"])
 def test_images_however_they_are_given(kind, processor, picture, tmp_path):
     (tmp_path / "a.png").write_bytes(png := as_png(picture))
     text = base64.b64encode(png).decode()
     source = {
         "bytes": png, "stored": {"bytes": png, "path": "gone.png"}, "data": f"data:image/png;base64,{text}",
-        "base64": {"base64": text}, "picture": picture, "array": np.asarray(picture),
+        "base64": {"base64": text}, "text": text, "picture": picture, "array": np.asarray(picture),
         "file": f"file://{tmp_path}/a.png", "path": tmp_path / "a.png",
     }[kind]  # fmt: skip
-    encoder = ConversationEncoder(processor, max_video_tokens=12)
+    encoder = ConversationEncoder(processor, max_video_tokens=12, media_root="/elsewhere")
     plan = encoder.plan(example({"type": "image", "image": source}))
     found = encoder.encode(plan)
     expected = encoder(example({"type": "image", "image": str(tmp_path / "a.png")}))
@@ -497,6 +547,42 @@ def test_a_broken_example_stops_the_run_if_asked(processor, dataset, tmp_path, w
     assert batch[ABOUT].error.startswith("broken.jsonl#v") and "\n" not in batch[ABOUT].error
 
 
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_a_machine_out_of_files_is_no_broken_example(kind, processor, clip, picture, tmp_path):
+    """Whichever layer meets it first."""
+    picture.save(tmp_path / "a.png")
+    item = {"type": kind, kind: str({"video": clip, "image": tmp_path / "a.png"}[kind])}
+    stream = make_stream(processor, write_rows(tmp_path / "rows.jsonl", [uniform(item)]), rows=1)
+    batches = iter(stream.loader())
+    assert next(batches)[ABOUT].error is None
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, limits[1]))
+        with pytest.raises(OSError) as raised:
+            while True:
+                used.append(os.open(os.devnull, os.O_RDONLY))
+        assert raised.value.errno == errno.EMFILE
+        with pytest.raises(OSError, match="Too many open files") as raised:
+            for _ in range(2 * stream.window):
+                assert next(batches)[ABOUT].error is None
+    finally:
+        for descriptor in used:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert raised.value.errno == errno.EMFILE
+
+
+def test_a_fault_of_the_collator_is_no_broken_example(processor, dataset):
+    class Faulty(Collator):
+        def __call__(self, examples):
+            raise ValueError("shapes (3, 4) and (5,) not aligned")
+
+    stream = TrainingStream(Mixture([Source(dataset)]), Faulty(ConversationEncoder(processor)), rows=2)
+    with pytest.raises(ValueError, match="not aligned"):
+        next(iter(stream.loader()))
+
+
 def test_data_with_nothing_but_broken_examples_end(processor, tmp_path):
     path = write_rows(tmp_path / "all.jsonl", [{"messages": [{"role": "user", "content": "?"}]}])
     batch = next(iter(broken_stream(processor, {"path": path, "root": tmp_path}).loader()))
@@ -508,6 +594,9 @@ def test_a_place_of_another_layout_is_refused(processor, dataset, tmp_path):
     check_layout(place, 2, make_stream(processor, dataset, world_size=4))
     with pytest.raises(ValueError, match="4 processes with 2 data workers.*now 8 and 2"):
         check_layout(place, 2, make_stream(processor, dataset, world_size=8))
+    earlier = {key: value for key, value in place.items() if key != "data"}
+    with pytest.raises(UserError, match="made by an earlier version"):
+        check_layout(earlier, 2, make_stream(processor, dataset, world_size=4))
     cut = write_rows(tmp_path / "train.jsonl", [json.loads(line) for line in dataset.read_text().splitlines()[:4]])
     with pytest.raises(ValueError, match="other data: then train.jsonl with 12 rows.*now train.jsonl with 4 rows"):
         check_layout(place, 2, make_stream(processor, cut, world_size=4))
@@ -520,6 +609,21 @@ def test_a_fingerprint_is_that_of_the_contents(dataset, tmp_path):
     assert Source(same).fingerprint == Source(dataset).fingerprint != Source(dataset, streaming=True).fingerprint
     same.write_text(dataset.read_text().replace("flashed", "blinked", 1))
     assert Source(same).fingerprint != Source(dataset).fingerprint
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_change_inside_a_file_is_seen(whole, tmp_path, monkeypatch):
+    """Of a large file, of which parts are read, by the time of the change."""
+    monkeypatch.setattr(sources, "WHOLE", 2**30 if whole else 2**16)
+    rows = [uniform(question="x" * 300) | {"id": index} for index in range(1000)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    before = Source(path).fingerprint
+    assert Source(path).fingerprint == before
+    os.utime(path, ns=(1, 1))
+    assert (Source(path).fingerprint == before) == whole
+    before = Source(path).fingerprint
+    rows[500]["messages"][0]["content"][0]["text"] = "y" * 300
+    assert Source(write_rows(path, rows)).fingerprint != before
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -46,6 +46,8 @@ def test_chat_messages_with_media_under_a_root():
         ({"type": "image_url", "image_url": "data:image/png;base64,UE5H"}, "data:image/png;base64,UE5H"),
         ({"type": "video_url", "video_url": {"url": "file:///a.mp4"}}, "file:///a.mp4"),
         ({"type": "video", "video": {"bytes": b"MP4", "path": None}}, b"MP4"),
+        ({"type": "video", "video": "a: b.mp4"}, "/r/a: b.mp4"),
+        ({"type": "image", "image": "images/a"}, "/r/images/a"),
     ],
 )
 def test_sources_as_others_write_them(item, source):

@@ -22,9 +22,9 @@ from vamba.demo.tiny_mamba2 import tiny_neox_tokenizer
 from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, shared_model
 from vamba.modeling.decoder_layer import VambaMLP
 from vamba.modeling.mamba2 import Mamba2Mixer
-from vamba.training import load_recipe, parse_recipe
+from vamba.training import load_recipe, parse_recipe, preparation
 from vamba.training import trainer as trainer_module
-from vamba.training.finetune import finetune, make_trainer
+from vamba.training.finetune import finetune, make_trainer, save
 from vamba.training.preparation import prepare
 from vamba.training.trainer import NonFiniteLossError, VambaTrainer, last_checkpoint, publish
 
@@ -219,7 +219,7 @@ def uninterrupted(checkpoint, dataset, tmp_path_factory):
     return values, run(values), output
 
 
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("step", [1, 4, 6])  # after 6 there is nothing left to train
 def test_resumed_is_uninterrupted(uninterrupted, step, tmp_path):
     values, expected, output = uninterrupted
     shutil.copytree(output / f"checkpoint-{step}", tmp_path / "out" / f"checkpoint-{step}")
@@ -358,6 +358,50 @@ def test_a_result_is_not_overwritten(values, tmp_path, capsys):
     assert mine.read_text() == "mine"
 
 
+def test_a_finished_run_stays_as_it_is(values, tmp_path, capsys):
+    """Unless its model is from before the last checkpoint, as after a kill between the two."""
+    values["train"] |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    losses = run(values).losses
+    mine = tmp_path / "out" / "final" / "notes.txt"
+    mine.write_text("mine")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    assert main(["finetune", str(tmp_path / "r.yaml"), "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert "the run is finished: it has trained 2 steps, and the model is in" in out and "trained 3" not in out
+    assert run(values, resume=True).losses == losses and mine.read_text() == "mine"
+    shutil.copytree(mine.parent, tmp_path / "old")
+    expected = weights(run(values, resume=True, max_steps=3, save_steps=3).folder)
+    shutil.rmtree(mine.parent)
+    (tmp_path / "old").rename(mine.parent)
+    found = run(values, resume=True, max_steps=3, save_steps=3)
+    assert found.steps == 3 and not mine.exists()
+    assert all(torch.equal(expected[name], value) for name, value in weights(found.folder).items())
+
+
+@pytest.mark.parametrize("card", [b"---\nlicense: [apache\n---\n", b"---\nlicense: mit\n---\n\xe9"])
+def test_a_base_models_card_may_be_unreadable(card, values, checkpoint, tmp_path):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    (base / "README.md").write_bytes(card)
+    values["model"]["path"] = str(base)
+    assert ("license: mit" in (run(values, max_steps=1).folder / "README.md").read_text()) == (b"mit" in card)
+
+
+def test_what_is_trained_is_kept_whatever_goes_wrong_after(values, checkpoint, tmp_path):
+    """Here nothing can be put where the model belongs."""
+    final, kept = tmp_path / "out" / "final", tmp_path / "out" / "final.unfinished"
+    trainer = make_trainer(prepared := prepare(parse_recipe(values | {"train": values["train"] | {"max_steps": 1}})))
+    trainer.train()
+    (final.with_name("final.replaced")).write_text("")
+    final.mkdir()
+    with pytest.raises(OSError, match=f"the model is trained and its weights are in {kept}, but final could not"):
+        save(trainer, prepared)
+    expected = trainer.model.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in weights(kept).items())
+    shutil.rmtree(final)
+    with pytest.raises(ValueError, match="which holds final.unfinished, a trained model"):
+        run(values)
+
+
 def test_what_is_published_replaces_or_leaves_all_as_it_was(tmp_path):
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
@@ -392,6 +436,18 @@ def test_epochs_are_counted_in_examples(values, dataset, tmp_path):
     values["data"] |= {"packing": True, "max_video_tokens": 270, "batch_video_tokens": 10**6}
     values["train"] |= {"output_dir": str(tmp_path / "packs"), "per_device_train_batch_size": 1}
     assert prepare(parse_recipe(values)).arguments.max_steps == 1
+
+
+def test_a_step_that_sees_the_data_more_than_once_is_warned_of(values, monkeypatch):
+    told = []
+    monkeypatch.setattr(preparation.logger, "warning", told.append)
+    for steps in (6, -1):
+        values |= {"global_batch_size": 12}
+        prepare(parse_recipe(values | {"train": values["train"] | {"max_steps": steps}}))
+        assert not told
+        values |= {"global_batch_size": 16}
+        prepare(parse_recipe(values | {"train": values["train"] | {"max_steps": steps}}))
+        assert told.pop().startswith("A step takes 4 batches, and all data make 3: it sees examples more than once")
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path):

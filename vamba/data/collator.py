@@ -28,7 +28,7 @@ class Collator:
         packing: put all samples of a batch into one row.
 
     Raises (when called):
-        ExampleError, VideoReadError, OSError: an example is unsound; `TrainingStream` skips such examples instead.
+        ExampleError, VideoReadError: an example is unsound; `TrainingStream` skips such examples instead.
     """
 
     def __init__(self, encoder: ConversationEncoder, *, packing: bool = False):

@@ -6,6 +6,7 @@ except that LLaVA's files write `<image>` for a video too where an example has n
 
 import base64
 import binascii
+import io
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 ROLES["tool"] = "tool"
 MEDIA_KINDS = ("video", "image")
 _SOURCE_KEYS = ("{}", "bytes", "{}_url", "url", "path", "base64")  # of an image or a video, the first that is given
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", re.IGNORECASE)
 _TAG = re.compile(r"<(video|image)>")
 
 
@@ -32,10 +34,10 @@ def to_messages(example: Mapping[str, Any], media_root: str | os.PathLike | None
         example: with `messages`, each `{"role": ..., "content": text or list of items}`, an item being
             `{"type": "text", "text": ...}`, `{"type": "video", "video": path or {"path": ..., "start": ..., "end": ...,
             "fps": ...}, ...}` or the same with `image`; items without a source take the example's `videos` / `images`
-            in order. A source is a path, a URL, bytes, `{"bytes": ..., "path": ...}` as `datasets` stores it, or what
-            the processor takes besides; OpenAI's `image_url` items are understood. Or with `conversations` as LLaVA
-            has them: `{"from": "human" | "gpt" | "system", "value": text with <video> and <image>}`, and `video` /
-            `image`, one or a list.
+            in order. A source is a path, a URL, bytes, an image's base64 text, `{"bytes": ..., "path": ...}` as
+            `datasets` stores it, or what the processor takes besides; OpenAI's `image_url` items are understood. Or
+            with `conversations` as LLaVA has them: `{"from": "human" | "gpt" | "system", "value": text with <video> and
+            <image>}`, and `video` / `image`, one or a list.
         media_root: what relative paths are relative to.
 
     Raises:
@@ -161,12 +163,26 @@ def _resolve(block: dict, media_root: str | os.PathLike | None) -> None:
             source = base64.b64decode(source)
         except binascii.Error as error:
             raise ExampleError(f"the base64 text of a {kind} cannot be read: {error}") from error
+    elif kind == "image" and isinstance(source, str):
+        source = _base64_picture(source) or source
     block[kind] = _under(media_root, source)
+
+
+def _base64_picture(text: str) -> bytes | None:
+    """The bytes of a picture that is given as its base64 text; None for a path or URL, which is none or no picture."""
+    from PIL import Image
+
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+        with Image.open(io.BytesIO(data)):
+            return data
+    except (ValueError, OSError, Image.DecompressionBombError):
+        return None
 
 
 def _under(root: str | os.PathLike | None, source: Any) -> Any:
     if isinstance(source, (list, tuple)):  # the frames of a video as images
         return [_under(root, frame) for frame in source]
-    if root is None or not isinstance(source, str) or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source):
+    if root is None or not isinstance(source, str) or _URL.match(source):
         return source
     return os.path.join(root, source)

@@ -17,7 +17,7 @@ from transformers import ProcessorMixin
 from transformers.image_utils import get_image_size
 
 from vamba.modeling.frame_selection import target_size
-from vamba.modeling.video_reading import read_video
+from vamba.modeling.processing_vamba import ALIASES, check_keys, frames_asked_for
 
 from .conversations import ExampleError, media_blocks, to_messages
 from .labels import refusals, template_options
@@ -26,8 +26,9 @@ from .labels import refusals, template_options
 IGNORED = -100
 GRIDS = ("image_grid_thw", "video_grid_thw")
 _TENSORS = ("pixel_values", "pixel_values_videos", *GRIDS)
-_READING = ("fps", "num_frames", "start", "end", "min_pixels", "max_pixels", "resized_height", "resized_width")
-_ALIASES = {"nframes": "num_frames", "video_start": "start", "video_end": "end"}
+_COUNTING = ("fps", "num_frames", "min_frames", "max_frames")
+_PLACES = ("start", "end", "source_fps", "backend", "allow_urls")
+_READING = (*_COUNTING, *_PLACES, "min_pixels", "max_pixels", "resized_height", "resized_width")
 
 
 @dataclass
@@ -64,8 +65,9 @@ class ConversationEncoder:
 
     Args:
         processor: of the model; a `VambaProcessor` or one with the same interface.
-        fps, max_frames: how videos are sampled where the example does not say (`fps`, `num_frames`); the processor's
-            own default otherwise.
+        fps: how videos are sampled where the example does not say (`fps`, `num_frames`, and the bounds `min_frames`
+            and `max_frames`); the processor's own default otherwise.
+        max_frames: of any video, whatever the example says.
         min_pixels, max_pixels: area of a frame, where the example does not say.
         max_video_tokens: of all media of an example together. Videos that need more get fewer frames: an even number,
             at least two, all videos of the example by the same share.
@@ -106,9 +108,12 @@ class ConversationEncoder:
 
         Raises:
             ExampleError: the example is unsound, too long, or does not fit the budget in two frames a video.
-            VideoReadError, OSError: a video cannot be opened.
+            VideoReadError: a video cannot be opened.
         """
         messages = to_messages(example, media_root or self.media_root)
+        with refusals():
+            for block in (block for turn in messages for block in turn["content"]):
+                check_keys(block, block["type"], "type")
         text = self._tokenize(_without_sources(messages))["input_ids"].shape[1]
         if self.max_length is not None and text > self.max_length:
             raise ExampleError(f"{text} text tokens are more than the limit of {self.max_length} (data.max_length)")
@@ -133,7 +138,7 @@ class ConversationEncoder:
             image_grid_thw, pixel_values_videos, video_grid_thw as the processor makes them, where there are any.
 
         Raises:
-            ExampleError: no token is labelled, or an image cannot be read. VideoReadError, OSError: a video cannot.
+            ExampleError: no token is labelled, or an image cannot be read. VideoReadError: a video cannot.
         """
         messages = [turn | {"content": [self._decoded(block) for block in turn["content"]]} for turn in plan.messages]
         inputs = self._tokenize(messages)
@@ -204,21 +209,19 @@ class ConversationEncoder:
 
     def _clip(self, block: dict) -> _Clip:
         """How many frames of what size a video has, as it would be sampled without a budget."""
-        for old, new in _ALIASES.items():
+        for old, new in ALIASES.items():
             if old in block:
                 block[new] = block.pop(old)
         if self.fps is not None and not {"fps", "num_frames"} & block.keys():
             block["fps"] = self.fps
         options = {key: block[key] for key in _READING if key in block}
-        if "num_frames" in options:
-            options.pop("fps", None)
-        with self.processor.video_reader(block["video"], **options) as reader:
-            frames, (height, width) = reader.num_frames_expected, reader.frame_size
-        if frames is None:  # neither length nor number of frames is declared: look at the last packets
-            frames = _count_frames(block["video"], options, self.fps)
+        options, frames, (height, width) = frames_asked_for(block["video"], options, self.processor.video_reader)
+        for key in _COUNTING:  # what is decoded is what was counted
+            block.pop(key, None)
+            block |= {key: options[key]} if key in options else {}
         temporal = self.processor.video_processor.temporal_patch_size
         factor = self.processor.video_processor.patch_size * self.processor.video_processor.merge_size
-        clip = _Clip(block, max(frames, 1), temporal, (height // factor) * (width // factor))
+        clip = _Clip(block, frames, temporal, (height // factor) * (width // factor))
         if self.max_frames is not None and clip.frames > self.max_frames:
             clip.limit(self.max_frames)
         return clip
@@ -252,13 +255,6 @@ def tokens_of_pixels(video_processor, area: int | None) -> int:
     """Video tokens of one temporal patch of frames with `area` pixels, by default the least of the processor."""
     area = video_processor.size["shortest_edge"] if area is None else area
     return max(1, area // (video_processor.patch_size * video_processor.merge_size) ** 2)
-
-
-def _count_frames(source: Any, options: dict, fps: float | None) -> int:
-    options = {key: value for key, value in options.items() if key in ("start", "end")}
-    with read_video(source, num_frames=2**20, **options) as reader:
-        native, available = reader.metadata.fps or 1.0, reader.num_frames_expected
-    return int((available - 1) / native * (fps or 1.0)) + 1
 
 
 def _image_size(source: Any) -> tuple[int, int] | None:

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
+from vamba.errors import UserError
+from vamba.modeling.frame_selection import VideoReadError
+
 from .conversations import ExampleError
 
 
@@ -26,24 +29,28 @@ _SPOKEN_PARTS = (
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Makes an ExampleError of a template's own complaint, e.g. about the order of the roles."""
+    """Makes an ExampleError of a complaint of the template (about the order of the roles, say) or of the processor."""
     try:
         yield
     except TemplateError as error:
         raise ExampleError(f"the chat template refuses it: {error}") from error
+    except (ExampleError, VideoReadError):
+        raise
+    except ValueError as error:
+        raise ExampleError(f"the processor refuses it: {error}") from error
 
 
 def template_options(processor: ProcessorMixin, messages: list[dict]) -> dict:
     """Keyword arguments with which `apply_chat_template` returns exact `assistant_masks` for `messages`.
 
     Raises:
-        ExampleError: the template renders a turn differently once others follow. ValueError: there is none.
+        ExampleError: the template renders a turn differently once others follow. UserError: there is none.
     """
     template = processor.chat_template
     if isinstance(template, dict):  # several by name, of which transformers takes this one
         template = template.get("default")
     if template is None:
-        raise ValueError("The processor has no chat template (or none that is named default); set its chat_template.")
+        raise UserError("The processor has no chat template (or none that is named default); set its chat_template.")
     if _MARKS.search(template):
         return {}
     return {"chat_template": _SPOKEN_PARTS, "parts": spoken_parts(processor, messages)}

@@ -11,6 +11,7 @@ through all rows of a streamed source and takes its own among them, however many
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import numpy as np
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SAVED = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})  # what is in a folder that `save_to_disk` wrote
-HEAD = 2**16  # bytes at both ends of a file that its fingerprint is made of, besides its size
+WHOLE = 2**30  # bytes of a source up to which its fingerprint is made of all of them
+BLOCK, BLOCKS = 2**16, 64  # of a larger one: bytes of one block, and how many of each file
 SHUFFLE_BUFFER = 1000  # rows of a streamed source among which the next is drawn
 
 
@@ -55,7 +57,7 @@ class Source:
         hub = {key: value for key, value in hub.items() if value is not None}
         self.rows, folder, files = _open(self.path, split, streaming, hub)
         self.media_root = folder if media_root is None else str(media_root)
-        self.fingerprint = f"{Path(self.path).name} with {self._digest(files)}"
+        self._files = files
         self._order: tuple[int, np.ndarray] | None = None
         self._walk: tuple[int, Iterator] | None = None
 
@@ -69,20 +71,31 @@ class Source:
         index, row = self._next_streamed(draw) if self.streaming else self._at(draw)
         return f"{Path(self.path).name}#{row.get('id') if row.get('id') is not None else index}", row
 
-    def _digest(self, files: list[Path]) -> str:
-        """What can be told of the examples without reading them all, to notice when they are others."""
+    @cached_property
+    def fingerprint(self) -> str:
+        """The source's name, its rows where they are counted, and a digest, to notice when the examples are others.
+
+        The digest is that of all bytes of files of up to 1 GB together. Of larger ones it is that of each file's size,
+        time of modification and 64 blocks spread evenly over it: a change is seen by its time, unless that was put
+        back, and a copy has to keep the times. Of a dataset on the Hub, the first row and the last are seen.
+        """
         digest = hashlib.sha256()
-        for path in files:
+        sizes = [path.stat().st_size for path in self._files]
+        for path, size in zip(self._files, sizes):
+            digest.update(f"{size}".encode())
             with open(path, "rb") as file:
-                size = file.seek(0, 2)
-                for start in (0, max(0, size - HEAD)):
-                    file.seek(start)
-                    digest.update(f"{size}".encode() + file.read(HEAD))
-        if self.streaming:
-            return f"fingerprint {digest.hexdigest()[:12]}"
-        if not files and len(self.rows):
+                if sum(sizes) <= WHOLE:
+                    while block := file.read(2**20):
+                        digest.update(block)
+                    continue
+                digest.update(f" {path.stat().st_mtime_ns}".encode())
+                for index in range(BLOCKS):
+                    file.seek(max(0, size - BLOCK) * index // (BLOCKS - 1))
+                    digest.update(file.read(BLOCK))
+        if not self._files and not self.streaming and len(self.rows):
             digest.update(repr((self.rows[0], self.rows[-1])).encode())
-        return f"{len(self.rows)} rows, fingerprint {digest.hexdigest()[:12]}"
+        rows = "" if self.streaming else f"{len(self.rows)} rows, "
+        return f"{Path(self.path).name} with {rows}fingerprint {digest.hexdigest()[:12]}"
 
     def _at(self, draw: int) -> tuple[int, dict]:
         epoch, place = divmod(draw, len(self.rows))

@@ -4,9 +4,11 @@ What is unusual: batches are made in the DataLoader's workers, each of which is 
 mixture. A shard plans a window of draws at a time (headers only), fills batches by length, and decodes them one by one;
 its position is (first draw of the window, batch), and it travels with every batch. So a resumed run goes on with the
 very next batch, whatever the workers had prepared ahead when the first one ended. A window ends where an epoch does: no
-batch holds an example twice, and an epoch is a whole number of batches.
+batch holds an example twice, and an epoch is a whole number of batches. That is not so of streamed sources, whose
+length nobody knows: a batch may hold the last examples of an epoch and the first of the next.
 """
 
+import errno
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vamba.errors import UserError
+from vamba.modeling.frame_selection import VideoReadError
 
 from .collator import Collator, fill_packs
 from .conversations import ExampleError
@@ -27,8 +30,9 @@ from .sources import Mixture
 WINDOW = 64  # draws among which samples of a batch are chosen
 ABOUT = "about"  # the key under which a batch says what it is
 BROKEN_IN_A_ROW = 512  # draws after which there is no point in going on
-# What a bad example or file comes up with; anything else is a bug and stops the run.
-EXAMPLE_ERRORS = (ValueError, OSError)  # ExampleError and VideoReadError are ValueErrors
+EXAMPLE_ERRORS = (ExampleError, VideoReadError)  # what a bad example or file comes up with
+# What no example is to blame for. Memory is not among it: a damaged header may ask for any amount.
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOSPC)
 
 
 class SampleSize(NamedTuple):
@@ -140,7 +144,7 @@ class TrainingStream(IterableDataset):
                         skipped = []
                 if len(skipped) >= BROKEN_IN_A_ROW:
                     raise ExampleError(f"{len(skipped)} examples in a row were broken, the last: {skipped[-1]}")
-        except EXAMPLE_ERRORS as error:  # told by the main process, without the worker's traceback around it
+        except ExampleError as error:  # told by the main process, without the worker's traceback around it
             yield {ABOUT: About([], shard, 0, 0, error=f"{error}")}
 
     def _windows(self, shard: int, shards: int, first: int) -> Iterator[tuple[int, list[tuple[str, Plan]], list[str]]]:
@@ -178,11 +182,21 @@ class TrainingStream(IterableDataset):
         try:
             return function(*arguments)
         except EXAMPLE_ERRORS as error:
+            raise_fault(error)
             message = f"{name}: {' '.join(str(error).split())}"
             if self.on_error == "raise":
                 raise ExampleError(message) from error
             failed.append(message)
             return None
+
+
+def raise_fault(error: BaseException) -> None:
+    """Raises what is behind the error of an example if that is the machine out of files or space."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
+            raise OSError(cause.errno, f"{error}") from error
+        cause = cause.__cause__ or cause.__context__
 
 
 class Position:
@@ -219,6 +233,11 @@ def check_layout(position: dict, workers: int, stream: TrainingStream) -> None:
         raise UserError(
             f"The checkpoint's place in the data is that of {position['world_size']} processes with "
             f"{position['workers']} data workers each; resume with as many (now {stream.world_size} and {workers})."
+        )
+    if position.get("data") is None:
+        raise UserError(
+            "The checkpoint does not say in which data its place is, as it was made by an earlier version; start anew "
+            "from that checkpoint's weights."
         )
     for then, now in zip(position["data"], stream.data):
         if then != now:

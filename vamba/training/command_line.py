@@ -28,7 +28,9 @@ def run(args: argparse.Namespace) -> int:
 
     result = finetune(recipe, resume=args.resume)
     code, said = 0, f"trained {result.steps} steps; the model is in {result.folder}"
-    if result.folder is None:
+    if not result.trained:
+        said = f"the run is finished: it has trained {result.steps} steps, and the model is in {result.folder}"
+    elif result.folder is None:
         code, said = 143, f"stopped by SIGTERM after step {result.steps}; it is saved, go on with --resume"
     if os.environ.get("RANK", "0") == "0":  # one of the processes that a launcher started speaks
         print(said)

@@ -2,7 +2,8 @@
 
 What is unusual: weights that train are float32 whatever `model.dtype` says (small steps would be lost in bfloat16) and
 the rest stay as they are loaded; `train.bf16` computes in bfloat16 all the same. The trained model, processor, code and
-card appear in `<output_dir>/final` once they are whole.
+card appear in `<output_dir>/final` once they are whole. Until then the model is in `<output_dir>/final.unfinished`,
+where it stays if anything goes wrong after training.
 """
 
 import dataclasses
@@ -13,14 +14,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
-from .agreement import ending_together
+from .agreement import agreed, ending_together
 from .distillation import Distillation, load_teacher
 from .flops import peak_flops
 from .preparation import Prepared, prepare, trainable_patterns
 from .recipe import Recipe
-from .trainer import FINAL, STAGING, VambaTrainer, publish
+from .trainer import FINAL, UNFINISHED, VambaTrainer, publish
 
 
 # Attention, MLP and Mamba projections of the language model and the video encoder, as a regular expression.
@@ -30,11 +32,12 @@ ADAPTED = r"(?!.*\bvisual\.).*\.([qkvo]_proj|gate_proj|up_proj|down_proj|in_proj
 @dataclass
 class Result:
     """folder: the trained model, None where SIGTERM stopped the run; the main process writes it, the others may return
-    before it is there. losses: as logged, by step."""
+    before it is there. losses: as logged, by step. trained: False where the run to resume was finished already."""
 
     folder: Path | None
     steps: int
     losses: dict[int, float]
+    trained: bool = True
 
 
 def finetune(recipe: Recipe, *, resume: bool = False) -> Result:
@@ -42,22 +45,36 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> Result:
 
     Args:
         recipe: see `load_recipe`. resume: go on from the last whole checkpoint in `train.output_dir`, if there is one.
+            Nothing is trained of a run that has done its steps: its model is saved, unless that was done too.
 
     Raises:
         RecipeError: before the model is loaded. NonFiniteLossError, ExampleError, OSError: while training; the
-        checkpoints are whole.
+        checkpoints are whole. OSError, RuntimeError: the trained model could not be finished; names where it is.
     """
     prepared = prepare(recipe, resume)
+    if (state := agreed(lambda: _finished(prepared), decided_by_main=True)) is not None:
+        return Result(Path(prepared.arguments.output_dir) / FINAL, state.global_step, _losses(state), trained=False)
     with ending_together():
         trainer = make_trainer(prepared)
         try:
             trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
         finally:
             trainer.stopping.restore()
-        history = trainer.state.log_history
-        losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
         folder = None if trainer.stopping.received else save(trainer, prepared)
-    return Result(folder, trainer.state.global_step, losses)
+    return Result(folder, trainer.state.global_step, _losses(trainer.state))
+
+
+def _losses(state: TrainerState) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
+
+
+def _finished(prepared: Prepared) -> TrainerState | None:
+    """Where the checkpoint to resume has done all steps and `final` is made of it: the state it was left in."""
+    final = Path(prepared.arguments.output_dir) / FINAL / TRAINER_STATE_NAME
+    if prepared.checkpoint is None or not final.is_file():
+        return None
+    done, state = (TrainerState.load_from_json(str(file)) for file in (prepared.checkpoint / final.name, final))
+    return state if done.global_step == state.global_step >= prepared.arguments.max_steps else None
 
 
 def make_trainer(prepared: Prepared) -> VambaTrainer:
@@ -142,16 +159,24 @@ def save(trainer: VambaTrainer, prepared: Prepared) -> Path:
     recipe, output = prepared.recipe, Path(prepared.arguments.output_dir)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    staging = output / STAGING
+    staging = output / UNFINISHED
+    if trainer.args.should_save:
+        shutil.rmtree(staging, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_dtype = None if recipe.lora else _dtype(prepared)
     trainer.save_model(str(staging))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         try:
+            trainer.state.save_to_json(str(staging / TRAINER_STATE_NAME))
             _finish(staging, prepared)
             publish(staging, output / FINAL)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        except Exception as error:
+            kind = OSError if isinstance(error, OSError) else RuntimeError
+            raise kind(
+                f"the model is trained and its weights are in {staging}, but {FINAL} could not be made of them: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if recipe.train.get("push_to_hub"):
             _push(output / FINAL, prepared)
     return output / FINAL

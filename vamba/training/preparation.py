@@ -19,14 +19,14 @@ from transformers.utils import is_bitsandbytes_available, logging
 
 from vamba.data import Collator, ConversationEncoder, ExampleError, Mixture, Source, TrainingStream, check_layout
 from vamba.data.encoding import tokens_of_pixels
-from vamba.data.stream import EXAMPLE_ERRORS
+from vamba.data.stream import EXAMPLE_ERRORS, raise_fault
 
 from .agreement import agreed
 from .distillation import teacher_mismatch
 from .flops import FlopsModel
 from .recipe import Recipe
 from .strict import RecipeError
-from .trainer import FINAL, last_checkpoint, read_position
+from .trainer import FINAL, UNFINISHED, last_checkpoint, read_position
 
 
 # What the two stages of Vamba's paper train, as regular expressions of parameter names.
@@ -75,6 +75,9 @@ def prepare(recipe: Recipe, resume: bool = False) -> Prepared:
     arguments = _arguments(recipe)
     checkpoint = agreed(lambda: _checkpoint(recipe, resume), decided_by_main=True)
     mixture = agreed(lambda: _mixture(recipe, _data_seed(arguments)))
+    fingerprints = agreed(lambda: [source.fingerprint for source in mixture.sources], decided_by_main=True)
+    for source, fingerprint in zip(mixture.sources, fingerprints):
+        source.fingerprint = fingerprint
     agreed(lambda: _check_sources(mixture, encoder), decided_by_main=True)
     stream = agreed(lambda: _stream(recipe, mixture, encoder, arguments, checkpoint))
     arguments.max_steps = agreed(lambda: _steps(recipe, arguments, stream), decided_by_main=True)
@@ -212,6 +215,7 @@ def _check_source(key: str, source: Source, encoder: ConversationEncoder) -> Non
             encoder.plan(example, source.media_root)
             return
         except EXAMPLE_ERRORS as error:
+            raise_fault(error)
             unusable, reason = unusable + 1, " ".join(str(error).split())
         if unusable == PROBED:
             break
@@ -230,12 +234,12 @@ def _checkpoint(recipe: Recipe, resume: bool) -> Path | None:
     output = Path(recipe.train["output_dir"])
     if output.exists() and not output.is_dir():
         raise RecipeError(f"train.output_dir is {output}, a file; accepted: a folder, new or empty")
-    checkpoint, result = last_checkpoint(output), output / FINAL
+    checkpoint, results = last_checkpoint(output), [output / name for name in (FINAL, UNFINISHED)]
     if checkpoint is not None and not resume:
         raise RecipeError(
             f"train.output_dir is {output}, which holds {checkpoint.name}; accepted: another folder, or --resume"
         )
-    if checkpoint is None and result.exists():
+    if checkpoint is None and (result := next((path for path in results if path.exists()), None)):
         raise RecipeError(
             f"train.output_dir is {output}, which holds {result.name}, a trained model, and no checkpoint to go on "
             "from; accepted: another folder, or this one without it"
@@ -311,12 +315,23 @@ def _data_seed(arguments: TrainingArguments) -> int:
 
 def _steps(recipe: Recipe, arguments: TrainingArguments, stream: TrainingStream) -> int:
     """Steps that see every example `num_train_epochs` times, where the recipe does not say how many."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
+    given, world = arguments.max_steps, arguments.world_size
     if recipe.data.streaming:
+        if given > 0:
+            return given
         raise RecipeError("train.max_steps is missing; accepted with data.streaming: a number of steps above 0")
-    world, accumulated = arguments.world_size, arguments.gradient_accumulation_steps
-    batches = stream.batches_per_epoch(world * max(1, arguments.dataloader_num_workers))
-    steps = max(1, math.ceil(round(arguments.num_train_epochs * batches / (world * accumulated), 6)))
+    taken = world * arguments.gradient_accumulation_steps  # batches of a step
+    if given > 0:  # as many as there may be, as counting them would open many videos
+        batches = stream.epoch / (stream.rows or 1)
+    else:
+        batches = stream.batches_per_epoch(world * max(1, arguments.dataloader_num_workers))
+    if round(taken / batches, 6) > 1:
+        logger.warning(
+            f"A step takes {taken} batches, and all data make {batches:.3g}: it sees examples more than once. Lower "
+            "global_batch_size or train.gradient_accumulation_steps, or give more data."
+        )
+    if given > 0:
+        return given
+    steps = max(1, math.ceil(round(arguments.num_train_epochs * batches / taken, 6)))
     logger.info(f"{arguments.num_train_epochs} epochs are about {steps} steps")
     return steps

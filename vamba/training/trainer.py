@@ -31,7 +31,8 @@ from .distillation import Distillation
 from .flops import FlopsModel
 
 
-FINAL, STAGING = "final", ".saving"  # folders in `output_dir`: the trained model, and what is being written
+# Folders in `output_dir`: the trained model, the same while it is finished, and a checkpoint while it is written.
+FINAL, UNFINISHED, STAGING = "final", "final.unfinished", ".saving"
 POSITION_FILE = "data_position_{rank}.json"
 logger = logging.get_logger(__name__)
 
@@ -101,6 +102,12 @@ class VambaTrainer(Trainer):
             self.position.advance(about)
             self._pending.append(about)
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def set_initial_training_values(self, args, dataloader):
+        """As `Trainer` does, which would go on for ever where the data have no length: a run is one epoch of all its
+        steps, and nothing is left to train of a run that has done them."""
+        epochs, *others = super().set_initial_training_values(args, dataloader)
+        return min(epochs, 1), *others
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -287,7 +294,7 @@ def read_position(checkpoint: Path, rank: int) -> dict[str, Any]:
     """A process's place in the data when `checkpoint` was saved.
 
     Raises:
-        ValueError: this process took no part in it.
+        UserError: this process took no part in it.
     """
     path = checkpoint / POSITION_FILE.format(rank=rank)
     if not path.is_file():

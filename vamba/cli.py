@@ -144,11 +144,11 @@ def _lazily(parser: argparse.ArgumentParser, module: str) -> None:
 
 def _ask(args: argparse.Namespace) -> int:
     if args.save_memory:
-        memory = Path(args.save_memory)
-        if memory.is_dir():
-            raise UserError(f"--save-memory {memory} is a folder; give the name of a file.")
-        if not memory.resolve().parent.is_dir():
-            raise UserError(f"--save-memory {memory}: there is no such folder; make it first.")
+        with opening(memory := Path(args.save_memory)):
+            if memory.is_dir():
+                raise UserError(f"--save-memory {memory} is a folder; give the name of a file.")
+            if not memory.resolve().parent.is_dir():
+                raise UserError(f"--save-memory {memory}: there is no such folder; make it first.")
     check_kind(base_of(args.model), ("vamba", "video_ma2mba"))  # at once, before torch is imported
     _quiet_transformers()
     from .chat import MEMORIES, load_chat

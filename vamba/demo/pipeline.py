@@ -103,7 +103,7 @@ def check_output(output: Path) -> None:
         raise OccupiedPathError(f"{output} exists and is no folder; choose another output folder.")
     if output.is_dir() and any(output.iterdir()) and not (output / RESULTS_FILE).is_file():
         raise OccupiedPathError(f"{output} holds something that is no demo output; choose another output folder.")
-    check_writable(output.parent)
+    check_writable(output)
 
 
 def _run_in(folder: Path, settings: dict) -> dict:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from vamba.errors import UserError
+from vamba.errors import MissingPathError, UserError
 from vamba.modeling.configuration_vamba import VambaConfig
 
 from . import table as tables
@@ -91,7 +91,7 @@ def convert(
     """
     source, destination = Path(source).expanduser().resolve(), Path(destination).expanduser().resolve()
     if not source.is_dir():
-        raise FileNotFoundError(
+        raise MissingPathError(
             f"{source} is not a folder; a checkpoint on the Hub is fetched with `hf download REPO --local-dir FOLDER`."
         )
     dtype = _checked_dtype(dtype)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Converts as `args` say and prints the folder written.
 
-    Raises UserError or FileNotFoundError, with one line to show, for a user's mistake.
+    Raises UserError, with one line to show, for a user's mistake.
     """
     from .checkpoint import convert
 

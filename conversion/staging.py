@@ -1,6 +1,5 @@
 """A folder that appears complete or not at all."""
 
-import errno
 import os
 import secrets
 import shutil
@@ -8,17 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vamba.errors import UserError
-
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+from vamba.errors import DiskFullError, OccupiedPathError, UserError, is_disk_full, opening
 
 
 def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
     """Refuses what must not be written over.
 
     Raises:
-        FileExistsError: `destination` is a file, or holds something and `overwrite` is false, or holds no checkpoint.
+        OccupiedPathError: `destination` is a file, or holds something and `overwrite` is false, or holds no checkpoint.
         UserError: source and destination lie in each other.
     """
     if destination == source or destination in source.parents or source in destination.parents:
@@ -26,16 +22,12 @@ def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
     if not destination.exists():
         return
     if not destination.is_dir():
-        raise FileExistsError(f"{destination} exists and is no folder.")
+        raise OccupiedPathError(f"{destination} exists and is no folder.")
     if any(destination.iterdir()):
         if not overwrite:
-            raise FileExistsError(f"{destination} is not empty; choose another folder or pass overwrite.")
+            raise OccupiedPathError(f"{destination} is not empty; choose another folder or pass overwrite.")
         if not (destination / "config.json").is_file():
-            raise FileExistsError(f"{destination} holds something that is no checkpoint; it is not overwritten.")
-
-
-class DiskFullError(UserError, OSError):
-    """There is no room for what is to be written."""
+            raise OccupiedPathError(f"{destination} holds something that is no checkpoint; it is not overwritten.")
 
 
 def check_space(destination: Path, needed: int) -> None:
@@ -56,16 +48,18 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     staging = destination.with_name(f"{destination.name}.partial-{secrets.token_hex(4)}")
     created = [parent for parent in staging.parents if not parent.exists()]
     try:
-        staging.mkdir(parents=True)
+        with opening(destination):
+            staging.mkdir(parents=True)
         yield staging
         _swap(staging, destination)
     except BaseException as error:
+        full = isinstance(error, Exception) and is_disk_full(error, staging)
         shutil.rmtree(staging, ignore_errors=True)
         if not destination.exists():
             for parent in created:  # the innermost comes first
                 if parent.exists() and not any(parent.iterdir()):
                     parent.rmdir()
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if full:
             message = f"The disk of {destination} is full; nothing was left behind."
             raise DiskFullError(message) from error
         raise

@@ -6,6 +6,7 @@ on a fork of the memory, which copies no video.
 """
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
-from .errors import UserError
+from .errors import UserError, opening
 from .modeling import StateMemory, VideoMemory, VideoReadError
 from .modeling.frame_streaming import default_chunk_frames, load_ahead, read_ahead
 from .modeling.graphed_decoding import GraphedDecoding
@@ -150,6 +151,9 @@ class VideoChat:
             generate_kwargs["max_new_tokens"] = 256
         if _setting(generate_kwargs, "min_new_tokens") is None:
             generate_kwargs["min_new_tokens"] = 1
+        if generate_kwargs.get("generation_config") is not None:  # `generate` wants all in it, or nothing
+            config = copy.deepcopy(generate_kwargs.pop("generation_config"))
+            generate_kwargs = {**config.update(**generate_kwargs), "generation_config": config}
         if stream:
             return self._stream(inputs, generate_kwargs)
         output = self.model.generate(**inputs, past_key_values=self._fork(inputs, generate_kwargs), **generate_kwargs)
@@ -158,7 +162,9 @@ class VideoChat:
 
     def _fork(self, inputs: dict, generate_kwargs: dict) -> VideoMemory | StateMemory:
         """What a question is asked on: a fork, with room for the text set aside where CUDA graphs can be used."""
-        grows = any(generate_kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
+        grows = any(
+            _setting(generate_kwargs, name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens")
+        )
         if grows or not isinstance(self.memory, VideoMemory) or not GraphedDecoding.suits(self.model):
             return self.memory.fork()
         new_tokens, length = _setting(generate_kwargs, "max_new_tokens"), _setting(generate_kwargs, "max_length")
@@ -234,14 +240,24 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
         raise UserError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
     check_kind(base := base_of(path), MEMORIES)
     device_map = device or ("auto" if torch.cuda.is_available() else None)
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, device_map=device_map)
-    own_processor = True
+    own_processor = base == path or (checkpoint_folder(path) / "processor_config.json").is_file()
+    source = path if own_processor else base
+    try:  # first, as it is small
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source} holds no processor and tokenizer that can be read: {reason}") from error
+    words = processor.tokenizer
+    if words.get_vocab().keys() <= set(words.all_special_tokens):  # transformers makes one of no words of no files
+        raise UserError(f"{source} holds no tokenizer; copy the tokenizer's files there.")
+    with opening(base):
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, device_map=device_map)
     if base != path:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, path).merge_and_unload()
-        own_processor = (checkpoint_folder(path) / "processor_config.json").is_file()
-    return VideoChat(model.eval(), AutoProcessor.from_pretrained(path if own_processor else base))
+        with opening(path):
+            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    return VideoChat(model.eval(), processor)
 
 
 __all__ = ["VideoChat", "VideoReadError", "load_chat"]

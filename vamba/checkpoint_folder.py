@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, opening
 
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -21,14 +21,14 @@ def checkpoint_folder(path: str) -> Path:
         UserError: there is no such folder, it is no checkpoint, or the Hub does not have it.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
-            raise UserError(f"{path} holds no config.json; give the folder of a Vamba checkpoint.")
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
-        raise UserError(
-            f"{path} is no folder; give the folder of a Vamba checkpoint or its id on the Hub (owner/name)."
-        )
+    with opening(path):
+        if folder.is_dir():
+            if not any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
+                raise UserError(f"{path} holds no config.json; give the folder of a checkpoint.")
+            return folder
+        is_file = folder.exists()
+    if is_file or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        raise UserError(f"{path} is no folder; give the folder of a checkpoint or its id on the Hub (owner/name).")
     return _from_hub(str(path), folder.parent)
 
 
@@ -39,7 +39,7 @@ def _from_hub(repo_id: str, owner: Path) -> Path:
         if isinstance(found := try_to_load_from_cache(repo_id, name), str):
             return Path(found).parent
     if owner.is_dir():
-        raise UserError(f"{repo_id}: there is no such folder in {owner}/; give the folder of a Vamba checkpoint.")
+        raise UserError(f"{repo_id}: there is no such folder in {owner}/; give the folder of a checkpoint.")
     try:  # one question first, as a download that fails is tried again for half a minute
         files = {file.rfilename for file in HfApi().model_info(repo_id, timeout=10).siblings}
         name = next((name for name in (CONFIG, ADAPTER) if name in files), None)
@@ -52,8 +52,10 @@ def _from_hub(repo_id: str, owner: Path) -> Path:
 
 
 def _read(file: Path) -> dict:
+    with opening(file):
+        text = file.read_bytes()
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(json.loads(text))
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} is no JSON object ({error}); fetch the checkpoint again.") from error
 
@@ -66,24 +68,38 @@ def adapter_config(folder: Path) -> dict | None:
 
 
 def base_of(path: str) -> str:
-    """The checkpoint an adapter was trained on, or `path` itself. Raises UserError where either is not there."""
+    """The checkpoint an adapter was trained on, or `path` itself.
+
+    Raises:
+        UserError: either is not there, or the checkpoint is an adapter too.
+    """
     adapter = adapter_config(checkpoint_folder(path))
     if adapter is None:
         return path
     base = adapter.get("base_model_name_or_path")
-    if not base:
+    if not isinstance(base, str) or not base:
         raise UserError(f"{path} is an adapter whose adapter_config.json names no base model.")
     try:
-        checkpoint_folder(base)
+        folder = checkpoint_folder(base)
     except UserError as error:
         raise UserError(f"{path} is an adapter, and its base model is not here: {error}") from error
+    if adapter_config(folder) is not None:
+        raise UserError(f"{path} is an adapter of {base}, an adapter itself; merge that one into its base model first.")
     return base
+
+
+def kind_of(path: str) -> str | None:
+    """The model type of a whole checkpoint. Raises UserError where it is an adapter, or no checkpoint."""
+    folder = checkpoint_folder(path)
+    if (adapter := adapter_config(folder)) is not None:
+        base = adapter.get("base_model_name_or_path")
+        raise UserError(f"{path} is an adapter of {base}; merge it into that model, or give that model.")
+    return _read(folder / CONFIG).get("model_type")
 
 
 def check_kind(path: str, kinds) -> str:
     """The model type of a whole checkpoint. Raises UserError where it is none of `kinds`."""
-    kind = _read(checkpoint_folder(path) / CONFIG).get("model_type")
-    if kind not in kinds:
+    if (kind := kind_of(path)) not in kinds:
         raise UserError(
             f"{path} is a {kind} checkpoint, not a Vamba; `vamba convert` makes one of a Qwen2-VL or a Mamba-2."
         )

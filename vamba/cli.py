@@ -6,6 +6,7 @@ one line that names a file with the traceback. `--debug` shows the traceback of 
 
 import argparse
 import os
+import select
 import sys
 import tempfile
 import traceback
@@ -13,24 +14,23 @@ from logging import ERROR, getLogger
 from pathlib import Path
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
-from .errors import UserError
-
-
-# Said in words of their own by whatever is asked to open a file.
-_PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+from .errors import UserError, opening
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone: `vamba … | head`
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():  # `vamba … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as Python flushes it once more at its end
+            return 0
         if args.debug:
             raise
         line = " ".join(str(error).split())
@@ -41,10 +41,23 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def _reader_has_gone() -> bool:
+    """Whether it is stdout that is broken, and not some other pipe, such as one to a data worker."""
+    try:
+        sys.stdout.flush()
+        polling = select.poll()  # as an unbuffered stdout keeps nothing back that could be flushed
+        polling.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in polling.poll(0))
+    except BrokenPipeError:
+        return True
+    except (AttributeError, OSError, ValueError):  # Windows has no poll, and what replaces stdout is no file
+        return False
+
+
 def _is_mistake(error: Exception) -> bool:
-    """By type: ours, that of the model's video reader, which knows nothing of us, and paths that are not there."""
+    """By type: ours, and that of the model's video reader, which knows nothing of us."""
     reading = sys.modules.get("vamba.modeling.frame_selection")  # which imports torch
-    return isinstance(error, (UserError, *_PATH_ERRORS, *([reading.VideoReadError] if reading else [])))
+    return isinstance(error, (UserError, *([reading.VideoReadError] if reading else [])))
 
 
 def _log(error: Exception) -> str:
@@ -130,6 +143,12 @@ def _lazily(parser: argparse.ArgumentParser, module: str) -> None:
 
 
 def _ask(args: argparse.Namespace) -> int:
+    if args.save_memory:
+        with opening(memory := Path(args.save_memory)):
+            if memory.is_dir():
+                raise UserError(f"--save-memory {memory} is a folder; give the name of a file.")
+            if not memory.resolve().parent.is_dir():
+                raise UserError(f"--save-memory {memory}: there is no such folder; make it first.")
     check_kind(base_of(args.model), ("vamba", "video_ma2mba"))  # at once, before torch is imported
     _quiet_transformers()
     from .chat import MEMORIES, load_chat
@@ -143,18 +162,18 @@ def _ask(args: argparse.Namespace) -> int:
         from .modeling import read_video
 
         read_video(args.video, allow_urls=args.allow_urls, **reading).close()
-    if args.save_memory and not Path(args.save_memory).resolve().parent.is_dir():
-        raise UserError(f"--save-memory {args.save_memory}: there is no such folder; make it first.")
     chat = load_chat(args.model, dtype=args.dtype, device=args.device)
     if args.video.endswith(".safetensors"):
         try:
-            chat.memory = MEMORIES[chat.model.config.model_type].load(args.video, device=chat.model.device)
+            with opening(args.video):
+                chat.memory = MEMORIES[chat.model.config.model_type].load(args.video, device=chat.model.device)
         except ValueError as error:
             raise UserError(str(error)) from error
     else:
         chat.watch(args.video, progress=not args.quiet, allow_urls=args.allow_urls, **reading)
     if args.save_memory:
-        chat.memory.save(args.save_memory)
+        with opening(args.save_memory):
+            chat.memory.save(args.save_memory)
     for question in args.questions:
         if len(args.questions) > 1:
             print(f"> {question}")

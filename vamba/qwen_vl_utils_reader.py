@@ -25,6 +25,7 @@ def _read(item: dict) -> tuple:
     from .modeling import load_video, read_video
 
     options = {"start": item.get("video_start"), "end": item.get("video_end"), "resize": False}
+    item = {name: value for name, value in item.items() if value is not None}
     sampling = {"num_frames": item["nframes"]} if "nframes" in item else {"fps": item.get("fps", 2.0)}
     with read_video(item["video"], **options, **sampling) as reader:
         count, about = reader.num_frames_expected or 1, reader.metadata
@@ -39,4 +40,5 @@ def _read(item: dict) -> tuple:
         "total_num_frames": about.total_frames or len(frames),
         "video_backend": "pyav",
     }
-    return frames, metadata, sampling.get("fps") or len(frames) / (about.duration or 1.0)
+    span = float(times[-1] - times[0])
+    return frames, metadata, (len(frames) - 1) / span if span else sampling.get("fps", rate)

@@ -370,6 +370,22 @@ def test_qwen_vl_utils_reads_files_with_our_reader(processor, folder, monkeypatc
         assert difference.max() < 0.1  # one is resized by torchvision
 
 
+def test_the_rate_told_to_qwen_vl_utils_is_that_of_the_frames(folder):
+    from vamba.qwen_vl_utils_reader import _read
+
+    path = str(folder / "clip.mp4")
+    for options in (
+        {"fps": 2.0}, {"fps": None}, {"fps": 100}, {"nframes": 4, "video_start": 0.0, "video_end": 1.0},
+        {"nframes": 4}, {"fps": 2.0, "max_frames": 3}, {"nframes": 4, "fps": None},
+    ):  # fmt: skip
+        frames, metadata, rate = _read({"video": path, **options})
+        indices = metadata["frames_indices"]
+        assert len(frames) == len(indices) > 1
+        assert rate == pytest.approx((len(frames) - 1) * metadata["fps"] / (indices[-1] - indices[0]), rel=1e-3)
+        if options.keys() == {"fps"}:  # None is qwen-vl-utils' own default, and no frame is given twice
+            assert rate == pytest.approx(min(options["fps"] or 2.0, metadata["fps"]), rel=0.1)
+
+
 def test_metadata_goes_with_its_video(processor, frames):
     metadata = [VideoMetadata(total_num_frames=10, fps=5.0), {"total_num_frames": 10, "fps": 10.0}]
     given = [[frames], [frames]]

@@ -1,5 +1,6 @@
 """VideoChat: streamed watching equals watching at once; every question starts anew."""
 
+import logging
 import os
 import threading
 from types import SimpleNamespace
@@ -101,7 +102,11 @@ def test_a_generation_config_says_how_long_an_answer_is(chat, clip, monkeypatch,
         answer = chat.ask("What?", generation_config=config, stream=stream)
         assert ("".join(answer).strip() if stream else answer) == expected
     config.max_new_tokens = 30
+    generation_logger = logging.getLogger("transformers.generation.utils")
+    warned = []
+    monkeypatch.setattr(generation_logger, "warning_once", lambda message, *_: warned.append(message), raising=False)
     assert chat.ask("What?", generation_config=config, max_new_tokens=1) == expected  # what is said outright wins
+    assert warned == [] and config.max_new_tokens == 30 and config.min_new_tokens is None
 
 
 def test_a_checkpoint_may_say_how_it_samples(chat, clip):

@@ -1,6 +1,7 @@
 """The command line: answers and exit code 0, or one clear line and exit code 2."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,9 @@ def test_mistakes_that_are_found_before_the_video_is_encoded(checkpoint, clip, t
     asking = ["ask", str(clip), "What?", "--model", str(checkpoint)]
     assert main([*asking, "--save-memory", str(tmp_path / "no" / "m.safetensors")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+    assert main([*asking, "--save-memory", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "is a folder; give the name of a file" in error and "watching" not in error
     if not torch.cuda.is_available():
         assert main([*asking, "--device", "cuda:0"]) == 2
         assert (
@@ -135,6 +139,74 @@ def test_a_fault_is_one_line_that_names_the_file_with_its_traceback(error, tmp_p
     log.unlink()
     with pytest.raises(type(error)):
         main(["convert", "a", "b", "--debug"])
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_goes_away_is_no_fault(buffered, tmp_path):
+    code = "import sys; from vamba import cli; cli._info = lambda args: [print(i) for i in range(10**5)] and 0"
+    with open(tmp_path / "err", "w") as err:
+        command = [sys.executable, "-c", f"{code}; sys.exit(cli.main(['info', 'x']))"]
+        environment = os.environ | {"PYTHONUNBUFFERED": buffered}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, env=environment)
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.wait() == 0
+    assert (tmp_path / "err").read_text() == ""
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_a_fault(capsys, monkeypatch):
+    def convert(*args, **options):
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            os.write(writing, b"x")
+        finally:
+            os.close(writing)
+
+    monkeypatch.setattr("vamba.conversion.checkpoint.convert", convert)
+    assert main(["convert", "a", "b"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("vamba: BrokenPipeError: ")
+    Path(line.rsplit(" ", 1)[1].rstrip(")\n")).unlink()
+
+
+def test_paths_that_cannot_be_used_are_mistakes(checkpoint, clip, tmp_path, capsys):
+    """Said where they are opened: no error is taken for the user's because it is about a path."""
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    below, full, gone = (str(tmp_path / name) for name in ("file/out", "full", "gone.safetensors"))
+    for arguments in (
+        ["convert", str(checkpoint), below],
+        ["convert", str(checkpoint), full],
+        ["convert", str(tmp_path / "gone"), below],
+        ["demo", "--output-dir", below],
+        ["demo", "--output-dir", full],
+        ["bench", "--model", str(checkpoint), "--out", below],
+        ["bench", "--plot", str(tmp_path / "gone.csv")],
+        ["finetune", str(tmp_path / "gone.yaml")],
+        ["finetune", str(tmp_path / ("x" * 300))],
+        ["info", str(tmp_path / ("x" * 300))],
+        ["ask", gone, "What?", "--model", str(checkpoint)],
+        ["ask", str(tmp_path / "gone.mp4"), "What?", "--model", str(checkpoint)],
+    ):
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("vamba: ") and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("missing", ["weights", "index", "processor", "tokenizer"])
+def test_a_checkpoint_that_is_not_whole(missing, checkpoint, clip, tmp_path, capsys):
+    parts = {"weights": "*.safetensors", "processor": "*processor*", "tokenizer": "*token*"}
+    shutil.copytree(checkpoint, tmp_path / "model")
+    for file in (tmp_path / "model").glob(parts.get(missing, "*.safetensors")):
+        file.unlink()
+    if missing == "index":
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+        (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main(["ask", str(clip), "What?", "--model", str(tmp_path / "model"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(tmp_path / "model") in error
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -208,6 +280,25 @@ def test_an_adapter_without_its_base_model_says_so(adapter, clip, tmp_path, caps
     assert error.count("\n") == 1 and "is an adapter, and its base model is not here" in error and "gone" in error
     assert main(["info", str(config.parent)]) == 0
     assert "LORA" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base", ["itself", "another"])
+def test_an_adapter_of_an_adapter_is_refused(base, adapter, clip, tmp_path, capsys):
+    base = tmp_path / "adapter" if base == "itself" else adapter
+    shutil.copytree(adapter, tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}))
+    assert main(["ask", str(clip), "What?", "--model", str(config.parent)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"is an adapter of {base}, an adapter itself; merge" in error
+    assert main(["info", str(config.parent)]) == 0
+    assert "an adapter itself; merge" in capsys.readouterr().out
+
+
+def test_bench_refuses_an_adapter(adapter, checkpoint, capsys):
+    assert main(["bench", "--model", str(adapter), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{adapter} is an adapter of {checkpoint}" in error
 
 
 def test_a_source_without_a_tokenizer_is_named(checkpoint, tmp_path, caplog):

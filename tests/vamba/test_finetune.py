@@ -19,6 +19,7 @@ from vamba import VideoChat
 from vamba.cli import main
 from vamba.data import Collator, ConversationEncoder, Source
 from vamba.demo.tiny_mamba2 import tiny_neox_tokenizer
+from vamba.errors import DiskFullError
 from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, shared_model
 from vamba.modeling.decoder_layer import VambaMLP
 from vamba.modeling.mamba2 import Mamba2Mixer
@@ -297,12 +298,40 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(values, tmp_path, monkeypatc
         save(thing, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="checkpoint-4 could not be written .*No space left.*the earlier checkpoints"):
+    with pytest.raises(
+        DiskFullError, match="checkpoint-4 could not be written .*No space left.*the earlier checkpoints"
+    ):
         run(values, save_strategy="steps", save_steps=2, save_total_limit=1)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
     found = run(values, resume=True, save_strategy="steps", save_steps=2, save_total_limit=1)
     assert found.steps == 6 and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint-6", "final"]
+
+
+def test_a_fault_while_saving_keeps_its_type(values, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ConnectionResetError("the other process has gone")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(ConnectionResetError, match="^the other process has gone$"):
+        run(values, save_strategy="steps", save_steps=2)
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file or directory", "/proc/bug"), BrokenPipeError(32, "Broken pipe")]
+)
+def test_what_fails_inside_a_step_is_a_fault(error, values, tmp_path, monkeypatch, capsys):
+    """Whatever its type: the user gave no such path, and stdout is not what broke."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(VambaTrainer, "training_step", fail)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    assert main(["finetune", str(tmp_path / "r.yaml")]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"vamba: {type(error).__name__}: ") and "a fault; the traceback is in" in line
+    Path(line.rsplit(" ", 1)[1].rstrip(")")).unlink()
 
 
 FAILING = """

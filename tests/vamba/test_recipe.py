@@ -1,6 +1,7 @@
 """Recipes: what is shipped is sound, and every mistake is one line that names the key, before the model is loaded."""
 
 import dataclasses
+import time
 
 import pytest
 import transformers
@@ -123,7 +124,8 @@ WRONG = {
     "pixels": ({"data__min_pixels": 9, "data__max_pixels": 4}, "data.min_pixels is 9; accepted: at most"),
     "one frame": ({"data__max_frames": 1}, "data.max_frames is 1; accepted: a whole number of at least 2"),
     "impossible budget": ({"data__max_video_tokens": 8}, "data.max_video_tokens is 8; accepted: at least 9"),
-    "no such model": ({"model__path": "/no/model"}, "model.path is /no/model, which does not exist"),
+    "no such model": ({"model__path": "/no/model"}, "model.path: /no/model is no folder; give"),
+    "no such output": ({"train__output_dir": "/dev/null/out"}, "train.output_dir: /dev/null/out cannot be written"),
     "no such data": ({"data__train": "/no/data.jsonl"}, "data.train[0].path: /no/data.jsonl: there is no such file"),
     "no such root": (
         {"data__train": [{"path": "a.jsonl", "media_root": "/no/root"}]},
@@ -137,7 +139,7 @@ WRONG = {
         "lora.target_modules[0] is 'conv1d', no linear layer; accepted: ",
     ),
     "adapters and more": ({"trainable": "all", "lora": {"r": 2}}, "trainable is 'all' although lora is given"),
-    "no such teacher": ({"distillation": {"teacher": "/no/teacher"}}, "distillation.teacher is /no/teacher, which"),
+    "no such teacher": ({"distillation": {"teacher": "/no/teacher"}}, "distillation.teacher: /no/teacher is no"),
     "batch": ({"global_batch_size": 6}, "global_batch_size is 6; accepted: a multiple of 4"),
     "half precision": ({"model__dtype": "bfloat16"}, "model.dtype is bfloat16 while nothing computes in half"),
     "endless epochs": ({"data__streaming": True, "train__max_steps": -1}, "train.max_steps is missing; accepted with"),
@@ -170,6 +172,25 @@ def test_data_that_teach_nothing(values, dataset, tmp_path):
 def test_a_teacher_of_another_kind(values, checkpoint):
     with pytest.raises(RecipeError, match="distillation.teacher is a vamba; accepted: a qwen2_vl"):
         prepare(parse_recipe(changed(values, distillation__teacher=str(checkpoint))))
+
+
+@pytest.mark.parametrize("key", ["model__path", "distillation__teacher"])
+def test_a_checkpoint_that_is_none(key, values, checkpoint, tmp_path, monkeypatch):
+    """Said at once: transformers asks the Hub for half a minute, and knows no adapters."""
+    (tmp_path / "runs" / "empty").mkdir(parents=True)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+    monkeypatch.chdir(tmp_path)
+    wrong = {
+        "runs/dmeo": "runs/dmeo: there is no such folder in runs/",
+        "runs/empty": "runs/empty holds no config.json",
+        "adapter": "adapter is an adapter of me/base",
+    }
+    for path, message in wrong.items():
+        start = time.monotonic()
+        with pytest.raises(RecipeError, match=rf"^{key.replace('__', '.')}: {message}"):
+            prepare(parse_recipe(changed(values, **{key: path})))
+        assert time.monotonic() - start < 5
 
 
 def test_data_whose_media_are_missing(values, dataset, tmp_path):

@@ -33,7 +33,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints and writes; raises UserError for a user's mistake."""
-    from vamba.errors import UserError
+    from vamba.errors import UserError, check_writable
 
     from . import report
 
@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.model is None:
         raise UserError("--model is missing: give the folder of a Vamba checkpoint, or 7b for random weights.")
+    if args.out:
+        check_writable(args.out)
     from vamba.cli import _quiet_transformers
 
     from .measure import measure_all

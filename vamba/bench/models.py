@@ -6,15 +6,14 @@ What is unusual: random weights are made on the GPU, where 11 billion of them ta
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     PreTrainedModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
 
-from vamba.checkpoint_folder import checkpoint_folder
-from vamba.errors import UserError
+from vamba.checkpoint_folder import kind_of
+from vamba.errors import UserError, opening
 from vamba.modeling import VambaConfig, VambaForConditionalGeneration
 
 
@@ -36,13 +35,14 @@ SEVEN_BILLION = {  # for our configuration and Qwen2-VL's
 def load_ours(model: str, device: torch.device) -> VambaForConditionalGeneration:
     """A checkpoint, or random bfloat16 weights of the 7B's sizes for "7b"."""
     if model != "7b":
-        checkpoint_folder(model)
-        if (kind := AutoConfig.from_pretrained(model).model_type) != "vamba":
+        if (kind := kind_of(model)) != "vamba":
             raise UserError(
                 f"{model} is a {kind} checkpoint, and vamba bench measures a Vamba; benchmarks/video_ma2mba.py is for "
                 "a Video-Ma2mba."
             )
-        return AutoModelForImageTextToText.from_pretrained(model, dtype="auto").to(device).eval()
+        with opening(model):
+            loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
+        return loaded.to(device).eval()
     if device.type != "cuda":
         raise UserError(f"--model 7b takes 21 GiB and a GPU, not {device}; give the folder of a small checkpoint.")
     return random_model(VambaForConditionalGeneration, VambaConfig(**SEVEN_BILLION), device, torch.bfloat16)

@@ -4,7 +4,7 @@ import csv
 import os
 from pathlib import Path
 
-from vamba.errors import UserError
+from vamba.errors import UserError, opening
 
 
 _GIB = 2**30
@@ -37,7 +37,8 @@ _LENGTHS = {
 def write(results: dict, folder: str | os.PathLike) -> list[Path]:
     """Writes the tables as CSV, the report, and the plots where matplotlib is installed; returns the paths."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with opening(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     stem = f"{results['machine']['date']}_video_length"
     paths = []
     for name in ("lengths", "parts", "kernels", "videos"):
@@ -73,7 +74,7 @@ def plot(table: str | os.PathLike) -> list[Path]:
     except ImportError as error:
         raise UserError(f"plots need matplotlib: pip install matplotlib, then vamba bench --plot {table}") from error
     table = Path(table)
-    with table.open(newline="", encoding="utf-8") as file:
+    with opening(table), table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"model", "frames", "prefill_s"} <= rows[0].keys():
         raise UserError(f"{table} is no table of lengths, as vamba bench --out writes it.")

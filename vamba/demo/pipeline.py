@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.conversion import convert
 from vamba.conversion.staging import staged_folder
+from vamba.errors import OccupiedPathError, check_writable
 from vamba.hub import write_model_card
 
 from .evaluation import Reply, accuracy, ask_about_videos, ask_without_video, chance
@@ -76,7 +77,7 @@ def run(
         accuracy, text_only_accuracy, chance, accuracy_by_question, loss, seconds by phase, and the settings.
 
     Raises:
-        OSError: the output folder cannot be used. Nothing was done.
+        UserError: the output folder cannot be used. Nothing was done.
     """
     output = Path(output_dir).expanduser().resolve()
     check_output(output)
@@ -97,14 +98,12 @@ def last_line(results: dict) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Raises OSError if `output` is something else than an earlier demo's output, or cannot be made."""
+    """Raises UserError if `output` is something else than an earlier demo's output, or cannot be made."""
     if output.exists() and not output.is_dir():
-        raise FileExistsError(f"{output} exists and is no folder; choose another output folder.")
+        raise OccupiedPathError(f"{output} exists and is no folder; choose another output folder.")
     if output.is_dir() and any(output.iterdir()) and not (output / RESULTS_FILE).is_file():
-        raise FileExistsError(f"{output} holds something that is no demo output; choose another output folder.")
-    parent = next(parent for parent in output.parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{output} cannot be made: {parent} is not a folder that can be written to.")
+        raise OccupiedPathError(f"{output} holds something that is no demo output; choose another output folder.")
+    check_writable(output)
 
 
 def _run_in(folder: Path, settings: dict) -> dict:

@@ -21,9 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when the model is trained and saved, 143 when SIGTERM stopped it after a save; mistakes are exceptions."""
+    from vamba.errors import opening
+
     from .recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    with opening(args.recipe):
+        recipe = load_recipe(args.recipe, args.overrides)
     from .finetune import finetune
 
     result = finetune(recipe, resume=args.resume)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
 
@@ -119,9 +119,8 @@ def load_teacher(path: str, dtype: str) -> PreTrainedModel:
             os.environ[_FSDP_LOADING] = loading
 
 
-def teacher_mismatch(path: str, student: PreTrainedConfig) -> str | None:
-    """Why the checkpoint at `path` cannot teach a model of configuration `student`, from its config.json alone."""
-    config = AutoConfig.from_pretrained(path)
+def teacher_mismatch(config: PreTrainedConfig, student: PreTrainedConfig) -> str | None:
+    """Why a model of configuration `config` cannot teach one of configuration `student`; None if it can."""
     if config.model_type != "qwen2_vl":
         return f"a {config.model_type}; accepted: a qwen2_vl"
     theirs, ours = config.text_config.vocab_size, student.text_config.vocab_size

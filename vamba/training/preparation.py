@@ -17,9 +17,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, TrainingArguments
 from transformers.utils import is_bitsandbytes_available, logging
 
+from vamba.checkpoint_folder import kind_of
 from vamba.data import Collator, ConversationEncoder, ExampleError, Mixture, Source, TrainingStream, check_layout
 from vamba.data.encoding import tokens_of_pixels
 from vamba.data.stream import EXAMPLE_ERRORS, raise_fault
+from vamba.errors import UserError, check_writable
 
 from .agreement import agreed
 from .distillation import teacher_mismatch
@@ -65,8 +67,8 @@ def prepare(recipe: Recipe, resume: bool = False) -> Prepared:
     config = _load(AutoConfig, recipe.model.path, "model.path")
     _check_parameters(recipe, config)
     if recipe.distillation:
-        mismatch = teacher_mismatch_or_missing(recipe.distillation.teacher, config)
-        if mismatch:
+        teacher = _load(AutoConfig, recipe.distillation.teacher, "distillation.teacher")
+        if mismatch := teacher_mismatch(teacher, config):
             raise RecipeError(f"distillation.teacher is {mismatch}")
     processor = _load(AutoProcessor, recipe.model.path, "model.path")
     encoder = _encoder(recipe, config, processor)
@@ -90,19 +92,13 @@ def trainable_patterns(recipe: Recipe) -> list[str]:
 
 
 def _load(auto, path: str, key: str):
-    if not Path(path).exists() and len(Path(path).parts) != 2:
-        raise RecipeError(f"{key} is {path}, which does not exist; accepted: a checkpoint folder or an id on the Hub")
     try:
+        kind_of(path)  # at once, where transformers would ask the Hub for half a minute about a mistyped folder
         return auto.from_pretrained(path)
+    except UserError as error:
+        raise RecipeError(f"{key}: {error}") from error
     except (OSError, ValueError) as error:
         raise RecipeError(f"{key} is {path}, no checkpoint that can be read: {' '.join(str(error).split())}") from error
-
-
-def teacher_mismatch_or_missing(path: str, config: PreTrainedConfig) -> str | None:
-    """Why `path` is no teacher for a model of this configuration; None if it is one."""
-    if not Path(path).exists() and len(Path(path).parts) != 2:
-        return f"{path}, which does not exist; accepted: a Qwen2-VL checkpoint folder or an id on the Hub"
-    return teacher_mismatch(path, config)
 
 
 def _check_parameters(recipe: Recipe, config: PreTrainedConfig) -> None:
@@ -234,6 +230,10 @@ def _checkpoint(recipe: Recipe, resume: bool) -> Path | None:
     output = Path(recipe.train["output_dir"])
     if output.exists() and not output.is_dir():
         raise RecipeError(f"train.output_dir is {output}, a file; accepted: a folder, new or empty")
+    try:
+        check_writable(output)
+    except UserError as error:
+        raise RecipeError(f"train.output_dir: {error}") from error
     checkpoint, results = last_checkpoint(output), [output / name for name in (FINAL, UNFINISHED)]
     if checkpoint is not None and not resume:
         raise RecipeError(

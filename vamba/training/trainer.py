@@ -25,7 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from vamba.data import ABOUT, About, ExampleError, Position, TrainingStream
-from vamba.errors import UserError
+from vamba.errors import DiskFullError, UserError, is_disk_full
 
 from .distillation import Distillation
 from .flops import FlopsModel
@@ -215,7 +215,9 @@ class VambaTrainer(Trainer):
                 rotate_checkpoints(output_dir=str(output), save_total_limit=self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
         except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, as it comes
-            raise OSError(
+            if not is_disk_full(error, output):
+                raise
+            raise DiskFullError(
                 f"{final.name} could not be written ({error}); the earlier checkpoints in {output} are whole"
             ) from error
         finally:

@@ -57,11 +57,17 @@ def ending_together() -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
-            while not over.wait(POLL):
-                if theirs.check([FAILED]) and not over.wait(GRACE):
-                    print(f"vamba: ends as process {theirs.get(FAILED).decode()} failed", file=sys.stderr, flush=True)
-                    os._exit(1)
+        failed = None
+        while failed is None:
+            if over.wait(POLL):
+                return
+            try:
+                failed = theirs.get(FAILED).decode() if theirs.check([FAILED]) else None
+            except RuntimeError:  # the store went with the process that held it
+                failed = "0"
+        if not over.wait(GRACE):
+            print(f"vamba: ends as process {failed} failed", file=sys.stderr, flush=True)
+            os._exit(1)
 
     threading.Thread(target=watch, name="vamba-ending-together", daemon=True).start()
     try:

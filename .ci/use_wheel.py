@@ -23,7 +23,7 @@ with tempfile.TemporaryDirectory() as folder:
     qwen, converted = Path(folder) / "qwen", Path(folder) / "vamba"
     make_tiny_qwen2_vl(qwen)
     convert(qwen, converted, mamba_config={"head_dim": 16, "state_size": 16}, progress=False)
-    assert "video-text-to-text" in (converted / "README.md").read_text(), "the model card is missing"
+    assert "image-text-to-text" in (converted / "README.md").read_text(), "the model card is missing"
     model = AutoModelForImageTextToText.from_pretrained(converted)
     processor = AutoProcessor.from_pretrained(converted)
     assert type(model).__module__ == "vamba.modeling.modeling_vamba", type(model).__module__

@@ -21,10 +21,10 @@ MODES += [("video_ma2mba", False, False), ("video_ma2mba", False, True)]
 
 
 def cases() -> list:
-    """All mixtures in all modes if VAMBA_FULL is set, else each mixture in one mode and each mode with several."""
+    """All mixtures in all modes if VAMBA_FULL is set, else half of the mixtures, all modes among them."""
     if os.environ.get("VAMBA_FULL"):
         return [[*mode, mixture] for mode in MODES for mixture in MIXTURES]
-    return [[*MODES[index % len(MODES)], mixture] for index, mixture in enumerate(MIXTURES)]
+    return [[*MODES[index % len(MODES)], mixture] for index, mixture in enumerate(MIXTURES[::2])]
 
 
 def run_ranks(*arguments: str, ranks: int = 3, timeout: int = 250) -> list[tuple[int, str, str]]:
@@ -59,27 +59,26 @@ needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 def test_losses_and_gradients_are_those_of_each_batch_alone(kind):
-    chosen = cases()[:: 3 if kind == "ddp" else 1]
+    chosen = cases()[:: 2 if kind == "ddp" else 1]
     ended = run_ranks(kind, json.dumps(chosen), timeout=1400)
     assert all(code == 0 for code, _, _ in ended), [errors[-3000:] for _, _, errors in ended]
     worst = json.loads(ended[0][1].splitlines()[-1])
     assert len(worst) == len(chosen) and max(worst.values()) < 1e-5, worst
 
 
-@pytest.mark.parametrize("name", ["vamba", "video_ma2mba"])
-def test_answers_are_those_of_each_rank_alone(name):
+def test_answers_are_those_of_each_rank_alone():
     mixtures = [("text", "short"), ("short", "long"), ("image", "text"), ("long", "long")]
-    ended = run_ranks("generate", json.dumps([[name, mixture] for mixture in mixtures]), ranks=2, timeout=100)
+    asked = [[name, mixture] for name in ("vamba", "video_ma2mba") for mixture in mixtures]
+    ended = run_ranks("generate", json.dumps(asked), ranks=2, timeout=100)
     assert all(code == 0 for code, _, _ in ended), [errors[-3000:] for _, _, errors in ended]
     wrong = json.loads(ended[0][1].splitlines()[-1])
-    assert len(wrong) == 4 and not any(wrong.values()), wrong
+    assert len(wrong) == 8 and not any(wrong.values()), wrong
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_an_error_on_one_rank_ends_all(kind):
+def test_an_error_on_one_rank_ends_all():
     start = time.perf_counter()
     mixture = ["short", "broken short", "text"]
-    ended = run_ranks(kind, json.dumps([["vamba", False, False, mixture]]), timeout=60)
+    ended = run_ranks("fsdp2", json.dumps([["vamba", False, False, mixture]]), timeout=60)
     assert all(code != 0 for code, _, _ in ended) and time.perf_counter() - start < 60
     assert "ValueError: video_grid_thw announces" in ended[1][2]
 

@@ -5,6 +5,7 @@ collective. Through gloo they notice that it is gone; on GPUs they would wait un
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -20,7 +21,7 @@ from .strict import RecipeError
 
 
 T = TypeVar("T")
-FAILED = "vamba/failed"  # in the store that the processes met at: the rank of the first that ended in an error
+_RUNS = itertools.count()  # of this process; each has a key of its own in the store that the processes met at
 POLL, GRACE = 1.0, 5.0  # seconds between looks at it, and for a process to end by itself
 
 
@@ -54,6 +55,8 @@ def ending_together() -> Iterator[None]:
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     mine, theirs = (TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60)) for _ in range(2))
+    # A launcher that starts the processes again after an error keeps the store.
+    key = f"vamba/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_RUNS)}"
     over = threading.Event()
 
     def watch() -> None:
@@ -62,7 +65,7 @@ def ending_together() -> Iterator[None]:
             if over.wait(POLL):
                 return
             try:
-                failed = theirs.get(FAILED).decode() if theirs.check([FAILED]) else None
+                failed = theirs.get(key).decode() if theirs.check([key]) else None
             except RuntimeError:  # the store went with the process that held it
                 failed = "0"
         if not over.wait(GRACE):
@@ -74,7 +77,7 @@ def ending_together() -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(RuntimeError):
-            mine.set(FAILED, str(rank))
+            mine.set(key, str(rank))
         raise
     finally:
         over.set()

@@ -16,9 +16,9 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 
 import vamba  # noqa: F401  registers the processor
 from vamba.modeling import VambaConfig, VambaModel, VideoMemory, VideoReadError, read_video
-from vamba.modeling import frame_streaming as streaming
-from vamba.modeling.frame_streaming import load_ahead, normalized, read_ahead
-from vamba.modeling.video_encoder import makers_of_key_values
+from vamba.modeling import media as streaming
+from vamba.modeling.frame_streaming import read_ahead
+from vamba.modeling.media import load_ahead, normalized
 
 from tiny_vamba import media, prompt, tiny_config, tiny_model
 
@@ -355,13 +355,13 @@ class TestGpu:
         with torch.device(CUDA):
             model = VambaModel(config).bfloat16().eval()
             vision_BSD = torch.randn(1, tokens, width, dtype=torch.bfloat16)
-        assert tokens * model.video_encoder.layers[0].mixer.in_proj.out_features > 2**32
+        assert tokens * model.video_encoder.levels[0].block.mixer.in_proj.out_features > 2**32
         memories = []
         with torch.no_grad():
             for size in (tokens, 16_384):
                 memory = VideoMemory(config)
                 for chunk_BSD in vision_BSD.split(size, dim=1):
-                    model.video_encoder(chunk_BSD, memory, makers_of_key_values(model.language_model.layers))
+                    model.video_encoder(chunk_BSD, memory)
                 memories.append(memory)
         once, expected = memories
         assert once.video_length == expected.video_length == tokens

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vamba.modeling.media import list_media
-from vamba.modeling.media_stream import Run, media_of_rows, runs_of, split_runs, text_outputs
+from vamba.modeling.media import Run, media_of_rows, runs_of, split_runs, text_outputs
 
 
 PER_FRAME = 4

@@ -1,14 +1,11 @@
-"""Frames on their way to the model: decoded beside it, copied to the GPU beside its work, as many as fit at once.
+"""Frames on their way to the model: copied to the GPU beside its work, as many as fit at once.
 
-What is unusual: three things overlap without the model knowing. A thread decodes the next frames (`read_ahead`), a
-stream of its own copies and prepares the next chunk (`load_ahead`), and the model computes the present one. A chunk is
-loaded only when the one before the last is computed, so two chunks of patches are held however far the CPU runs ahead.
+What is unusual: a stream of its own copies and prepares the next chunk (`load_ahead`) while the model computes the
+present one, and the model does not know. A chunk is loaded only when the one before the last is computed, so two chunks
+of patches are held however far the CPU runs ahead. Decoding beside the model is `vamba.video.read_ahead`'s.
 """
 
-import contextlib
 import functools
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -21,67 +18,6 @@ Item = TypeVar("Item")
 
 # More frames at once bring no speed. 64 frame pairs are a multiple of 64 tokens, which is what the scan's tiles hold.
 MAX_CHUNK_FRAMES = 128
-
-
-def read_ahead(reader: Iterable, chunk_frames: int, pin_memory: bool = False, max_waiting: int = 2) -> Iterator[Tensor]:
-    """The frames of a `VideoReader`, uint8 (T, 3, H, W), decoded in a thread while the caller does something else.
-
-    Closing the iterator, or dropping it, ends the thread within one chunk of the reader and the reader's pass with it.
-
-    Args:
-        reader: yields a few frames at a time, a divisor of `chunk_frames`: the thread can stop between them.
-        chunk_frames: frames that are given at once; the last chunk may have fewer.
-        pin_memory: put them into page-locked memory, from which they can be copied to a GPU in the background.
-        max_waiting: chunks decoded ahead.
-
-    Raises:
-        whatever the reader raises, after the frames that came before.
-    """
-    ready: queue.SimpleQueue = queue.SimpleQueue()
-    slots, stopped = threading.Semaphore(max_waiting), threading.Event()
-
-    def decode():
-        group = []
-        try:
-            with contextlib.closing(iter(reader)) as pieces:
-                for piece in pieces:
-                    group.append(piece.frames)
-                    if sum(map(len, group)) >= chunk_frames:
-                        frames, group = _join(group, pin_memory), []
-                        slots.acquire()
-                        ready.put((frames, None))
-                    if stopped.is_set():
-                        return
-            if group:
-                ready.put((_join(group, pin_memory), None))
-        except BaseException as error:  # handed to the consumer, who would wait for ever otherwise
-            ready.put((None, error))
-        else:
-            ready.put((None, None))
-
-    thread = threading.Thread(target=decode, name="vamba-read-ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            frames, failure = ready.get()
-            if frames is None:
-                break
-            slots.release()
-            yield frames
-    finally:  # also when the consumer fails, is interrupted or goes away
-        stopped.set()
-        slots.release()
-        thread.join()
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            del failure  # its traceback holds this frame, which would hold it
-
-
-def _join(group: list[Tensor], pin_memory: bool) -> Tensor:
-    shape = (sum(map(len, group)), *group[0].shape[1:])
-    return torch.cat(group, out=torch.empty(shape, dtype=group[0].dtype, pin_memory=pin_memory))
 
 
 def load_ahead(

@@ -19,19 +19,11 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import torch
 
-from .frame_selection import (
-    SampleTimes,
-    StillClip,
-    VideoReadError,
-    array_pictures,
-    check_times,
-    images_of_folder,
-    list_pictures,
-    number,
-    pixels_per_frame,
-    target_size,
-)
-from .video_decoding import PyavClip, TorchcodecClip
+from vamba.errors import VideoReadError
+
+from .decoding import PyavClip, TorchcodecClip
+from .pictures import StillClip, arrays_of_list, channels_last, images_of_folder
+from .selection import SampleTimes, check_sizes, check_times, number, target_size
 
 
 DEFAULT_FPS = 1.0
@@ -95,7 +87,7 @@ def read_video(
     name = _describe(source)
     try:
         times = check_times(fps, num_frames, start, end)
-        sizes = _check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, resized_width)
+        sizes = check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, resized_width)
         chunk_frames = number("chunk_frames", chunk_frames, low=1, integer=True)
         threads = number("threads", threads, integer=True)
         source_fps = number("source_fps", source_fps, above=True) or times[0] or 1.0
@@ -109,9 +101,55 @@ def read_video(
 
 def load_video(source, **options):
     """All of `read_video(source, **options)` at once: frames uint8 (T, 3, H, W), timestamps float64 (T,) in seconds."""
+    return load_with_metadata(source, **options)[:2]
+
+
+def load_with_metadata(source, **options):
+    """`load_video`, and third the fields of transformers' `VideoMetadata`, which qwen-vl-utils knows as well."""
     with read_video(source, **options) as reader:
-        chunks = list(reader)
-    return torch.cat([chunk.frames for chunk in chunks]), torch.cat([chunk.timestamps for chunk in chunks])
+        chunks, about = list(reader), reader.metadata
+    frames = torch.cat([chunk.frames for chunk in chunks])
+    times = torch.cat([chunk.timestamps for chunk in chunks])
+    rate = about.fps or 1.0
+    metadata = {
+        "total_num_frames": about.total_frames or len(frames),
+        "fps": rate,
+        "width": about.width,
+        "height": about.height,
+        "duration": about.duration,
+        "video_backend": options.get("backend", "pyav"),
+        "frames_indices": (times * rate).round().long().tolist(),
+    }
+    return frames, times, metadata
+
+
+def frames_asked_for(source, options, open_video=read_video):
+    """How many frames a message's or an example's options ask for; opens the video, decodes nothing.
+
+    Args:
+        options: of `read_video`, and `min_frames` and `max_frames`, which bound the frames that `fps` gives.
+        open_video: `read_video` or a processor's `video_reader`.
+
+    Returns:
+        The options of `read_video` alone, with `num_frames` where a bound holds; how many frames are due then; their
+        height and width.
+    """
+    options = dict(options)
+    low, high = (number(name, options.pop(name, None), 1, integer=True) for name in ("min_frames", "max_frames"))
+    if "num_frames" in options:
+        options.pop("fps", None)
+        low = high = None
+    with open_video(source, **options) as reader:
+        frames, size, step = reader.num_frames_expected, reader.frame_size, reader.seconds_per_frame
+    if frames is None:  # neither length nor number of frames is declared: look at the last packets
+        kept = {key: options[key] for key in ("start", "end", "backend", "allow_urls", "source_fps") if key in options}
+        with read_video(source, num_frames=2**20, **kept) as reader:
+            frames = int((reader.num_frames_expected - 1) / (reader.metadata.fps or 1.0) / step) + 1
+    wanted = min(max(frames, low or 1), high or math.inf)
+    if wanted != max(frames, 1):
+        options = {key: value for key, value in options.items() if key != "fps"} | {"num_frames": wanted}
+        return frames_asked_for(source, options, open_video)
+    return options, max(frames, 1), size
 
 
 class VideoReader:
@@ -140,23 +178,11 @@ class VideoReader:
         else:
             final = last if end is None else min(end, last)
             self._times = SampleTimes.spread(num_frames, start, final)
-        self.num_frames_expected = self._times.expected(last, clip.info.fps)
+        self.seconds_per_frame = self._times.step
+        self.num_frames_expected = self.len_estimate = self._times.expected(last, clip.info.fps)
         self.frame_size = clip.info.height, clip.info.width
         if sizes:
-            bounds = dict(sizes)
-            total = bounds.pop("total_pixels")
-            count = self.num_frames_expected or 1
-            low, high = bounds["min_pixels"], bounds["max_pixels"]
-            bounds["max_pixels"] = pixels_per_frame(count, min_pixels=low, max_pixels=high, total_pixels=total)
-            self.frame_size = target_size(*self.frame_size, **bounds)
-
-    @property
-    def seconds_per_frame(self):
-        return self._times.step
-
-    @property
-    def len_estimate(self):
-        return self.num_frames_expected
+            self.frame_size = target_size(*self.frame_size, num_frames=self.num_frames_expected or 1, **sizes)
 
     def __enter__(self):
         return self
@@ -249,17 +275,6 @@ def _describe(source):
     return f"<{type(source).__name__} {getattr(source, 'name', '')}".rstrip() + ">"
 
 
-def _check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, resized_width):
-    return {
-        "factor": number("factor", factor, low=1, integer=True) or 28,
-        "min_pixels": number("min_pixels", min_pixels) or 0,
-        "max_pixels": number("max_pixels", max_pixels, low=1) or math.inf,
-        "total_pixels": number("total_pixels", total_pixels, low=1),
-        "resized_height": resized_height,
-        "resized_width": resized_width,
-    }
-
-
 def _open_source(source, name, backend, allow_urls, threads, source_fps):
     """Sort out what `source` is: a clip with `info`, `open()` and `last_time()`."""
     if backend not in ("pyav", "torchcodec"):
@@ -271,8 +286,8 @@ def _open_source(source, name, backend, allow_urls, threads, source_fps):
     elif isinstance(source, (bytearray, memoryview)):
         source = bytes(source)
     if isinstance(source, (list, tuple)) or hasattr(source, "shape"):
-        pictures = array_pictures(source, name) if hasattr(source, "shape") else list_pictures(source, name)
-        return StillClip(name, pictures, source_fps)
+        arrays = channels_last(source, name) if hasattr(source, "shape") else arrays_of_list(source, name)
+        return StillClip(name, arrays, source_fps)
     if not isinstance(source, (str, Path, bytes)) and not (hasattr(source, "read") and hasattr(source, "seek")):
         raise VideoReadError(
             f"{name}: cannot read video from {type(source).__name__}; give a path, bytes, a seekable binary file, "

@@ -6,24 +6,21 @@ descriptor and every other protocol is refused, so a playlist cannot reach the n
 are counted and passed over.
 """
 
-import copy
 import io
 import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from .frame_selection import (
-    MAX_GAP,
-    MAX_PIXELS,
-    PresentationClock,
-    VideoInfo,
-    VideoReadError,
-    check_picture_size,
-    import_av,
-    to_rgb,
-)
+import av
+from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
+
+from vamba.errors import VideoReadError
+
+from .pictures import MAX_PIXELS, ArrayClip, VideoInfo, check_picture_size, to_rgb
 from .pyav_versions import frame_duration, is_cover_art, key_frame_index, quarter_turns
+from .selection import MAX_GAP, PresentationClock
 
 
 MAX_READ_FAILURES = 32  # reads of the container that may fail before the file counts as ended
@@ -64,7 +61,7 @@ class PyavClip:
         return 0.0
 
 
-def _open_container(av, name, source):
+def _open_container(name, source):
     """The opened container; of all protocols only the one that carries `source` itself is allowed."""
     try:
         if isinstance(source, Path):
@@ -81,7 +78,7 @@ def _open_container(av, name, source):
             source = io.BytesIO(source)
         source.seek(0)
         return av.open(source, options={"protocol_whitelist": "none"}, metadata_errors="replace")
-    except (OSError, ValueError, av.error.FFmpegError) as error:
+    except (OSError, ValueError, FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error
         raise VideoReadError(
             f"{name}: cannot be opened as a video ({reason}); check that it is a complete video file"
@@ -92,7 +89,6 @@ class PyavStream:
     """One pass over a video's frames, in presentation order, with jumps over what nobody asked for."""
 
     def __init__(self, clip, threads):
-        self.av = import_av(clip.name)
         self.name, self._clip, self._threads = clip.name, clip, threads
         self.lost = self.packets = self.damaged = 0
         self.origin = self.end_time = self.info = None
@@ -102,11 +98,11 @@ class PyavStream:
         self._position = self._replayed = -math.inf
         self._retreats = 0
         self._ended = False
-        self._reformatter = self.av.video.reformatter.VideoReformatter()
+        self._reformatter = VideoReformatter()
         self._open()
 
     def _open(self):
-        self.container = _open_container(self.av, self.name, self._clip.source)
+        self.container = _open_container(self.name, self._clip.source)
         try:
             self.stream = _video_stream(self.container, self.name)
             context = self.stream.codec_context
@@ -185,7 +181,7 @@ class PyavStream:
         self._newest = -math.inf
         try:
             self.container.seek(self.origin + round(time / self.time_base), stream=self.stream)
-        except (self.av.error.FFmpegError, OverflowError):
+        except (FFmpegError, OverflowError):
             self._start_over()
 
     def _seek_earlier(self):
@@ -213,7 +209,7 @@ class PyavStream:
             try:
                 yield from self.container.demux(self.stream)
                 return
-            except self.av.error.FFmpegError:
+            except FFmpegError:
                 self.lost += 1
             except IndexError:  # PyAV at the end of a file in which streams appeared on the way
                 return
@@ -225,7 +221,7 @@ class PyavStream:
                 return self.stream.codec_context.decode(None)
             self._spare(packet)
             return packet.decode()
-        except self.av.error.FFmpegError:
+        except FFmpegError:
             self.lost += packet is not None
             return []
 
@@ -266,7 +262,7 @@ class PyavStream:
                 return None
             try:
                 self.container.seek(origin + round(self.duration / self.time_base), stream=self.stream)
-            except (self.av.error.FFmpegError, OverflowError):
+            except (FFmpegError, OverflowError):
                 return None
         last, count, limit = None, 0, max(self.duration or 0.0, 0.0) + MAX_GAP
         for packet in self._packets():
@@ -288,8 +284,8 @@ class PyavStream:
         """`frame` upright as uint8 RGB (3, height, width), or None when it cannot be converted."""
         self.damaged += frame.is_corrupt
         try:
-            return to_rgb(self.av, self._reformatter, frame, height, width, self._threads)
-        except (self.av.error.FFmpegError, ValueError):
+            return to_rgb(self._reformatter, frame, height, width, self._threads)
+        except (FFmpegError, ValueError):
             self.lost += 1
             return None
 
@@ -325,11 +321,8 @@ def _declared_duration(stream, container):
     return duration / 1e6 if duration > 0 else None
 
 
-class TorchcodecClip:
-    """A video decoded by torchcodec; its own stream. Local files go in as file objects, so nothing else is opened."""
-
-    damaged = lost = packets = 0
-    tolerance = 1e-6
+class TorchcodecClip(ArrayClip):
+    """A video decoded by torchcodec. Local files go in as file objects, so nothing else is opened."""
 
     def __init__(self, name, source, threads):
         try:
@@ -340,14 +333,13 @@ class TorchcodecClip:
                 "shared libraries), or use backend='pyav'"
             ) from error
         self.name, self._source, self._decoder_type, self._threads = name, source, VideoDecoder, threads
-        self._file = self.end_time = self._wanted = None
+        self._file = self._wanted = None
         with self._errors():
             metadata = self._new_decoder().metadata
-        self._begin, self._end = metadata.begin_stream_seconds or 0.0, metadata.end_stream_seconds
-        size = metadata.width, metadata.height
+        self._begin = metadata.begin_stream_seconds or 0.0
+        span, size = metadata.end_stream_seconds - self._begin, (metadata.width, metadata.height)
         check_picture_size(name, *size)
-        span, count = self._end - self._begin, metadata.num_frames
-        self.info = VideoInfo(name, span, metadata.average_fps, *size, metadata.codec, 0, count)
+        self.info = VideoInfo(name, span, metadata.average_fps, *size, metadata.codec, 0, metadata.num_frames)
         self.close()
 
     @contextmanager
@@ -368,11 +360,6 @@ class TorchcodecClip:
     def last_time(self):
         return max(self.info.duration - 1 / (self.info.fps or 25.0), 0.0)
 
-    def open(self):
-        stream = copy.copy(self)
-        stream._reformatter = None
-        return stream
-
     def pictures(self):
         decoder, time, last = self._new_decoder(), 0.0, -1.0
         while time < self.info.duration - self.tolerance:
@@ -389,14 +376,8 @@ class TorchcodecClip:
     def skip_to(self, target):
         self._wanted = target if math.isfinite(target) else None
 
-    def render(self, frame, height, width):
-        av = import_av(self.name)
-        self._reformatter = self._reformatter or av.video.reformatter.VideoReformatter()
-        picture = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
-        return to_rgb(av, self._reformatter, picture, height, width)
-
-    def missing_from_end(self):
-        return 0.0
+    def array(self, picture):
+        return picture.permute(1, 2, 0).numpy()
 
     def close(self):
         if self._file is not None:

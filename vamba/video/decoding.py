@@ -9,7 +9,7 @@ are counted and passed over.
 import io
 import math
 import os
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import av
@@ -28,6 +28,7 @@ MIN_SKIP = 2.0  # seconds: nearer instants are reached by decoding
 MIN_GAIN = 1.0  # seconds of decoding that a jump must save, where an index tells
 URL_PROTOCOLS = "http,https,httpproxy,tcp,tls,crypto,ftp,rtmp,rtmps,rtmpt,rtp,rtsp,srtp,udp,data"
 URL_TIMEOUT = 30.0
+NO_FRAMES = "not one frame of the video stream could be decoded; the file is damaged"
 
 
 class PyavClip:
@@ -36,14 +37,11 @@ class PyavClip:
     def __init__(self, name, source, threads):
         self.name, self.source, self.threads = name, source, threads
         self.info = None
-        probe = PyavStream(self, threads=1)
-        try:
+        with closing(PyavStream(self, threads=1)) as probe:
             if next(probe.pictures(), None) is None:
-                raise VideoReadError(f"{name}: not one frame of the video stream could be decoded; the file is damaged")
+                raise VideoReadError(NO_FRAMES)
             self.info = probe.info
             self.origin = probe.origin
-        finally:
-            probe.close()
 
     def open(self):
         return PyavStream(self, self.threads)
@@ -51,17 +49,14 @@ class PyavClip:
     def last_time(self):
         """When the last frame starts: from the packets at the declared end, or from all if those tell nothing."""
         for from_end in (True, False):
-            stream = PyavStream(self, threads=1)
-            try:
+            with closing(PyavStream(self, threads=1)) as stream:
                 last = stream.scan_packets(from_end)
-            finally:
-                stream.close()
             if last is not None:
                 return last
         return 0.0
 
 
-def _open_container(name, source):
+def _open_container(source):
     """The opened container; of all protocols only the one that carries `source` itself is allowed."""
     try:
         if isinstance(source, Path):
@@ -81,7 +76,7 @@ def _open_container(name, source):
     except (OSError, ValueError, FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error
         raise VideoReadError(
-            f"{name}: cannot be opened as a video ({reason}); check that it is a complete video file"
+            f"cannot be opened as a video ({reason}); check that it is a complete video file"
         ) from error
 
 
@@ -89,7 +84,7 @@ class PyavStream:
     """One pass over a video's frames, in presentation order, with jumps over what nobody asked for."""
 
     def __init__(self, clip, threads):
-        self.name, self._clip, self._threads = clip.name, clip, threads
+        self._clip, self._threads = clip, threads
         self.lost = self.packets = self.damaged = 0
         self.origin = self.end_time = self.info = None
         self._wanted = self._landing = self._tried = None
@@ -102,13 +97,13 @@ class PyavStream:
         self._open()
 
     def _open(self):
-        self.container = _open_container(self.name, self._clip.source)
+        self.container = _open_container(self._clip.source)
         try:
-            self.stream = _video_stream(self.container, self.name)
+            self.stream = _video_stream(self.container)
             context = self.stream.codec_context
             if context is None:
-                raise VideoReadError(f"{self.name}: no decoder for its video codec; convert it, for example to H.264")
-            check_picture_size(self.name, context.width, context.height)
+                raise VideoReadError("no decoder for its video codec; convert it, for example to H.264")
+            check_picture_size(context.width, context.height)
             context.thread_type = "AUTO"
             context.thread_count = self._threads
             context.options = {"max_pixels": str(MAX_PIXELS)}
@@ -248,11 +243,11 @@ class PyavStream:
         return duration if 0 < duration <= MAX_GAP else self._clock.interval
 
     def _describe_first(self, frame):
-        check_picture_size(self.name, frame.width, frame.height)
+        check_picture_size(frame.width, frame.height)
         turns = quarter_turns(frame)
         size = (frame.width, frame.height) if turns % 2 == 0 else (frame.height, frame.width)
-        codec = self.stream.codec_context.name
-        return VideoInfo(self.name, self.duration, self.rate, *size, codec, turns * 90, self.stream.frames or None)
+        codec, count = self.stream.codec_context.name, self.stream.frames or None
+        return VideoInfo(self._clip.name, self.duration, self.rate, *size, codec, turns * 90, count)
 
     def scan_packets(self, from_end):
         """Time of the last frame in seconds by demultiplexing only; None when there is no packet with a time."""
@@ -290,7 +285,7 @@ class PyavStream:
             return None
 
 
-def _video_stream(container, name):
+def _video_stream(container):
     """The video stream that a player would show; cover art does not count."""
     streams = [s for s in container.streams.video if not is_cover_art(s)]
     best = container.streams.best("video")
@@ -301,7 +296,7 @@ def _video_stream(container, name):
     # not by each stream's type, of which PyAV before 17 makes a segmentation fault where it is unknown
     kinds = [kind for kind in ("audio", "data", "subtitles") if getattr(container.streams, kind)]
     found = f"only {' and '.join(kinds)}" if kinds else "nothing"
-    raise VideoReadError(f"{name}: has no video stream ({found}); give a file with moving pictures")
+    raise VideoReadError(f"has no video stream ({found}); give a file with moving pictures")
 
 
 def _sound_rate(stream):
@@ -329,16 +324,16 @@ class TorchcodecClip(ArrayClip):
             from torchcodec.decoders import VideoDecoder
         except (ImportError, RuntimeError, OSError) as error:
             raise VideoReadError(
-                f"{name}: backend='torchcodec' is not available; pip install torchcodec (it needs FFmpeg's "
-                "shared libraries), or use backend='pyav'"
+                "backend='torchcodec' is not available; pip install torchcodec (it needs FFmpeg's shared libraries), "
+                "or use backend='pyav'"
             ) from error
-        self.name, self._source, self._decoder_type, self._threads = name, source, VideoDecoder, threads
+        self._source, self._decoder_type, self._threads = source, VideoDecoder, threads
         self._file = self._wanted = None
         with self._errors():
             metadata = self._new_decoder().metadata
         self._begin = metadata.begin_stream_seconds or 0.0
         span, size = metadata.end_stream_seconds - self._begin, (metadata.width, metadata.height)
-        check_picture_size(name, *size)
+        check_picture_size(*size)
         self.info = VideoInfo(name, span, metadata.average_fps, *size, metadata.codec, 0, metadata.num_frames)
         self.close()
 
@@ -350,7 +345,7 @@ class TorchcodecClip(ArrayClip):
             raise
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise VideoReadError(f"{self.name}: torchcodec cannot read it ({reason[0]})") from error
+            raise VideoReadError(f"torchcodec cannot read it ({reason[0]})") from error
 
     def _new_decoder(self):
         self._file = open(self._source, "rb") if isinstance(self._source, Path) else None

@@ -43,10 +43,10 @@ class VideoInfo:
     total_frames: int | None = None
 
 
-def check_picture_size(name, width, height):
+def check_picture_size(width, height):
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise VideoReadError(
-            f"{name}: pictures of {width}x{height} pixels are too large (limit {MAX_SIDE} a side); scale the video down"
+            f"pictures of {width}x{height} pixels are too large (limit {MAX_SIDE} a side); scale the video down"
         )
 
 
@@ -115,69 +115,58 @@ class ArrayClip:
 
 
 class StillClip(ArrayClip):
-    """Images or arrays as a video whose n-th frame stands at n / source_fps, loaded only when rendered."""
+    """Images or arrays as a video whose n-th frame stands at n / source_fps; images are loaded when rendered."""
 
-    def __init__(self, name, arrays, source_fps):
-        if not len(arrays):
-            raise VideoReadError(f"{name}: holds no frames; give at least one")
-        self._arrays, self._rate, self._index = arrays, source_fps, 0
-        height, width = arrays[0].shape[:2]
-        check_picture_size(name, width, height)
-        count = len(arrays)
+    def __init__(self, name, stills, source_fps):
+        if not len(stills):
+            raise VideoReadError("holds no frames; give at least one")
+        self._stills, self._rate, self._index = stills, source_fps, 0
+        height, width = self.array(0).shape[:2]
+        check_picture_size(width, height)
+        count = len(stills)
         self.info = VideoInfo(name, count / source_fps, source_fps, width, height, "images", 0, count)
 
     def last_time(self):
-        return (len(self._arrays) - 1) / self._rate
+        return (len(self._stills) - 1) / self._rate
 
     def pictures(self):
-        while self._index < len(self._arrays):
+        while self._index < len(self._stills):
             index = self._index
             self._index += 1
             self.end_time = (index + 1) / self._rate
             yield index / self._rate, index
 
     def skip_to(self, target):
-        last = min(math.floor((target + self.tolerance) * self._rate), len(self._arrays) - 1)
+        last = min(math.floor((target + self.tolerance) * self._rate), len(self._stills) - 1)
         self._index = max(self._index, last)
 
     def array(self, picture):
-        return self._arrays[picture]
+        still = self._stills[picture]
+        return still if isinstance(still, np.ndarray) else _image_array(still)
 
 
-class Images:
-    """Image files or PIL images as a sequence of uint8 (H, W, 3) arrays, loaded when asked for."""
-
-    def __init__(self, items, name):
-        self._items, self._name = items, name
-
-    def __len__(self):
-        return len(self._items)
-
-    def __getitem__(self, index):
-        item = self._items[index]
-        in_memory = hasattr(item, "convert")
-        name = self._name if in_memory else item
-        try:
-            with contextlib.nullcontext(item) if in_memory else Image.open(item) as image:
-                check_picture_size(name, *image.size)
-                image = ImageOps.exif_transpose(image).convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
-        except VideoReadError:
-            raise
-        except Exception as error:
-            raise VideoReadError(f"{name}: cannot be read as an image ({error})") from error
+def _image_array(item):
+    """An image file or PIL image as uint8 (H, W, 3), upright and over white."""
+    in_memory = hasattr(item, "convert")
+    try:
+        with contextlib.nullcontext(item) if in_memory else Image.open(item) as image:
+            check_picture_size(*image.size)
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+    except Exception as error:  # PIL meets broken files with errors of many types
+        which = "an item" if in_memory else item
+        raise VideoReadError(f"{which} cannot be read as an image ({error})") from error
 
 
-def images_of_folder(folder, name):
+def images_of_folder(folder):
     """The image files of a folder, frame9 before frame10."""
     try:
         files = [entry for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
     except OSError as error:
-        reason = f"the folder cannot be listed ({error.strerror}); check its permissions"
-        raise VideoReadError(f"{name}: {reason}") from error
+        raise VideoReadError(f"the folder cannot be listed ({error.strerror}); check its permissions") from error
     if not files:
-        raise VideoReadError(f"{name}: the folder holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise VideoReadError(f"the folder holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return sorted(files, key=lambda path: natural_key(path.name))
 
 
@@ -186,33 +175,33 @@ def natural_key(name):
     return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", str(name))]
 
 
-def arrays_of_list(items, name):
-    """A list of frames (arrays of three axes), or of image paths and PIL images, as a sequence of arrays."""
+def stills_of_list(items):
+    """A list of image paths and PIL images as it is; one of arrays or tensors (frames one by one) as one array."""
     if items and all(getattr(item, "ndim", None) == 3 for item in items):
         if len({tuple(item.shape) for item in items}) > 1:
-            raise VideoReadError(f"{name}: the frames differ in shape; resize them alike or pass PIL images")
-        return channels_last((torch.stack if torch.is_tensor(items[0]) else np.stack)(list(items)), name)
+            raise VideoReadError("the frames differ in shape; resize them alike or pass PIL images")
+        return channels_last((torch.stack if torch.is_tensor(items[0]) else np.stack)(list(items)))
     for index, item in enumerate(items):
         if not isinstance(item, (str, os.PathLike)) and not hasattr(item, "convert"):
             kind = type(item).__name__
-            raise VideoReadError(f"{name}: item {index} is {kind}; a list holds image paths, PIL images or arrays")
-    return Images(items, name)
+            raise VideoReadError(f"item {index} is {kind}; a list holds image paths, PIL images or arrays")
+    return items
 
 
-def channels_last(array, name):
+def channels_last(array):
     """(T, H, W, 3) uint8 out of an array or tensor, channels last or first (in doubt: as usual for its kind)."""
     tensor = torch.is_tensor(array)
     array = array.detach().cpu() if tensor else np.asarray(array)
     shape = tuple(array.shape)
     axes = [axis for axis in ((1, 3) if tensor else (3, 1)) if len(shape) == 4 and shape[axis] == 3]
     if not axes or min(shape[1:]) == 0:
-        raise VideoReadError(f"{name}: shape {shape} is no video; give (T, H, W, 3) or (T, 3, H, W)")
+        raise VideoReadError(f"shape {shape} is no video; give (T, H, W, 3) or (T, 3, H, W)")
     if tensor:
         array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
     if array.dtype.kind == "f":
         if not (array.min(initial=0) >= 0 and array.max(initial=0) <= 1):
-            raise VideoReadError(f"{name}: float frames must lie in [0, 1]; pass uint8 for 0 to 255")
+            raise VideoReadError("float frames must lie in [0, 1]; pass uint8 for 0 to 255")
         array = np.round(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise VideoReadError(f"{name}: frames are {array.dtype}; give uint8, or floats in [0, 1]")
+        raise VideoReadError(f"frames are {array.dtype}; give uint8, or floats in [0, 1]")
     return array if axes[0] == 3 else array.transpose(0, 2, 3, 1)

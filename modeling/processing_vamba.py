@@ -11,6 +11,7 @@ import io
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -244,17 +245,8 @@ class VambaProcessor(Qwen2VLProcessor):
             raise ValueError(f"You need to provide at least one input to call {self.__class__.__name__}")
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        _, text, videos, audio = super().prepare_inputs_layout(None, text, videos, audio, **kwargs)
-        if images is not None:
-            images = [item | {"image": self._fetch_image(item["image"])} for item in images]
-        return images, text, videos, audio
-
-    def _fetch_image(self, source):
-        if isinstance(source, (bytes, bytearray)) or hasattr(source, "read"):
-            from PIL import Image
-
-            return load_image(Image.open(io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source))
-        return self.image_processor.fetch_images(os.fspath(source) if hasattr(source, "__fspath__") else source)
+        _, *others = super().prepare_inputs_layout(None, text, videos, audio, **kwargs)  # images: `_process_image`
+        return images, *others
 
     # --- images and videos ------------------------------------------------------------------------------------------
 
@@ -264,13 +256,26 @@ class VambaProcessor(Qwen2VLProcessor):
 
     def _process_image(self, item: dict, **kwargs) -> BatchFeature:
         check_keys(item, "image")
-        image, options = item["image"], {key: item[key] for key in _IMAGE_OPTIONS if item.get(key) is not None}
+        image = self._fetch_image(item["image"])
+        options = {key: item[key] for key in _IMAGE_OPTIONS if item.get(key) is not None}
         kwargs["size"] = _size(self.image_processor, kwargs, options)
         sides = [options.get(name) for name in ("resized_height", "resized_width")]
         if any(side is not None for side in sides):
             height, width = _explicit_size(*sides, _factor(self.image_processor, kwargs))
             image, kwargs["do_resize"] = to_pil_image(image).convert("RGB").resize((width, height)), False
         return self.image_processor([image], **kwargs)
+
+    def _fetch_image(self, source):
+        """What transformers fetches (strings, images in memory), and `pathlib` paths, bytes and open files."""
+        if hasattr(source, "__fspath__"):
+            source = os.fspath(source)
+        if isinstance(source, (bytes, bytearray)):
+            source = io.BytesIO(source)
+        if hasattr(source, "read"):
+            from PIL import Image
+
+            source = load_image(Image.open(source))
+        return self.image_processor.fetch_images(source)
 
     def _process_videos(self, videos: list[dict], **kwargs):
         if (metadata := kwargs.pop("video_metadata", None)) is not None:
@@ -354,7 +359,7 @@ class VambaProcessor(Qwen2VLProcessor):
     def video_reader(self, source, **options):
         """`vamba.read_video` with this processor's frame sizes and sampling, for reading a video chunk by chunk."""
         if vamba_video is None:
-            raise ImportError("Reading a video chunk by chunk needs the package vamba, which cannot be imported here.")
+            raise ImportError("Reading a video chunk by chunk needs the package vamba; pip install vamba.")
         sampling = {} if options.keys() & {"fps", "num_frames"} else self._default_sampling(options)
         return vamba_video.read_video(source, **(self._frame_size({}) | sampling | options))
 
@@ -489,11 +494,8 @@ def _flat_videos(videos) -> list[dict]:
     if _is_picture(videos):
         return [{"video": videos[None] if hasattr(videos, "ndim") else [videos]}]
     if isinstance(videos, (list, tuple)):
-        if (
-            _is_frames(videos)
-            or videos
-            and all(_is_path(v) and f"{v}".lower().endswith(_IMAGE_SUFFIXES) for v in videos)
-        ):
+        images = [video for video in videos if _is_path(video) and f"{video}".lower().endswith(_IMAGE_SUFFIXES)]
+        if videos and (_is_frames(videos) or len(images) == len(videos)):
             return [{"video": list(videos)}]
     elif getattr(videos, "ndim", None) != 5:
         return [{"video": videos}]
@@ -533,11 +535,12 @@ def _read_by_transformers(source, **options) -> tuple[torch.Tensor, VideoMetadat
         "formats, withstands damage and needs less memory; pip install vamba."
     )
     asked = {name: options.get(name) for name in ("fps", "num_frames", "start", "end", "min_frames", "max_frames")}
+    choose = partial(_chosen_frames, **asked)
     if _is_frames(source):
-        frames = torch.stack([torch.as_tensor(np.asarray(frame)) for frame in source])
-        frames = (frames * 255).round() if frames.is_floating_point() else frames
+        frames = np.stack([np.asarray(frame) for frame in source])
+        frames = (frames * 255).round() if frames.dtype.kind == "f" else frames
         about = VideoMetadata(len(frames), fps=options.get("source_fps") or asked["fps"] or 1.0)
-        frames = frames[_sampled(about, **asked)]
+        frames = frames[choose(about)]
     elif not _is_path(source) or ("://" in f"{source}" and not options.get("allow_urls")):
         raise ValueError(
             f"{source!r:.80}: without the package vamba a video is a path, or a URL with allow_urls=True; give one, or "
@@ -545,18 +548,15 @@ def _read_by_transformers(source, **options) -> tuple[torch.Tensor, VideoMetadat
         )
     else:
         try:
-            frames, about = load_video(
-                f"{source}",
-                backend=options.get("backend") or "pyav",
-                sample_indices_fn=lambda metadata, **_: _sampled(metadata, **asked),
-            )
+            frames, about = load_video(f"{source}", backend=options.get("backend") or "pyav", sample_indices_fn=choose)
         except Exception as error:  # of many types, by what is wrong
-            raise ValueError(f"{source}: transformers' load_video cannot read it ({error}).") from error
-        frames = torch.as_tensor(frames)
+            message = f"{source}: transformers' load_video cannot read it ({error})"
+            raise ValueError(f"{message}; check the file, or pip install vamba.") from error
+    frames = torch.as_tensor(frames)
     frames = frames if frames.shape[1] == 3 else frames.permute(0, 3, 1, 2)
     if not options.get("resize", True):
         return frames, about
-    if "resized_height" in options or "resized_width" in options:
+    if options.keys() & {"resized_height", "resized_width"}:
         size = _explicit_size(options.get("resized_height"), options.get("resized_width"), options["factor"])
     else:
         low, high, total = options["min_pixels"], options["max_pixels"], options.get("total_pixels")
@@ -566,20 +566,20 @@ def _read_by_transformers(source, **options) -> tuple[torch.Tensor, VideoMetadat
     return torch.cat([frame.round().clamp(0, 255).to(torch.uint8) for frame in resized]), about
 
 
-def _sampled(about: VideoMetadata, fps, num_frames, start, end, min_frames, max_frames) -> np.ndarray:
-    """Which frames `vamba.read_video` would choose of a video whose frames are evenly spaced; notes them in `about`."""
-    if not (about.total_num_frames and about.fps):
-        raise ValueError("it does not say how many frames it has, and how many a second; pip install vamba")
-    first = (start or 0.0) * about.fps
-    if first >= about.total_num_frames:
+def _chosen_frames(metadata: VideoMetadata, fps, num_frames, start, end, min_frames, max_frames) -> np.ndarray:
+    """Indices of the frames `vamba.read_video` chooses where frames are evenly spaced; notes them in the metadata."""
+    total, rate = metadata.total_num_frames, metadata.fps
+    if not (total and rate):
+        raise ValueError("it does not say how many frames it has, and how many a second")
+    if (first := (start or 0.0) * rate) >= total:
         raise ValueError(f"start={start:g} is past the end of the video")
-    stop = about.total_num_frames if end is None else min(end * about.fps, about.total_num_frames)
-    times = np.arange(first, stop, max(about.fps / (fps or 1.0), 1.0))
+    stop = total if end is None else min(end * rate, total)
+    times = np.arange(first, stop, max(rate / (fps or 1.0), 1.0))
     count = num_frames or min(max(len(times), min_frames or 1), max_frames or np.inf)
     if num_frames or count != len(times):
-        times = np.linspace(first, min(stop, about.total_num_frames - 1), count)
-    about.frames_indices = np.unique((times + 1e-6).astype(int))
-    return about.frames_indices
+        times = np.linspace(first, min(stop, total - 1), count)
+    metadata.frames_indices = np.unique((times + 1e-6).astype(int))
+    return metadata.frames_indices
 
 
 VambaProcessor.register_for_auto_class("AutoProcessor")

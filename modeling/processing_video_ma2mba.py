@@ -11,7 +11,6 @@ from typing import Any
 
 from tokenizers import AddedToken
 from transformers import BatchFeature, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-from transformers.image_transforms import to_pil_image
 from transformers.processing_utils import MultiModalData
 
 from .configuration_video_ma2mba import VideoMa2mbaConfig
@@ -70,8 +69,7 @@ class VideoMa2mbaProcessor(VambaProcessor):
 
     def _process_image(self, item: dict, **kwargs) -> BatchFeature:
         side = math.isqrt(self.image_processor.size["longest_edge"])
-        image = to_pil_image(item["image"])
-        return super()._process_image({"image": image, "resized_height": side, "resized_width": side}, **kwargs)
+        return super()._process_image(item | {"resized_height": side, "resized_width": side}, **kwargs)
 
     def _process_video(self, item: dict, **kwargs) -> BatchFeature:
         item = {key: value for key, value in item.items() if key not in _SIZES}

@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
-from .errors import UserError, opening
-from .modeling import StateMemory, VideoMemory, VideoReadError
-from .modeling.frame_streaming import default_chunk_frames, load_ahead, read_ahead
+from .errors import UserError, VideoReadError, opening
+from .modeling import StateMemory, VideoMemory
+from .modeling.frame_streaming import default_chunk_frames, load_ahead
 from .modeling.graphed_decoding import GraphedDecoding
+from .video import read_ahead
 
 
 # What each kind of model remembers a video in.

@@ -14,7 +14,7 @@ from logging import ERROR, getLogger
 from pathlib import Path
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
-from .errors import UserError, opening
+from .errors import UserError, VideoReadError, opening
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             raise
         line = " ".join(str(error).split())
-        if _is_mistake(error):
+        if isinstance(error, (UserError, VideoReadError)):
             print(f"vamba: {line}", file=sys.stderr)
             return 2
         print(f"vamba: {type(error).__name__}: {line} (a fault; the traceback is in {_log(error)})", file=sys.stderr)
@@ -52,12 +52,6 @@ def _reader_has_gone() -> bool:
         return True
     except (AttributeError, OSError, ValueError):  # Windows has no poll, and what replaces stdout is no file
         return False
-
-
-def _is_mistake(error: Exception) -> bool:
-    """By type: ours, and that of the model's video reader, which knows nothing of us."""
-    reading = sys.modules.get("vamba.modeling.frame_selection")  # which imports torch
-    return isinstance(error, (UserError, *([reading.VideoReadError] if reading else [])))
 
 
 def _log(error: Exception) -> str:
@@ -159,7 +153,7 @@ def _ask(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None
     }
     if not args.video.endswith(".safetensors"):  # tell of a bad video before loading a large model
-        from .modeling import read_video
+        from .video import read_video
 
         read_video(args.video, allow_urls=args.allow_urls, **reading).close()
     chat = load_chat(args.model, dtype=args.dtype, device=args.device)

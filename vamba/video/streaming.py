@@ -1,24 +1,12 @@
-"""Frames on their way to the model: decoded beside it, copied to the GPU beside its work, as many as fit at once.
-
-What is unusual: three things overlap without the model knowing. A thread decodes the next frames (`read_ahead`), a
-stream of its own copies and prepares the next chunk (`load_ahead`), and the model computes the present one. A chunk is
-loaded only when the one before the last is computed, so two chunks of patches are held however far the CPU runs ahead.
-"""
+"""Frames decoded in a thread while the caller does something else, such as encoding those before."""
 
 import contextlib
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-
-Item = TypeVar("Item")
-
-# More frames at once bring no speed. 64 frame pairs are a multiple of 64 tokens, which is what the scan's tiles hold.
-MAX_CHUNK_FRAMES = 128
 
 
 def read_ahead(reader: Iterable, chunk_frames: int, pin_memory: bool = False, max_waiting: int = 2) -> Iterator[Tensor]:

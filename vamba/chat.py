@@ -24,8 +24,8 @@ from transformers import (
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
 from .errors import UserError, VideoReadError, opening
 from .modeling import StateMemory, VideoMemory
-from .modeling.frame_streaming import default_chunk_frames, load_ahead
 from .modeling.graphed_decoding import GraphedDecoding
+from .modeling.media import default_chunk_frames, load_ahead
 from .video import read_ahead
 
 

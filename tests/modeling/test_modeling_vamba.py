@@ -265,9 +265,9 @@ def test_padded_rows_save_no_more_than_the_rows_alone():
 
     def attend(memory, rows):
         hidden_BND = text[rows].clone().requires_grad_()
-        levels = [level.map(lambda t: t.requires_grad_()) for level in memory.level(1).cut(memory.reads(len(hidden_BND)))]
-        reads = [read.text for read in memory.reads(len(hidden_BND))]
-        return layer(hidden_BND, list(zip(reads, levels)))[0]
+        reads = memory.reads(len(hidden_BND))
+        levels = [level.map(lambda t: t.requires_grad_()) for level in memory.level(1).cut(reads)]
+        return layer(hidden_BND, [(read.text, level) for read, level in zip(reads, levels)])[0]
 
     grids = ((30, 4, 6), (12, 4, 6))
     with torch.no_grad():

@@ -9,8 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from vamba.modeling import VideoMemory
-from vamba.modeling.video_memory import FP8, VideoLevel
-from vamba.modeling.video_memory import _copy_of
+from vamba.modeling.video_memory import FP8, VideoLevel, _copy_of
 
 from tiny_vamba import media, prompt, tiny_config, tiny_model
 

@@ -89,6 +89,7 @@ class VambaPreTrainedModel(MultiAxisCheckpointingMixin, PreTrainedModel):
 MAX_SPLIT_KEY_QUERIES = 1024
 # With more, our kernel would widen the same fp8 keys so often that it pays to do it once beforehand.
 MAX_FP8_QUERIES = 32
+NOBODY = (0, 0)  # tokens of text that read a video which only other ranks wait for
 
 
 # --- the video: V_0 -> Mamba-2 -> V_1 -> ..., and what the text reads of each -----------------------------------------
@@ -247,14 +248,15 @@ class VambaCrossAttention(Qwen2VLAttention):
         queries = self.q_proj(hidden_BND).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if position_embeddings is not None:
             queries, _ = apply_rotary_pos_emb(queries, queries, *position_embeddings)
-        read = [(text, level) for text, level in videos if text.tokens != slice(0, 0)]
-        if len(read) == 1 and read[0][0][:2] == TextSlice()[:2]:
+        read = [(text, level) for text, level in videos if text.tokens != NOBODY]
+        if len(read) == 1 and read[0][0][:2] == (None, None):
             (text, level), *_ = read
             output_BNHP, weights = self._attend(queries, level, text.mask_BM, **kwargs)
         else:
             outputs, weights = [], None
             for text, level in read:
-                output, _ = self._attend(queries[text.rows, :, text.tokens], level, text.mask_BM, **kwargs)
+                rows, tokens = (slice(*(part or (None,))) for part in text[:2])
+                output, _ = self._attend(queries[rows, :, tokens], level, text.mask_BM, **kwargs)
                 outputs.append((text, output))
             output_BNHP = _in_order(outputs, queries.transpose(1, 2))
         for _, level in videos[len(read) :]:
@@ -307,10 +309,10 @@ def _in_order(outputs: list[tuple[TextSlice, Tensor]], like_BNHP: Tensor) -> Ten
     """The outputs of slices that come in the order of rows, or of the tokens of all rows; zeros between them."""
     if not outputs:
         return 0 * like_BNHP
-    dim = 1 if outputs[0][0].rows == slice(None) else 0
+    dim = 1 if outputs[0][0].rows is None else 0
     pieces, at, size = [], 0, like_BNHP.shape[dim]
     for text, output in outputs:
-        start, stop, _ = text[dim].indices(size)
+        start, stop = text[dim]
         pieces += [torch.zeros_like(like_BNHP.narrow(dim, at, start - at)), output]
         at = stop
     return torch.cat([*pieces, torch.zeros_like(like_BNHP.narrow(dim, at, size - at))], dim)
@@ -421,15 +423,15 @@ class VambaTextModel(VambaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         packed_lengths: list[int] | None = None,
-        videos: list[tuple[slice, VideoMemory | VideoInCells]] | None = None,
+        videos: list[tuple[tuple[int, int] | None, VideoMemory | VideoInCells]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
         packed_lengths (`list[int]`, *optional*):
             The lengths of the samples that one row of text consists of.
-        videos (`list` of `(slice, VideoMemory)`, *optional*):
-            Which tokens of text read which video, in order; behind them those that no token reads, `slice(0, 0)`. If
-            not given all read the video of `past_key_values`, if it has one.
+        videos (`list` of `((int, int), VideoMemory)`, *optional*):
+            Which tokens of text, from the first to the second, read which video, in order; None stands for all. Behind
+            them come videos that nobody reads. If not given all read that of `past_key_values`, if it has one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -439,7 +441,7 @@ class VambaTextModel(VambaPreTrainedModel):
         memory = VideoMemory.of(past_key_values, self.config)
         memory.check(self.config, B, inputs_embeds.dtype)
         if videos is None and memory.video_length:
-            videos = [(slice(None), memory)]
+            videos = [(None, memory)]
         text_cache = memory if use_cache or memory.get_seq_length() else None
         starts_anew = None  # positions that start anew with each sample, for the mask
         if packed_lengths is not None:
@@ -483,7 +485,9 @@ class VambaTextModel(VambaPreTrainedModel):
         )
 
 
-def _offloading_saved(videos: list[tuple[slice, VideoMemory | VideoInCells]], levels: list[VideoLevel]):
+def _offloading_saved(
+    videos: list[tuple[tuple[int, int] | None, VideoMemory | VideoInCells]], levels: list[VideoLevel]
+):
     """Within, autograd keeps keys and values that were made in offloading cells in CPU memory."""
     moved = [
         t
@@ -572,14 +576,14 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids, packed_lengths)
             videos = [(VideoMemory(self.config), [row]) for row in rows if row]
             stops = accumulate(packed_lengths)
-            texts = [slice(stop - length, stop) for stop, length, row in zip(stops, packed_lengths, rows) if row]
+            texts = [(stop - length, stop) for stop, length, row in zip(stops, packed_lengths, rows) if row]
             if position_ids is None:
                 position_ids = positions_in_samples(packed_lengths, inputs_embeds.device)
             attention_mask = None  # there is no padding within
         else:
             given = any(given is not None for given in (*pixels.values(), *grids.values()))
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids) if given else []
-            videos, texts = ([(memory, rows)], [slice(None)]) if any(rows) else ([], [])
+            videos, texts = ([(memory, rows)], [None]) if any(rows) else ([], [])
         self.warn_of_unseen_media(input_ids, bool(videos or memory.video_length or memory.get_seq_length()))
         if not videos and N > 1 and memory.video_length:  # not for each token that is decoded
             memory.check(self.config.text_config, B, inputs_embeds.dtype)
@@ -595,8 +599,8 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
         memory.expand_rows(B)
         self._rotate_video_keys(memory, not unrotate_video_keys)
         if not videos and memory.video_length:
-            texts, sources = [slice(None)], [memory, *sources]
-        texts = [*texts, *[slice(0, 0)] * (len(sources) - len(texts))]
+            texts, sources = [None], [memory, *sources]
+        texts = [*texts, *[NOBODY] * (len(sources) - len(texts))]
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -11,6 +11,7 @@ Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads,
 
 import contextlib
 import copy
+import functools
 import itertools
 import os
 import threading
@@ -83,8 +84,12 @@ class VideoLevel(NamedTuple):
         rows = [
             VideoLevel(*row) for row in zip(*(t.split(1) if t is not None else [None] * len(self[0]) for t in self))
         ]
+
+        def taken(t: Tensor, tokens: int | Tensor) -> Tensor:
+            return t[:, :, :tokens] if isinstance(tokens, int) else t.index_select(2, tokens.to(t.device))
+
         return [
-            rows[row] if tokens is None else rows[row].map(lambda t, tokens=tokens: t[:, :, tokens])
+            rows[row] if tokens is None else rows[row].map(functools.partial(taken, tokens=tokens))
             for _, row, tokens in reads
         ]
 
@@ -98,19 +103,22 @@ def _to_fp8(t_BHSP: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TextSlice(NamedTuple):
-    """The rows and tokens of text that read a level together, and which of the level's tokens are not padding."""
+    """The rows and tokens of text that read a level together, and which of the level's tokens are not padding.
 
-    rows: slice = slice(None)
-    tokens: slice = slice(None)
+    Both are (start, stop), as `torch.export` knows no slices; None stands for all.
+    """
+
+    rows: tuple[int, int] | None = None
+    tokens: tuple[int, int] | None = None
     mask_BM: Tensor | None = None
 
 
 class VideoRead(NamedTuple):
-    """A slice of the text, and the row and tokens of the video that it reads; None stands for all."""
+    """A slice of the text, and the row of the video that it reads and its first or its chosen tokens; None for all."""
 
     text: TextSlice
     video_row: int | None = None
-    video_tokens: slice | Tensor | None = None
+    video_tokens: int | Tensor | None = None
 
 
 class _Buffer:
@@ -412,7 +420,7 @@ class VideoMemory(Cache):
         """The items of each video row as one run of frames each."""
         return [[MediaItem(kind, t, h, w, start=0) for kind, t, h, w in row] for row in self.media]
 
-    def reads(self, batch_size: int, tokens: slice = slice(None), masked: bool = False) -> list[VideoRead]:
+    def reads(self, batch_size: int, tokens: tuple[int, int] | None = None, masked: bool = False) -> list[VideoRead]:
         """Which of `batch_size` rows of text read which row of the video; `tokens` are those of the text that read.
 
         With `masked` padding is left to a mask where each video row is read by equally many rows of text, in order;
@@ -428,9 +436,9 @@ class VideoMemory(Cache):
             start, stop = stop, stop + len([*same])
             mask_1M = None if mask_BM is None else mask_BM[row : row + 1]
             if mask_1M is None or masked:
-                reads.append(VideoRead(TextSlice(slice(start, stop), tokens, mask_1M), row))
+                reads.append(VideoRead(TextSlice((start, stop), tokens, mask_1M), row))
             elif (valid := _valid_tokens(mask_1M[0])) is not None:
-                reads.append(VideoRead(TextSlice(slice(start, stop), tokens), row, valid))
+                reads.append(VideoRead(TextSlice((start, stop), tokens), row, valid))
         return reads
 
     # --- copies ----------------------------------------------------------------------------------------------------
@@ -674,12 +682,12 @@ def repeats_in_order(rows: list[int], num_video_rows: int) -> bool:
     return rows == [row for row in range(num_video_rows) for _ in range(share)]
 
 
-def _valid_tokens(mask_M: Tensor) -> slice | Tensor | None:
-    """Where a row has tokens: from the first on, where padding is only behind them; None if there are none."""
+def _valid_tokens(mask_M: Tensor) -> int | Tensor | None:
+    """The tokens of a row: how many, where padding is only behind them, else which; None if there are none."""
     valid = mask_M.nonzero().flatten()
     if not len(valid):
         return None
-    return slice(0, len(valid)) if int(valid[-1]) == len(valid) - 1 else valid
+    return len(valid) if int(valid[-1]) == len(valid) - 1 else valid
 
 
 def _copy_beside(level: VideoLevel, device: torch.device) -> tuple[VideoLevel, torch.cuda.Event]:

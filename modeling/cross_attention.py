@@ -23,7 +23,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_vamba import VambaTextConfig
-from .split_key_attention_triton import can_split_keys, reads_fp8, split_key_attention
+from .kernels_attention import can_split_keys, reads_fp8, split_key_attention
 from .video_level import VideoLevel
 
 

@@ -2,7 +2,7 @@
 
 What is unusual: one norm feeds both attentions, and the video comes as the keys and values that the layer itself has
 made of its level of the video stream (`video_key_value`). Where no gradient is recorded on a GPU, what lies between the
-matrix products runs in the fused kernels of `text_triton`; the modules are called all the same, so that adapters and
+matrix products runs in the kernels of `kernels_elementwise`; the modules are called all the same, so that adapters and
 hooks work.
 
 Shapes: B batch, M video tokens, N text tokens, S video tokens of one chunk, D hidden, H heads, P head dim.
@@ -23,16 +23,15 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_vamba import VambaTextConfig
 from .cross_attention import VambaCrossAttention
-from .text_triton import (
-    FusedRMSNorm,
-    fusible,
+from .kernels import can_use_inference_kernel, has_hooks, overwritable
+from .kernels_elementwise import (
     mix_norm_triton,
     rotate_triton,
     silu_mul_triton,
     store_token_triton,
     three_linears_triton,
 )
-from .triton_launch import is_unhooked, overwritable
+from .kernels_norm import FusedRMSNorm
 from .video_level import VideoLevel
 
 
@@ -48,7 +47,7 @@ class VambaSelfAttention(Qwen2VLAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        if not fusible(hidden_states, *position_embeddings):
+        if not can_use_inference_kernel(hidden_states, *position_embeddings):
             return super().forward(
                 hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
             )
@@ -76,7 +75,7 @@ class VambaMLP(Qwen2MLP):
     """Qwen2-VL's, with the gate in one kernel where no gradient is recorded on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.config.hidden_act != "silu" or not is_unhooked(self.act_fn) or not fusible(x):
+        if self.config.hidden_act != "silu" or has_hooks(self.act_fn) or not can_use_inference_kernel(x):
             return super().forward(x)
         return self.down_proj(silu_mul_triton(overwritable(self.gate_proj(x), self.gate_proj), self.up_proj(x)))
 
@@ -190,7 +189,8 @@ class VambaDecoderLayer(Qwen2VLDecoderLayer):
     def _mix(self, residual: Tensor, attended: Tensor, crossed: Tensor | None) -> tuple[Tensor, Tensor]:
         """T' of equation 4, and its norm."""
         norm, alpha = self.post_attention_layernorm, self.alpha
-        if crossed is not None and is_unhooked(norm) and fusible(residual, attended, crossed, norm.weight):
+        tensors = residual, attended, crossed, norm.weight
+        if crossed is not None and not has_hooks(norm) and can_use_inference_kernel(*tensors):
             return mix_norm_triton(residual, attended, crossed, alpha, norm.weight, norm.eps)
         if alpha is not None:
             alpha = _clamp_to_unit(alpha).to(attended.dtype)

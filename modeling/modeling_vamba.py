@@ -40,6 +40,7 @@ from .decoder_layer import VambaDecoderLayer
 from .frame_streaming import default_chunk_frames, load_ahead, normalized, to_device
 from .generation_vamba import VambaGenerationMixin
 from .graphed_decoding import GraphedDecoding
+from .kernels_norm import FusedRMSNorm
 from .media import (
     MediaItem,
     assign_media,
@@ -51,7 +52,6 @@ from .media import (
 )
 from .ranks import agree_on_calls, weights_are_sharded
 from .shared_model import VideoHeadMixin, VideoModelMixin, flattened_lengths
-from .text_triton import FusedRMSNorm
 from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder, makers_of_key_values
 from .video_level import VideoLevel
 from .video_memory import VideoMemory

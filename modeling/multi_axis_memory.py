@@ -16,7 +16,7 @@ import torch
 
 from .configuration_vamba import VambaMamba2Config
 from .frame_streaming import free_bytes
-from .ssd_triton import GROUP_TOKENS
+from .kernels_scan import GROUP_TOKENS
 
 
 # What a step takes besides, relative to itself (H200). The GPU computes 10^14 bytes of weights times tokens a second,
@@ -39,7 +39,7 @@ class MemoryCosts(NamedTuple):
         state: per layer, the Mamba state that enters a block of tokens (C_S-ckpt).
         layer: per token and layer, what autograd saves inside the cell that backward is at (C_grid).
         work: per token of that cell, what backward through one layer needs besides (C_state).
-        scan: the same, but per token of those whose states our scan holds at once (`ssd_triton.GROUP_TOKENS`).
+        scan: the same, but per token of those whose states our scan holds at once (`kernels_scan.GROUP_TOKENS`).
         emitted: per token and layer, what the layers give away (Vamba: keys and values); its gradient is as large.
         spared: per token, by how much what enters the first group is narrower than a border.
         weights: per layer of a group, gradients of weights, which autograd sums over blocks before it passes them on.

@@ -39,6 +39,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .generation import VambaGenerationMixin
+from .kernels import can_use_inference_kernel, has_hooks
+from .kernels_attention import can_split_keys, reads_fp8, split_key_attention
+from .kernels_elementwise import VambaMLP, VambaSelfAttention, mix_norm_triton
+from .kernels_norm import FusedRMSNorm
 from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
 from .media import flattened_lengths, normalized, without_seen_grids
 from .multi_axis import (
@@ -50,10 +54,6 @@ from .multi_axis import (
     offload_saved,
 )
 from .ranks import weights_are_sharded
-from .split_key_attention_triton import can_split_keys, reads_fp8, split_key_attention
-from .text_layers import VambaMLP, VambaSelfAttention
-from .text_triton import FusedRMSNorm, fusible, mix_norm_triton
-from .triton_launch import is_unhooked
 from .video_encoding import VideoEncodingMixin
 from .video_memory import TextSlice, VideoLevel, VideoMemory
 from .video_model import VideoHeadMixin, VideoModelMixin, positions_in_samples, text_position_ids, varlen_kwargs
@@ -380,7 +380,8 @@ class VambaDecoderLayer(GradientCheckpointingLayer):
     def _mix(self, residual: Tensor, attended: Tensor, crossed: Tensor | None) -> tuple[Tensor, Tensor]:
         """T' of equation 4, and its norm."""
         norm, alpha = self.post_attention_layernorm, self.alpha
-        if crossed is not None and is_unhooked(norm) and fusible(residual, attended, crossed, norm.weight):
+        tensors = residual, attended, crossed, norm.weight
+        if crossed is not None and not has_hooks(norm) and can_use_inference_kernel(*tensors):
             return mix_norm_triton(residual, attended, crossed, alpha, norm.weight, norm.eps)
         if alpha is not None:  # clamped; its gradient passes straight through, so that a step outside can be undone
             alpha = (alpha + (alpha.clamp(0, 1) - alpha).detach()).to(attended.dtype)

@@ -28,10 +28,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_vamba import VambaMamba2Config
+from .kernels_scan import GROUP_TOKENS
 from .mamba2 import Mamba2Block, Mamba2State
 from .media import free_bytes, side_stream
 from .ranks import largest_of_ranks, weights_are_sharded
-from .ssd_triton import GROUP_TOKENS
 
 
 # What a step takes besides, relative to itself (H200). The GPU computes 10^14 bytes of weights times tokens a second,
@@ -57,7 +57,7 @@ class MemoryCosts(NamedTuple):
         state: per layer, the Mamba state that enters a block of tokens (C_S-ckpt).
         layer: per token and layer, what autograd saves inside the cell that backward is at (C_grid).
         work: per token of that cell, what backward through one layer needs besides (C_state).
-        scan: the same, but per token of those whose states our scan holds at once (`ssd_triton.GROUP_TOKENS`).
+        scan: the same, but per token of those whose states our scan holds at once (`kernels_scan.GROUP_TOKENS`).
         emitted: per token and layer, what the layers give away (Vamba: keys and values); its gradient is as large.
         spared: per token, by how much what enters the first group is narrower than a border.
         weights: per layer of a group, gradients of weights, which autograd sums over blocks before it passes them on.

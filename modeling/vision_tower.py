@@ -26,13 +26,9 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
-from .triton_launch import is_unhooked, overwritable
-from .vision_tower_triton import (
-    fusible,
-    layer_norm_triton,
-    quick_gelu_triton,
-    rotate_in_place_triton,
-)
+from .kernels import can_use_forward_kernel, has_hooks, overwritable
+from .kernels_elementwise import quick_gelu_triton, rotate_in_place_triton
+from .kernels_norm import layer_norm_triton
 
 
 class PatchProjection(nn.Conv3d):
@@ -62,7 +58,7 @@ class FusedLayerNorm(nn.LayerNorm):
     """LayerNorm; torch's own takes twice the time of its bytes."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        if fusible(x_TD, self.weight, self.bias):
+        if can_use_forward_kernel(x_TD, self.weight, self.bias):
             return layer_norm_triton(x_TD, None, self.weight, self.bias, self.eps)[1]
         return super().forward(x_TD)
 
@@ -71,7 +67,7 @@ class AddLayerNorm(nn.LayerNorm):
     """residual + x, and its LayerNorm."""
 
     def forward(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-        if fusible(x_TD, residual_TD, self.weight, self.bias):
+        if can_use_forward_kernel(x_TD, residual_TD, self.weight, self.bias):
             return layer_norm_triton(x_TD, residual_TD, self.weight, self.bias, self.eps)
         residual_TD = residual_TD + x_TD
         return residual_TD, super().forward(residual_TD)
@@ -79,7 +75,9 @@ class AddLayerNorm(nn.LayerNorm):
 
 class FusedQuickGELU(QuickGELUActivation):
     def forward(self, input: Tensor) -> Tensor:
-        return quick_gelu_triton(input, torch.empty_like(input)) if fusible(input) else super().forward(input)
+        if can_use_forward_kernel(input):
+            return quick_gelu_triton(input, torch.empty_like(input))
+        return super().forward(input)
 
 
 class FusedMLP(VisionMlp):
@@ -92,8 +90,8 @@ class FusedMLP(VisionMlp):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         hidden = self.fc1(x_TD)
-        watched = not (is_unhooked(self.fc1) and is_unhooked(self.act))
-        if watched or type(self.act) is not FusedQuickGELU or not fusible(hidden):
+        watched = has_hooks(self.fc1) or has_hooks(self.act)
+        if watched or type(self.act) is not FusedQuickGELU or not can_use_forward_kernel(hidden):
             return self.fc2(self.act(hidden))
         return self.fc2(quick_gelu_triton(hidden, hidden))
 
@@ -116,7 +114,7 @@ class FrameBatchedAttention(VisionAttention):
                 hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
             )
         qkv_TD = self.qkv(hidden_states)
-        fused = fusible(qkv_TD)
+        fused = can_use_forward_kernel(qkv_TD)
         if fused:
             qkv_TD = overwritable(qkv_TD, self.qkv)
             rotate_in_place_triton(qkv_TD, *position_embeddings, self.num_heads)

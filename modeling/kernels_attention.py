@@ -5,7 +5,7 @@ folded into the rows of one tile, so that keys and values are read once; enough 
 few queries there are (flash attention gives 128 queries 28 blocks). Keys and values may be fp8 with a power of two per
 token and head (`VideoLevel`), widened in registers. Offsets are 64-bit. A row of video without any token reads zeros.
 
-Shapes: B video rows, H key/value heads, R query heads per key/value head, N queries, M keys, P head dim.
+Shapes: B batch (rows of video), H key/value heads, N text tokens (queries), M video tokens (keys), P head dim.
 """
 
 import functools
@@ -13,14 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .triton_launch import on_device_of, on_gpu
+from .kernels import on_device_of, on_gpu, tl, triton
 
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 MAX_HEAD_DIM = 256
 _LOG2_E = 1.4426950408889634
@@ -51,17 +45,18 @@ def split_key_attention(
     """softmax(scale * Q K^T) V without gradient, as `scaled_dot_product_attention(..., enable_gqa=True)` computes it.
 
     Args:
-        queries_BHNP: (B, H * R, N, P). keys_BHMP, values_BHMP: (B, H, M, P), the queries' dtype or fp8 with scales.
+        queries_BHNP: (B, H times the heads that share a key, N, P).
+        keys_BHMP, values_BHMP: (B, H, M, P), in the queries' dtype, or fp8 with scales.
         scale: of the scores. mask_BM: bool, False on keys that are not to be read; None reads all.
         key_scales_BHM, value_scales_BHM: int8 exponents of two, for fp8.
 
     Returns:
-        (B, N, H * R, P) in the queries' dtype, contiguous.
+        (B, N, query heads, P) in the queries' dtype, contiguous.
     """
     (B, heads, N, P), (H, M) = queries_BHNP.shape, keys_BHMP.shape[1:3]
     rows = heads // H * N
     fp8 = key_scales_BHM is not None
-    block_rows, block_keys, resident, num_warps, num_stages = _tiles(rows, P, queries_BHNP.dtype, fp8)
+    block_rows, block_keys, resident, num_warps, num_stages = tiles(rows, P, queries_BHNP.dtype, fp8)
     blocks = triton.cdiv(rows, block_rows)
     # as many splits whatever the number of keys: a CUDA graph or compiled step for another video is the same
     splits = max(1, min(256, _multiprocessors(queries_BHNP.device) * resident // (B * H * blocks)))
@@ -74,30 +69,11 @@ def split_key_attention(
         raise ValueError("The scales of keys and values must lie alike, with the tokens of a head next to each other.")
     with on_device_of(queries_BHNP):
         _partial_kernel[(splits, blocks, B * H)](
-            queries_BHNP,
-            keys_BHMP,
-            values_BHMP,
-            mask_BM,
-            key_scales_BHM,
-            value_scales_BHM,
-            partial,
-            sums,
-            scale * _LOG2_E,
-            H,
-            N,
-            M,
-            rows,
-            *queries_BHNP.stride(),
-            *keys_BHMP.stride()[:3],
-            *values_BHMP.stride()[:3],
-            *scale_strides,
-            FP8=fp8,
-            P=P,
-            BLOCK_ROWS=block_rows,
-            BLOCK_KEYS=block_keys,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+            queries_BHNP, keys_BHMP, values_BHMP, mask_BM, key_scales_BHM, value_scales_BHM, partial, sums,
+            scale * _LOG2_E, H, N, M, rows,
+            *queries_BHNP.stride(), *keys_BHMP.stride()[:3], *values_BHMP.stride()[:3], *scale_strides,
+            FP8=fp8, P=P, BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
         _combine_kernel[(rows, B * H)](
             partial, sums, output, H, N, rows, splits, P=P, SPLITS=triton.next_power_of_2(splits), num_warps=4
         )
@@ -109,7 +85,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _tiles(rows: int, P: int, dtype: torch.dtype, fp8: bool) -> tuple[int, int, int, int, int]:
+def tiles(rows: int, P: int, dtype: torch.dtype, fp8: bool) -> tuple[int, int, int, int, int]:
     """Rows and keys of a tile, programs that share a multiprocessor, warps and pipeline stages, tried on an H200."""
     if dtype == torch.float32:
         return min(32, max(16, triton.next_power_of_2(rows))), 32, 2, 4, 1
@@ -123,36 +99,10 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["M"])
     def _partial_kernel(
-        queries,
-        keys,
-        values,
-        mask,
-        key_scales,
-        value_scales,
-        partial,
-        sums,
-        scale,
-        H,
-        N,
-        M,
-        rows,
-        stride_qb,
-        stride_qh,
-        stride_qn,
-        stride_qp,
-        stride_kb,
-        stride_kh,
-        stride_km,
-        stride_vb,
-        stride_vh,
-        stride_vm,
-        stride_sb,
-        stride_sh,
-        FP8: tl.constexpr,
-        P: tl.constexpr,
-        BLOCK_ROWS: tl.constexpr,
-        BLOCK_KEYS: tl.constexpr,
-    ):
+        queries, keys, values, mask, key_scales, value_scales, partial, sums, scale, H, N, M, rows,
+        stride_qb, stride_qh, stride_qn, stride_qp, stride_kb, stride_kh, stride_km, stride_vb, stride_vh, stride_vm,
+        stride_sb, stride_sh, FP8: tl.constexpr, P: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    ):  # fmt: skip
         """One block of rows over one split of the keys: the unnormalised output, its sum and its largest score."""
         split = tl.program_id(0)
         bh = tl.program_id(2).to(tl.int64)
@@ -189,9 +139,8 @@ if triton is not None:
             if FP8:
                 k = k.to(tl.float16)
                 v = v.to(tl.float16)
-            scores = (tl.dot(q, tl.trans(k), input_precision="ieee") * scale).to(
-                tl.float32
-            )  # compiled, scale is float64
+            # Compiled by torch, the scale is float64.
+            scores = (tl.dot(q, tl.trans(k), input_precision="ieee") * scale).to(tl.float32)
             if FP8:
                 scores *= tl.exp2(tl.load(key_scales + m, mask=inside, other=0).to(tl.float32))[None, :]
             if mask is not None:

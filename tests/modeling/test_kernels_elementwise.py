@@ -1,21 +1,22 @@
-"""The decoder layer's fused kernels against plain operations, on a GPU and in Triton's interpreter."""
+"""The kernels of text layers and vision towers against plain operations."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer, StaticLayer
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
-from triton_interpreter import DEVICE, on_a_gpu, run_interpreted
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
+from triton_interpreter import DEVICE, INTERPRETED, on_a_gpu, precisions, relative, run_interpreted
 
-from vamba.modeling.text_triton import (
-    FusedRMSNorm,
-    fusible,
+from vamba.modeling.kernels_elementwise import (
     mix_norm_triton,
+    quick_gelu_triton,
+    rotate_in_place_triton,
     rotate_triton,
     silu_mul_triton,
     store_token_triton,
     three_linears_triton,
 )
+from vamba.modeling.kernels_norm import layer_norm_triton
 
 from tiny_vamba import media, prompt, tiny_model
 
@@ -56,18 +57,6 @@ def test_mix_and_norm(alpha, dtype):
     expected = residual.double() + shares[0] * attended.double() + shares[1] * crossed.double()
     assert_near(mixed, expected, dtype)
     assert_near(normed, F.rms_norm(mixed.double(), (72,), weight.double(), 1e-6), dtype)
-
-
-@on_a_gpu
-@dtypes
-def test_norm(dtype):
-    x = random(2, 3, 72, dtype=dtype)
-    norm = FusedRMSNorm(72, eps=1e-6).to(DEVICE, dtype)
-    torch.nn.init.normal_(norm.weight)
-    with torch.no_grad():
-        actual = norm(x)
-    assert_near(actual, F.rms_norm(x.double(), (72,), norm.weight.detach().double(), 1e-6), dtype)
-    assert norm(x).requires_grad  # plain
 
 
 @on_a_gpu
@@ -180,11 +169,49 @@ def test_adapters_hooks_and_long_texts_are_called():
 
 
 @on_a_gpu
-def test_gradients_and_mixed_dtypes_take_the_plain_path():
-    x = random(3, dtype=torch.float32)
-    assert not fusible(x)
-    with torch.no_grad():
-        assert fusible(x, x) and not fusible(x, x.bfloat16()) and not fusible(x.double())
+@precisions
+@pytest.mark.parametrize(("T", "H", "P"), [(1, 1, 4), (37, 2, 48), (9, 16, 80), (5, 3, 24)])
+def test_rotation_within_qkv(T, H, P, dtype, tolerance):
+    qkv, cos, sin = random(T, 3 * H * P, dtype=dtype), *random(2, T, P, dtype=torch.float32, seed=1)
+    q, k, v = qkv.clone().unflatten(-1, (3, H, P)).unbind(1)
+    expected = torch.stack([*apply_rotary_pos_emb_vision(q.double(), k.double(), cos, sin), v.double()], 1)
+    rotate_in_place_triton(qkv, cos, sin, H)
+    assert relative(qkv, expected.flatten(1)) < tolerance
+    assert torch.equal(qkv[:, 2 * H * P :], v.flatten(1))
+
+
+@on_a_gpu
+@precisions
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (9, 512)])
+def test_quick_gelu(shape, dtype, tolerance):
+    x = random(*shape, dtype=dtype) * 4
+    expected = x.double() * torch.sigmoid(1.702 * x.double())
+    assert relative(quick_gelu_triton(x, torch.empty_like(x)), expected) < tolerance
+    assert quick_gelu_triton(x, x) is x and relative(x, expected) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_beyond_32_bit_offsets():
+    """2.3e9 numbers in each of qkv and the norm's input; the last rows must be those of a short copy."""
+    pytest.importorskip("triton")
+    T, D, H, P = 600_000, 3840, 16, 80
+    x = torch.empty(T, D, dtype=torch.bfloat16, device="cuda").normal_()
+    weight, bias, (cos, sin) = *random(2, D, dtype=x.dtype), random(2, T, P, dtype=torch.float32, seed=1)
+    tail = x[-9:].clone()
+    for whole, part in zip(
+        layer_norm_triton(x, x, weight, bias, 1e-6),
+        layer_norm_triton(tail, tail, weight, bias, 1e-6),
+    ):
+        assert torch.equal(whole[-9:], part)
+        del whole
+    for kernel, extra in (
+        (lambda x: quick_gelu_triton(x, x), lambda n: ()),
+        (rotate_in_place_triton, lambda n: (cos[-n:], sin[-n:], H)),
+    ):
+        kernel(x, *extra(T))
+        kernel(tail, *extra(9))
+        assert torch.equal(x[-9:], tail)
 
 
 def test_in_the_interpreter():

@@ -1,34 +1,73 @@
-"""Triton kernels for what a decoder layer does between its matrix products, without gradient.
+"""Triton kernels for what text layers and vision towers do between their matrix products; forward only.
 
 What is unusual: when one token is decoded these steps move almost no bytes, but each launch costs two microseconds, and
-Qwen2-VL's operations make some 30 of them a layer. Here they are six: the norm, the projections to queries, keys and
-values, the rotary embedding of queries and keys, the entry into a static cache, the mix of self- and cross-attention
-with residual and norm (equation 4 of arXiv 2503.11579), and the gate of the MLP. All compute in float32.
+Qwen2-VL's operations make some 30 of them a layer. Here they are six: the norm (kernels_norm.py), the projections to
+queries, keys and values, the rotary embedding, the entry into a static cache, the mix of self- and cross-attention with
+residual and norm (equation 4 of arXiv 2503.11579), and the gate of the MLP. In a vision tower such steps move bytes and
+compute little, so each passes over its rows once, in place where nobody else reads. All compute in float32 and round
+where the plain operations round to memory; offsets are 64-bit.
 
-Shapes: B rows, N tokens, D width, H heads, P head dim, R tokens of all rows, O outputs of a projection.
+Shapes: B batch, N text tokens, D hidden, H heads, P head dim, R rows (all leading dims), O outputs of a projection.
 """
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2MLP, Qwen2VLAttention, eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
-from .residual_norm_triton import rms_norm
-from .triton_launch import is_unhooked, on_device_of, takes
+from .kernels import can_use_inference_kernel, has_hooks, is_plain, num_warps, on_device_of, overwritable, tl, triton
 
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
-_ELEMENTS = 1024  # of the gate, for one program
+_GATE_ELEMENTS, _GELU_ELEMENTS = 1024, 2048  # for one program
 _MAX_TOKENS = 16  # that one program of the projections takes; with more of them a matrix product is not so small
 
 
-def fusible(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: on one GPU (or in Triton's interpreter), of one dtype, no gradient recorded."""
-    return not torch.is_grad_enabled() and takes(*tensors)
+class VambaSelfAttention(Qwen2VLAttention):
+    """Qwen2-VL's, with the rotary embedding in one kernel where no gradient is recorded on a GPU."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        if not can_use_inference_kernel(hidden_states, *position_embeddings):
+            return super().forward(
+                hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
+            )
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        projected = three_linears_triton(hidden_states, projections) or (
+            overwritable(proj(hidden_states), proj) for proj in projections
+        )
+        queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)
+        rotate_triton(queries, keys, *position_embeddings)
+        queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
+        if past_key_values is not None:
+            layers = [] if past_key_values.offloading else past_key_values.layers  # those have to be brought back first
+            layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+            if store_token_triton(keys, values, layer):
+                keys, values = layer.keys, layer.values
+            else:
+                keys, values = past_key_values.update(keys, values, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        kwargs |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "position_ids": position_ids}
+        output, weights = attention(self, queries, keys, values, attention_mask, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+
+class VambaMLP(Qwen2MLP):
+    """Qwen2-VL's, with the gate in one kernel where no gradient is recorded on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.config.hidden_act != "silu" or has_hooks(self.act_fn) or not can_use_inference_kernel(x):
+            return super().forward(x)
+        return self.down_proj(silu_mul_triton(overwritable(self.gate_proj(x), self.gate_proj), self.up_proj(x)))
 
 
 def three_linears_triton(x_BND: Tensor, modules: tuple[nn.Linear, nn.Linear, nn.Linear]) -> list[Tensor] | None:
@@ -37,7 +76,7 @@ def three_linears_triton(x_BND: Tensor, modules: tuple[nn.Linear, nn.Linear, nn.
     They have to if they are more than `nn.Linear`: adapters, quantised weights, hooks.
     """
     R, D = x_BND.shape[0] * x_BND.shape[1], x_BND.shape[2]
-    if R > _MAX_TOKENS or x_BND.dtype == torch.float32 or not all(_is_plain(m, x_BND) for m in modules):
+    if R > _MAX_TOKENS or x_BND.dtype == torch.float32 or not all(_can_project(m, x_BND) for m in modules):
         return None
     x_BND = x_BND.contiguous()
     outputs = [x_BND.new_empty(*x_BND.shape[:2], m.out_features) for m in modules]
@@ -50,9 +89,9 @@ def three_linears_triton(x_BND: Tensor, modules: tuple[nn.Linear, nn.Linear, nn.
     return outputs
 
 
-def _is_plain(module: nn.Module, x: Tensor) -> bool:
-    plain = type(module) is nn.Linear and is_unhooked(module) and type(module.weight) in (nn.Parameter, Tensor)
-    return plain and fusible(x, module.weight) and module.weight.is_contiguous()
+def _can_project(module: nn.Module, x: Tensor) -> bool:
+    plain = is_plain(module, nn.Linear) and can_use_inference_kernel(x, module.weight)
+    return plain and module.weight.is_contiguous()
 
 
 def rotate_triton(queries_BNHP: Tensor, keys_BNHP: Tensor, cos_BNP: Tensor, sin_BNP: Tensor) -> None:
@@ -81,15 +120,6 @@ def store_token_triton(keys_BHNP: Tensor, values_BHNP: Tensor, layer: CacheLayer
     return True
 
 
-class FusedRMSNorm(nn.RMSNorm):
-    """torch's, which in one kernel takes twice as long as it has to for a single token."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not fusible(x, self.weight):
-            return super().forward(x)
-        return rms_norm(x, self.weight, self.eps)[0]
-
-
 def mix_norm_triton(
     residual: Tensor, attended: Tensor, crossed: Tensor, alpha: Tensor | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -104,7 +134,7 @@ def mix_norm_triton(
     with on_device_of(residual):
         _mix_norm_kernel[(residual.numel() // D,)](
             residual, attended, crossed, alpha, weight_D, mixed, normed, eps,
-            D=D, BLOCK=block, num_warps=min(max(block // 512, 1), 8),
+            D=D, BLOCK=block, num_warps=num_warps(block),
         )  # fmt: skip
     return mixed, normed
 
@@ -113,11 +143,33 @@ def silu_mul_triton(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, in the place of `gate`."""
     gate, up = gate.contiguous(), up.contiguous()
     with on_device_of(gate):
-        _silu_mul_kernel[(triton.cdiv(gate.numel(), _ELEMENTS),)](gate, up, gate.numel(), BLOCK=_ELEMENTS, num_warps=4)
+        _silu_mul_kernel[(triton.cdiv(gate.numel(), _GATE_ELEMENTS),)](
+            gate, up, gate.numel(), BLOCK=_GATE_ELEMENTS, num_warps=4
+        )
     return gate
 
 
+def rotate_in_place_triton(qkv_RD: Tensor, cos_RP: Tensor, sin_RP: Tensor, num_heads: int) -> None:
+    """The rotary embedding, by halves, of the queries and keys in rows of [q, k, v], each of H heads of P."""
+    R, P = cos_RP.shape
+    with on_device_of(qkv_RD):
+        _rotate_qkv_kernel[(R,)](
+            qkv_RD, cos_RP.contiguous(), sin_RP.contiguous(), HEADS=2 * num_heads, P=P,
+            BLOCK_HEADS=triton.next_power_of_2(2 * num_heads), BLOCK_HALF=triton.next_power_of_2(P // 2), num_warps=2,
+        )  # fmt: skip
+
+
+def quick_gelu_triton(x: Tensor, out: Tensor) -> Tensor:
+    """`out`, which may be x itself, becomes x * sigmoid(1.702 * x). Both are contiguous."""
+    with on_device_of(x):
+        _quick_gelu_kernel[(triton.cdiv(x.numel(), _GELU_ELEMENTS),)](
+            x, out, x.numel(), BLOCK=_GELU_ELEMENTS, num_warps=4
+        )
+    return out
+
+
 if triton is not None:
+    from .kernels import load_float32, rms_scale, rotate_halves
 
     @triton.jit
     def _three_linears_kernel(
@@ -150,7 +202,7 @@ if triton is not None:
             )
             acc = tl.dot(rows, tokens, acc)
         if b is not None:
-            acc += tl.load(b + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
+            acc += load_float32(b + o, o < O)[:, None]
         tl.store(y + r[None, :] * O + o[:, None], acc.to(y.dtype.element_ty), mask=(o < O)[:, None] & (r < R)[None, :])
 
     @triton.jit
@@ -158,19 +210,22 @@ if triton is not None:
         token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         index = tl.arange(0, BLOCK)
         ok = index < P // 2
-        cos_low = tl.load(cos + token * P + index, mask=ok, other=0.0).to(tl.float32)
-        cos_high = tl.load(cos + token * P + P // 2 + index, mask=ok, other=0.0).to(tl.float32)
-        sin_low = tl.load(sin + token * P + index, mask=ok, other=0.0).to(tl.float32)
-        sin_high = tl.load(sin + token * P + P // 2 + index, mask=ok, other=0.0).to(tl.float32)
         if head < H:
             low_at = queries + (token * H + head) * P + index
         else:
             low_at = keys + (token * KV + head - H) * P + index
-        high_at = low_at + P // 2
-        low = tl.load(low_at, mask=ok, other=0.0).to(tl.float32)
-        high = tl.load(high_at, mask=ok, other=0.0).to(tl.float32)
-        tl.store(low_at, (low * cos_low - high * sin_low).to(queries.dtype.element_ty), mask=ok)
-        tl.store(high_at, (high * cos_high + low * sin_high).to(queries.dtype.element_ty), mask=ok)
+        rotate_halves(low_at, cos, sin, token * P + index, ok, ok, P // 2)
+
+    @triton.jit
+    def _rotate_qkv_kernel(
+        qkv, cos, sin, HEADS: tl.constexpr, P: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr
+    ):
+        token = tl.program_id(0).to(tl.int64)
+        head = tl.arange(0, BLOCK_HEADS)[:, None]
+        index = tl.arange(0, BLOCK_HALF)[None, :]
+        ok = index < P // 2
+        low_at = qkv + token * (HEADS // 2 * 3 * P) + head * P + index
+        rotate_halves(low_at, cos, sin, token * P + index, ok, ok & (head < HEADS), P // 2)
 
     @triton.jit(do_not_specialize=["rows", "capacity"])
     def _store_token_kernel(
@@ -193,24 +248,31 @@ if triton is not None:
         column = tl.arange(0, BLOCK)
         ok = column < D
         offset = tl.program_id(0).to(tl.int64) * D + column
-        a = tl.load(attended + offset, mask=ok, other=0.0).to(tl.float32)
-        c = tl.load(crossed + offset, mask=ok, other=0.0).to(tl.float32)
+        a = load_float32(attended + offset, ok)
+        c = load_float32(crossed + offset, ok)
         if alpha is not None:
             share = tl.minimum(tl.maximum(tl.load(alpha).to(tl.float32), 0.0), 1.0)
             a = share * a
             c = (1 - share) * c
-        total = tl.load(residual + offset, mask=ok, other=0.0).to(tl.float32) + a + c
+        total = load_float32(residual + offset, ok) + a + c
         rounded = total.to(mixed.dtype.element_ty)  # the norm sees what the MLP's output will be added to
         tl.store(mixed + offset, rounded, mask=ok)
         total = rounded.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(total * total, 0) / D + eps)
-        w = tl.load(weight + column, mask=ok, other=0.0).to(tl.float32)
+        scale = rms_scale(total, D, eps)
+        w = load_float32(weight + column, ok)
         tl.store(normed + offset, (total * scale * w).to(normed.dtype.element_ty), mask=ok)
 
     @triton.jit(do_not_specialize=["count"])
     def _silu_mul_kernel(gate, up, count, BLOCK: tl.constexpr):
         offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         ok = offset < count
-        g = tl.load(gate + offset, mask=ok, other=0.0).to(tl.float32)
-        u = tl.load(up + offset, mask=ok, other=0.0).to(tl.float32)
+        g = load_float32(gate + offset, ok)
+        u = load_float32(up + offset, ok)
         tl.store(gate + offset, (g * tl.sigmoid(g) * u).to(gate.dtype.element_ty), mask=ok)
+
+    @triton.jit
+    def _quick_gelu_kernel(x, out, count, BLOCK: tl.constexpr):  # a count known to divide by 16 gives wide loads
+        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        ok = offset < count
+        value = load_float32(x + offset, ok)
+        tl.store(out + offset, (value * tl.sigmoid(1.702 * value)).to(x.dtype.element_ty), mask=ok)

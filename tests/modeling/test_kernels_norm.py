@@ -1,17 +1,51 @@
-"""The residual stream's kernels against plain operations in float64; on a GPU, or in Triton's interpreter."""
+"""The norms' kernels and the residual stream's against plain operations in float64."""
 
 import pytest
 import torch
 from torch import nn
-from triton_interpreter import DEVICE, on_a_gpu, run_interpreted
+from torch.nn import functional as F
+from triton_interpreter import DEVICE, PRECISIONS, compare, make, on_a_gpu, precisions, relative, run_interpreted
 
+import vamba.modeling.kernels as kernels
 import vamba.modeling.mamba2 as block_module
+from vamba.modeling.kernels_norm import (
+    FusedRMSNorm,
+    add_to_residual_triton,
+    gated_rms_norm_triton,
+    layer_norm_triton,
+    residual_norm_triton,
+)
 from vamba.modeling.mamba2 import Mamba2Block, VambaMamba2Config
-from vamba.modeling.residual_norm_triton import add_to_residual_triton, residual_norm_triton
 
 
 def test_in_the_interpreter():
     run_interpreted(__file__)
+
+
+def gated_norm(y, gate, weight, groups):
+    gated = (y * F.silu(gate)).unflatten(-1, (groups, -1))
+    return (gated * (gated.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2) * weight
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("S", "groups"), [(1, 1), (37, 2)])
+@precisions
+def test_gated_norm(S, groups, dtype, tolerance):
+    tensors = make(2, S, 48, dtype=dtype), make(2, S, 112, dtype=dtype), make(48, dtype=dtype)
+    compare(
+        lambda y, wide, weight: gated_rms_norm_triton(y, wide[..., 16:64], weight, groups, 1e-5),
+        lambda y, wide, weight: gated_norm(y, wide[..., 16:64], weight, groups),
+        tensors,
+        tolerance,
+    )
+
+
+@on_a_gpu
+def test_gated_norm_with_more_rows_than_programs(monkeypatch):
+    few_programs = kernels.tiles(torch.empty(0, device=DEVICE))._replace(norm_backward_programs=7)
+    monkeypatch.setattr(kernels, "TILES", {9: few_programs})
+    tensors = make(40, 1, 16), make(40, 1, 16), make(16)
+    compare(lambda *t: gated_rms_norm_triton(*t, 1, 1e-5), lambda *t: gated_norm(*t, 1), tensors, PRECISIONS[0][1])
 
 
 def norm_and_sum(hidden, weight, mixed, with_kernels: bool):
@@ -19,7 +53,7 @@ def norm_and_sum(hidden, weight, mixed, with_kernels: bool):
         residual, normed = residual_norm_triton(hidden, weight, 1e-3)
         widens = residual.dtype == torch.float32 != mixed.dtype
         return normed, add_to_residual_triton(residual, mixed) if widens else residual + mixed
-    return nn.functional.rms_norm(hidden, weight.shape, weight, 1e-3), hidden + mixed
+    return F.rms_norm(hidden, weight.shape, weight, 1e-3), hidden + mixed
 
 
 def results(hidden, weight, mixed, with_kernels: bool) -> list[torch.Tensor]:
@@ -45,7 +79,7 @@ def results(hidden, weight, mixed, with_kernels: bool) -> list[torch.Tensor]:
     ids=str,
 )
 @pytest.mark.parametrize("shape", [(2, 5, 48), (1, 300, 32), (1, 1, 64), (2, 0, 16)], ids=str)
-def test_values_and_gradients(shape, stream, weights, tolerance):
+def test_residual_norm(shape, stream, weights, tolerance):
     torch.manual_seed(0)
     hidden, mixed = torch.randn(*shape[:2], 2 * shape[2]).to(stream)[..., ::2], torch.randn(shape).to(weights)
     weight = torch.randn(shape[-1]).to(weights)
@@ -118,8 +152,30 @@ def test_a_norm_that_is_watched_or_replaced_is_called(monkeypatch):
     assert calls == ["hooked", "replaced"]
 
 
-@pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 32), (torch.float32, 20_000)])
-def test_what_the_kernels_cannot_do_is_said(dtype, width):
-    pytest.importorskip("triton")
-    with pytest.raises(ValueError, match=f"got {width} and {dtype}; use norm_backend='torch'"):
-        residual_norm_triton(torch.zeros(1, 2, width, dtype=dtype), torch.ones(width, dtype=dtype), 1e-5)
+@on_a_gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_fused_norm(dtype, tolerance):
+    x = make(2, 3, 72, dtype=dtype).detach()
+    norm = FusedRMSNorm(72, eps=1e-6).to(DEVICE, dtype)
+    torch.nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        actual = norm(x)
+    assert actual.dtype == dtype
+    assert relative(actual, F.rms_norm(x.double(), (72,), norm.weight.detach().double(), 1e-6)) <= tolerance
+    assert norm(x).requires_grad  # plain
+
+
+@on_a_gpu
+@precisions
+@pytest.mark.parametrize("shape", [(1, 16), (37, 96), (5, 1280)])
+@pytest.mark.parametrize("add", [False, True])
+@torch.no_grad()
+def test_layer_norm(shape, add, dtype, tolerance):
+    x, residual = make(*shape, dtype=dtype), make(*shape, dtype=dtype) + 3  # a mean that must not cancel badly
+    weight, bias = make(shape[1], dtype=dtype), make(shape[1], dtype=dtype)
+    if not add:
+        x, residual = x + residual, None
+    total, normed = layer_norm_triton(x, residual, weight, bias, 1e-6)
+    assert torch.equal(total, x + residual if add else x) and normed.dtype == dtype
+    expected = F.layer_norm(total.double(), shape[1:], weight.double(), bias.double(), 1e-6)
+    assert relative(normed, expected) < tolerance

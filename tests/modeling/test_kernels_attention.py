@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from triton_interpreter import DEVICE, INTERPRETED, on_a_gpu, run_interpreted
 
 from vamba.modeling import modeling_vamba
-from vamba.modeling.split_key_attention_triton import can_split_keys, split_key_attention
+from vamba.modeling.kernels_attention import can_split_keys, split_key_attention
 from vamba.modeling.video_memory import FP8, TextSlice, VideoLevel
 
 from tiny_vamba import tiny_model

@@ -12,37 +12,37 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .triton_launch import on_gpu, unit_stride
+from .kernels import require_kernel, tiles, tl, triton, unit_stride
 
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 MAX_WIDTH = 4
-# (channels, rows, warps) of a program, each thread 8 bytes of a row: wider loads cost registers, and with them programs
-# in flight. More rows mean fewer read twice, and fewer partial sums.
-_FORWARD, _BACKWARD = (256, 64, 2), (128, 128, 1)
 
 
 def causal_conv1d_triton(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
-    """As `causal_conv1d_torch`: y_BSC in x's dtype, computed in float32, for W <= 4.
-
-    Raises:
-        ImportError: Triton is not installed. ValueError: a wider convolution, or float64.
-    """
-    if triton is None:
-        raise ImportError("backend='triton' needs Triton: pip install triton, or use backend='torch'.")
-    if weight_CW.shape[1] > MAX_WIDTH or x_BSC.dtype == torch.float64:
-        raise ValueError(
-            f"backend='triton' convolves at most {MAX_WIDTH} taps and not in float64, got {weight_CW.shape[1]} taps "
-            f"and {x_BSC.dtype}; use backend='torch'."
-        )
-    if not on_gpu(x_BSC):
-        raise ValueError(f"backend='triton' runs on a GPU, the tensors are on {x_BSC.device}; use backend='torch'.")
+    """As `causal_conv1d_torch`: y_BSC in x's dtype, computed in float32, for W <= 4; raises as `require_kernel`."""
+    require_kernel(x_BSC, weight_CW.shape[1], MAX_WIDTH, "taps")
     return _CausalConv1d.apply(x_BSC, weight_CW, bias_C, state_BTC.to(x_BSC.dtype))
+
+
+def last_inputs(x_BSC: Tensor, state_BTC: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """The T inputs before each row's end, (B, T, C) in x's dtype: the next state."""
+    S, T = x_BSC.shape[1], state_BTC.shape[1]
+    if lengths_B is None:
+        recent = x_BSC[:, max(S - T, 0) :]
+        return torch.cat([state_BTC[:, recent.shape[1] :].to(x_BSC.dtype), recent], 1)
+    index_BT1 = last_places(x_BSC, state_BTC, lengths_B)
+    from_state, from_x = (
+        t_BSC.gather(1, index.clamp(0, max(t_BSC.shape[1] - 1, 0)).expand(-1, -1, t_BSC.shape[2]))
+        for t_BSC, index in ((state_BTC, index_BT1), (x_BSC, index_BT1 - T))
+    )
+    return torch.where(index_BT1 < T, from_state.to(x_BSC.dtype), from_x)
+
+
+def last_places(x_BSC: Tensor, state_BTC: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """(B, T, 1) int64: where in `cat([state, x], 1)` each row's last T inputs stand."""
+    (B, S, _), T = x_BSC.shape, state_BTC.shape[1]
+    ends_B1 = torch.full((B, 1), S, device=x_BSC.device) if lengths_B is None else lengths_B.unsqueeze(1)
+    return (ends_B1 + torch.arange(T, device=x_BSC.device)).unsqueeze(-1)
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -64,80 +64,57 @@ def convolve(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC:
     """The forward pass; x's channels lie together, weight and state are contiguous."""
     (B, S, C), W = x_BSC.shape, weight_CW.shape[1]
     y_BSC = torch.empty(B, S, C, dtype=x_BSC.dtype, device=x_BSC.device)
-    block, rows, warps = _FORWARD
+    block, rows, warps = tiles(x_BSC).conv1d_forward
     with torch.cuda.device_of(x_BSC):
         _forward_kernel[(triton.cdiv(C, block) * triton.cdiv(S, rows), B)](
-            x_BSC,
-            weight_CW,
-            weight_CW if bias_C is None else bias_C.contiguous(),
-            state_BTC,
-            y_BSC,
-            S,
-            C,
-            x_BSC.stride(0),
-            x_BSC.stride(1),
-            W=W,
-            HAS_BIAS=bias_C is not None,
-            ROWS=rows,
-            BLOCK_C=block,
-            num_warps=warps,
-        )
+            x_BSC, weight_CW, weight_CW if bias_C is None else bias_C.contiguous(), state_BTC, y_BSC,
+            S, C, *x_BSC.stride()[:2],
+            W=W, HAS_BIAS=bias_C is not None, ROWS=rows, BLOCK_C=block, num_warps=warps,
+        )  # fmt: skip
     return y_BSC
 
 
 def convolution_gradients(x_BSC, weight_CW, bias_C, state_BTC, dy_BSC, dx_BSC):
     """dweight, dbias and dstate; dx is written to `dx_BSC`, whose channels lie together, as those of x and dy."""
     (B, S, C), W = x_BSC.shape, weight_CW.shape[1]
-    block, rows, warps = _BACKWARD
+    block, rows, warps = tiles(x_BSC).conv1d_backward
     programs = triton.cdiv(S + MAX_WIDTH - 1, rows)
     dstate_BTC = torch.empty_like(state_BTC)
     partial = torch.empty(B * programs, 1 + MAX_WIDTH, C, dtype=torch.float32, device=x_BSC.device)
     with torch.cuda.device_of(x_BSC):
         _backward_kernel[(triton.cdiv(C, block) * programs, B)](
-            x_BSC,
-            weight_CW,
-            weight_CW if bias_C is None else bias_C.contiguous(),
-            state_BTC,
-            dy_BSC,
-            dx_BSC,
-            dstate_BTC,
-            partial,
-            S,
-            C,
-            programs,
-            *x_BSC.stride()[:2],
-            *dy_BSC.stride()[:2],
-            *dx_BSC.stride()[:2],
-            W=W,
-            HAS_BIAS=bias_C is not None,
-            ROWS=rows,
-            BLOCK_C=block,
-            num_warps=warps,
-        )
+            x_BSC, weight_CW, weight_CW if bias_C is None else bias_C.contiguous(), state_BTC,
+            dy_BSC, dx_BSC, dstate_BTC, partial,
+            S, C, programs, *x_BSC.stride()[:2], *dy_BSC.stride()[:2], *dx_BSC.stride()[:2],
+            W=W, HAS_BIAS=bias_C is not None, ROWS=rows, BLOCK_C=block, num_warps=warps,
+        )  # fmt: skip
     sums = partial.sum(0)
     dweight_CW = sums[1 + MAX_WIDTH - W :].t().to(weight_CW.dtype)
     return dweight_CW, None if bias_C is None else sums[0].to(bias_C.dtype), dstate_BTC
 
 
 if triton is not None:
-
-    @triton.jit
-    def _sigmoid(z):
-        """1 / (1 + exp(-z)); the division as a squared reciprocal root halves the instructions, which bind here."""
-        root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * z))
-        return root * root
+    from .kernels import load_float32, sigmoid
 
     @triton.jit
     def _load_token(x, t, c, S, C, stride_s):
         """Row t in float32; zero outside the sequence."""
-        return tl.load(x + t * stride_s + c, mask=c < tl.where((t >= 0) & (t < S), C, 0), other=0.0).to(tl.float32)
+        return load_float32(x + t * stride_s + c, c < tl.where((t >= 0) & (t < S), C, 0))
 
     @triton.jit
     def _load_row(x, state, t, c, S, C, stride_s, W: tl.constexpr):
         """Input t of the sequence, which begins with the state at -T; zero outside."""
         row = _load_token(x, t, c, S, C, stride_s)
         before = c < tl.where((t < 0) & (t >= 1 - W), C, 0)
-        return row + tl.load(state + (t + W - 1) * C + c, mask=before, other=0.0).to(tl.float32)
+        return row + load_float32(state + (t + W - 1) * C + c, before)
+
+    @triton.jit
+    def _load_three(x, state, t, c, S, C, stride_s, W: tl.constexpr):
+        """The inputs from t on."""
+        row0 = _load_row(x, state, t, c, S, C, stride_s, W)
+        row1 = _load_row(x, state, t + 1, c, S, C, stride_s, W)
+        row2 = _load_row(x, state, t + 2, c, S, C, stride_s, W)
+        return row0, row1, row2
 
     @triton.jit
     def _load_tap(weight, c, C, W: tl.constexpr, TAP: tl.constexpr):
@@ -145,37 +122,29 @@ if triton is not None:
         index: tl.constexpr = TAP + W - 4
         tap = tl.zeros_like(c).to(tl.float32)
         if index >= 0:
-            tap += tl.load(weight + c * W + index, mask=c < C, other=0.0).to(tl.float32)
+            tap += load_float32(weight + c * W + index, c < C)
         return tap
 
     @triton.jit
-    def _load_bias(bias, c, C, HAS_BIAS: tl.constexpr):
+    def _load_weights(weight, bias, c, C, W: tl.constexpr, HAS_BIAS: tl.constexpr):
+        """The four taps, and the bias or zeros."""
+        w0, w1 = _load_tap(weight, c, C, W, 0), _load_tap(weight, c, C, W, 1)
+        w2, w3 = _load_tap(weight, c, C, W, 2), _load_tap(weight, c, C, W, 3)
         value = tl.zeros_like(c).to(tl.float32)
         if HAS_BIAS:
-            value += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
-        return value
+            value += load_float32(bias + c, c < C)
+        return w0, w1, w2, w3, value
 
     @triton.jit
     def _store_silu(y, x0, x1, x2, x3, w0, w1, w2, w3, bias, t, c, S, C):
         a = bias + x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
-        tl.store(y + t * C + c, (a * _sigmoid(a)).to(y.dtype.element_ty), mask=c < tl.where(t < S, C, 0))
+        tl.store(y + t * C + c, (a * sigmoid(a)).to(y.dtype.element_ty), mask=c < tl.where(t < S, C, 0))
 
     @triton.jit(do_not_specialize=["S"])
     def _forward_kernel(
-        x,
-        weight,
-        bias,
-        state,
-        y,
-        S,
-        C,
-        stride_xb,
-        stride_xs,
-        W: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        ROWS: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
+        x, weight, bias, state, y, S, C, stride_xb, stride_xs,
+        W: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ):  # fmt: skip
         blocks_c = tl.cdiv(C, BLOCK_C)
         b = tl.program_id(1).to(tl.int64)
         c = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -183,12 +152,8 @@ if triton is not None:
         x += b * stride_xb
         y += b * S * C
         state += b * (W - 1) * C
-        w0, w1 = _load_tap(weight, c, C, W, 0), _load_tap(weight, c, C, W, 1)
-        w2, w3 = _load_tap(weight, c, C, W, 2), _load_tap(weight, c, C, W, 3)
-        bias = _load_bias(bias, c, C, HAS_BIAS)
-        x0 = _load_row(x, state, first - 3, c, S, C, stride_xs, W)
-        x1 = _load_row(x, state, first - 2, c, S, C, stride_xs, W)
-        x2 = _load_row(x, state, first - 1, c, S, C, stride_xs, W)
+        w0, w1, w2, w3, bias = _load_weights(weight, bias, c, C, W, HAS_BIAS)
+        x0, x1, x2 = _load_three(x, state, first - 3, c, S, C, stride_xs, W)
         for index in range(0, tl.minimum(ROWS, S - first), 4):
             t = first + index
             # All loads come before the stores, across which the compiler would not move them.
@@ -204,8 +169,8 @@ if triton is not None:
     def _gradient(x0, x1, x2, x3, w0, w1, w2, w3, bias, dy):
         """Of one token's pre-activation."""
         a = bias + x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
-        sigmoid = _sigmoid(a)
-        return dy * sigmoid * (1 + a * (1 - sigmoid))
+        s = sigmoid(a)
+        return dy * s * (1 + a * (1 - s))
 
     @triton.jit
     def _store_dx(dx, dstate, g0, g1, g2, g3, w0, w1, w2, w3, t, c, S, C, stride_s, W: tl.constexpr):
@@ -217,28 +182,10 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["S", "programs"])
     def _backward_kernel(
-        x,
-        weight,
-        bias,
-        state,
-        dy,
-        dx,
-        dstate,
-        partial,
-        S,
-        C,
-        programs,
-        stride_xb,
-        stride_xs,
-        stride_dyb,
-        stride_dys,
-        stride_dxb,
-        stride_dxs,
-        W: tl.constexpr,
-        HAS_BIAS: tl.constexpr,
-        ROWS: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
+        x, weight, bias, state, dy, dx, dstate, partial,
+        S, C, programs, stride_xb, stride_xs, stride_dyb, stride_dys, stride_dxb, stride_dxs,
+        W: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ):  # fmt: skip
         """Walks tokens t, and with each writes the gradient of the last input that it finishes, t - 3."""
         blocks_c = tl.cdiv(C, BLOCK_C)
         b = tl.program_id(1).to(tl.int64)
@@ -250,16 +197,10 @@ if triton is not None:
         dx += b * stride_dxb
         state += b * (W - 1) * C
         dstate += b * (W - 1) * C
-        w0, w1 = _load_tap(weight, c, C, W, 0), _load_tap(weight, c, C, W, 1)
-        w2, w3 = _load_tap(weight, c, C, W, 2), _load_tap(weight, c, C, W, 3)
-        bias = _load_bias(bias, c, C, HAS_BIAS)
+        w0, w1, w2, w3, bias = _load_weights(weight, bias, c, C, W, HAS_BIAS)
         dbias, dw0, dw1, dw2, dw3 = bias * 0, bias * 0, bias * 0, bias * 0, bias * 0
-        before0 = _load_row(x, state, first - 6, c, S, C, stride_xs, W)
-        before1 = _load_row(x, state, first - 5, c, S, C, stride_xs, W)
-        before2 = _load_row(x, state, first - 4, c, S, C, stride_xs, W)
-        x0 = _load_row(x, state, first - 3, c, S, C, stride_xs, W)
-        x1 = _load_row(x, state, first - 2, c, S, C, stride_xs, W)
-        x2 = _load_row(x, state, first - 1, c, S, C, stride_xs, W)
+        before0, before1, before2 = _load_three(x, state, first - 6, c, S, C, stride_xs, W)
+        x0, x1, x2 = _load_three(x, state, first - 3, c, S, C, stride_xs, W)
         dy0, dy1 = _load_token(dy, first - 3, c, S, C, stride_dys), _load_token(dy, first - 2, c, S, C, stride_dys)
         g0 = _gradient(before0, before1, before2, x0, w0, w1, w2, w3, bias, dy0)
         g1 = _gradient(before1, before2, x0, x1, w0, w1, w2, w3, bias, dy1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from triton_interpreter import DEVICE, on_a_gpu, run_interpreted
 
 import vamba.modeling.mamba2 as room
@@ -112,3 +113,19 @@ def test_an_adapter_a_hook_or_no_gradient_takes_the_plain_way(monkeypatch):
     mixer.norm = torch.nn.Sequential()
     mixer.norm.forward = lambda y, gate: torch.zeros_like(y)
     assert not mixer(hidden)[0].any()
+
+
+@on_a_gpu
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_operations_within_a_checkpoint(use_reentrant):
+    """Each apart, as where hooks keep the mixer from being one operation."""
+    backends = dict.fromkeys(("ssd_backend", "conv_backend", "norm_backend"), "triton")
+    mixer = Mamba2Mixer(VambaMamba2Config(hidden_size=32, state_size=16, head_dim=16, chunk_size=16, **backends))
+    init_mamba2_mixer(mixer.to(DEVICE), 2)
+    mixer.norm.register_forward_hook(lambda module, args, output: output)
+    hidden = torch.randn(1, 20, 32, device=DEVICE, requires_grad=True)
+    leaves = [hidden, *mixer.parameters()]
+    plain = torch.autograd.grad(mixer(hidden)[0].square().sum(), leaves)
+    checkpoint(lambda t: mixer(t)[0], hidden, use_reentrant=use_reentrant).square().sum().backward()
+    for leaf, expected in zip(leaves, plain):
+        assert torch.equal(leaf.grad, expected)

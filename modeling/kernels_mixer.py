@@ -4,19 +4,31 @@ What is unusual: the kernels are those of the single operations, but their gradi
 columns of in_proj's output, (B, S, [z, x, B, C, dt]). Autograd would join them by copying, twice, and would pad the
 gradient of the convolution's last inputs, three rows, to the length of the sequence.
 
-Shapes: B batch, S tokens, E outputs of in_proj, H heads, P head dim, G groups, K state size, C conv channels, T conv
-taps kept.
+Shapes: B batch, S tokens, E outputs of in_proj, H heads, P head dim, G groups, K state size, C convolution channels, T
+inputs that it remembers, R rows (all leading dims).
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .causal_conv1d import last_inputs, last_places
-from .causal_conv1d_triton import convolution_gradients, convolve
 from .configuration_vamba import VambaMamba2Config
-from .gated_rms_norm_triton import gated_norm, norm_gradients, rows_of
-from .ssd_triton import backward_scan, scan
+from .kernels import rows_of
+from .kernels_conv1d import convolution_gradients, convolve, last_inputs, last_places
+from .kernels_norm import gated_norm, gated_norm_gradients
+from .kernels_scan import scan, scan_gradients
+
+
+def split_projected(projected_BSE: Tensor, config: VambaMamba2Config) -> tuple[Tensor, ...]:
+    """Views of in_proj's columns: the gate z, [x, B, C], and dt before its bias."""
+    return projected_BSE.split([config.intermediate_size, config.conv_dim, config.num_heads], -1)
+
+
+def split_convolved(convolved_BSC: Tensor, config: VambaMamba2Config) -> tuple[Tensor, ...]:
+    """Views of the convolution's channels: x (B, S, H, P), B and C (B, S, G, K)."""
+    G, K = config.n_groups, config.state_size
+    x, Bm, Cm = convolved_BSC.split([config.intermediate_size, G * K, G * K], -1)
+    return x.unflatten(-1, (config.num_heads, config.head_dim)), Bm.unflatten(-1, (G, K)), Cm.unflatten(-1, (G, K))
 
 
 def mix_triton(
@@ -46,14 +58,15 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projected, weight, bias, conv_state, dt, dt_bias, A, D, state, norm_weight, lengths, config):
         weight, conv_state, state = weight.contiguous(), conv_state.to(projected.dtype).contiguous(), state.contiguous()
-        gate, xBC, _ = _columns(projected, config)
+        gate, xBC, _ = split_projected(projected, config)
         convolved = convolve(xBC, weight, bias, conv_state)
-        y, state, times, entering = scan(*_scanned(convolved, config, dt, A), D, state, config.chunk_size)
+        x, Bm, Cm = split_convolved(convolved, config)
+        y, state, cumsums, entering = scan(x, dt, A, Bm, Cm, D, state, config.chunk_size)
         y = y.flatten(2)
         out = gated_norm(rows_of(y), rows_of(gate), norm_weight, config.n_groups, config.layer_norm_epsilon)
         ctx.config = config
         ctx.save_for_backward(
-            projected, weight, bias, conv_state, dt_bias, A, D, norm_weight, lengths, convolved, y, times, entering
+            projected, weight, bias, conv_state, dt_bias, A, D, norm_weight, lengths, convolved, y, cumsums, entering
         )
         return out.view(y.shape), last_inputs(xBC, conv_state, lengths), state
 
@@ -61,39 +74,25 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, drecent, dstate):
         (
-            projected, weight, bias, conv_state, dt_bias, A, D, norm_weight, lengths, convolved, y, times, entering,
+            projected, weight, bias, conv_state, dt_bias, A, D, norm_weight, lengths, convolved, y, cumsums, entering,
         ) = ctx.saved_tensors  # fmt: skip
         config, dprojected = ctx.config, torch.empty_like(projected)
-        (gate, xBC, _), (dgate, dxBC, ddt) = _columns(projected, config), _columns(dprojected, config)
+        (gate, xBC, _), (dgate, dxBC, draw_dt) = split_projected(projected, config), split_projected(dprojected, config)
         norm = rows_of(y), rows_of(gate), norm_weight, config.n_groups, config.layer_norm_epsilon
-        dy, dnorm_weight = norm_gradients(*norm, rows_of(dout.to(y.dtype)), rows_of(dgate))
+        dy, dnorm_weight = gated_norm_gradients(*norm, rows_of(dout.to(y.dtype)), rows_of(dgate))
         dconvolved = torch.empty_like(convolved)
-        x, _, _, Bm, Cm = _scanned(convolved, config)
-        dx, _, _, dB, dC = _scanned(dconvolved, config)
+        (x, Bm, Cm), written = split_convolved(convolved, config), split_convolved(dconvolved, config)
         dy = dy.view(x.shape)
-        dsteps, dA, dD, dstate = backward_scan(x, A, Bm, Cm, D, times, entering, dy, dstate, dx, dB, dC)
+        ddt_BSH, dA, dD, dstate = scan_gradients(x, A, Bm, Cm, D, cumsums, entering, dy, dstate, *written)
         dconv = convolution_gradients(xBC, weight, bias, conv_state, dconvolved, dxBC)
         _add_to_last(dconv[2], dxBC, last_places(xBC, conv_state, lengths), drecent)
         # The derivative of the softplus is 1 - exp(-softplus); what is clamped, or padding, has none.
-        steps = times[0].flatten(2)[..., : dsteps.shape[1]].transpose(1, 2)
+        dt = cumsums[0].flatten(2)[..., : ddt_BSH.shape[1]].transpose(1, 2)
         low, high = config.time_step_limit
-        dsteps *= torch.where((steps > low) & (steps < high), -torch.expm1(-steps), 0)
-        ddt.copy_(dsteps)
-        ddt_bias = dsteps.sum((0, 1)).to(dt_bias.dtype)
+        ddt_BSH *= torch.where((dt > low) & (dt < high), -torch.expm1(-dt), 0)
+        draw_dt.copy_(ddt_BSH)
+        ddt_bias = ddt_BSH.sum((0, 1)).to(dt_bias.dtype)
         return dprojected, *dconv, None, ddt_bias, dA, dD, dstate, dnorm_weight, None, None
-
-
-def _columns(projected_BSE: Tensor, config: VambaMamba2Config) -> tuple[Tensor, ...]:
-    """z, [x, B, C] and dt."""
-    return projected_BSE.split([config.intermediate_size, config.conv_dim, config.num_heads], -1)
-
-
-def _scanned(convolved_BSC: Tensor, config: VambaMamba2Config, steps_BSH=None, A_H=None) -> tuple[Tensor | None, ...]:
-    """The scan's inputs in its order: x (B, S, H, P), dt and A as given, B and C (B, S, G, K)."""
-    G, K = config.n_groups, config.state_size
-    x, Bm, Cm = convolved_BSC.split([config.intermediate_size, G * K, G * K], -1)
-    x = x.unflatten(-1, (config.num_heads, config.head_dim))
-    return x, steps_BSH, A_H, Bm.unflatten(-1, (G, K)), Cm.unflatten(-1, (G, K))
 
 
 def _add_to_last(dstate_BTC: Tensor, dxBC: Tensor, index_BT1: Tensor, drecent_BTC: Tensor) -> None:

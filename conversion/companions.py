@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vamba.modeling.configuration_vamba import AUTO_MAP, VambaConfig
 
-from .configs import MAMBA2, QWEN2_VL, STATE_SPACES, read_json
+from .formats import MAMBA2, QWEN2_VL, STATE_SPACES, read_json
 
 
 VERBATIM = (

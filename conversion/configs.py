@@ -1,4 +1,4 @@
-"""config.json of each format: which one it is, and its translation to `VambaConfig` and back.
+"""config.json of the Vamba family: its translation to `VambaConfig` and back.
 
 The unusual: the original calls itself `qwen2_vl` and keeps the language model's fields flat at the top; options of its
 Mamba blocks that our model does not have are refused by name rather than ignored.
@@ -16,16 +16,6 @@ from vamba.modeling.configuration_vamba import VambaConfig, VambaMamba2Config
 
 from .table import ConversionError
 
-
-QWEN2_VL, ORIGINAL, VAMBA = "a Qwen2-VL checkpoint", "an original Vamba checkpoint", "a Vamba checkpoint"
-STATE_SPACES, MAMBA2 = "a state-spaces Mamba-2 checkpoint", "a transformers Mamba-2 checkpoint"
-VIDEO_MA2MBA = "a Video-Ma2mba checkpoint"
-SUPPORTED = (
-    "Supported: a Qwen2-VL checkpoint (model_type qwen2_vl) to vamba, an original Vamba checkpoint (model_type "
-    "qwen2_vl with vision_mamba_mixer_config) to vamba, and a Vamba checkpoint (model_type vamba) to original "
-    "or, for another dtype or sharding, to vamba; a Mamba-2 language model (model_type mamba2, or with ssm_cfg as "
-    "state-spaces has it) and a CLIP to video_ma2mba."
-)
 
 # Ours → the original's, in vision_mamba_mixer_config.
 MAMBA_FIELDS = {
@@ -48,46 +38,6 @@ MAMBA_FIELDS = {
 MAMBA_FIXED = {"norm_before_gate": False, "rmsnorm": True, "norm_type": "rmsnorm", "D_has_hdim": False, "d_ssm": None}
 SWITCHES = ("use_alpha_balancing", "cross_attn_use_layer_norm", "cross_attn_use_position_embeddings")
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-
-
-def read_config(folder: Path) -> dict:
-    """The source's config.json. Raises ConversionError if there is none or it is no JSON object."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"{folder} holds no config.json; the source is the folder of a checkpoint.")
-    return read_json(path)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ConversionError if it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} is not a JSON object.")
-    return content
-
-
-def format_of(config: dict) -> str:
-    """One of the formats named above. Raises ConversionError naming the values that fit none of them."""
-    if config.get("quantization_config"):
-        raise ConversionError("The source has a quantization_config; convert the unquantized checkpoint.")
-    model_type, mixer = config.get("model_type"), config.get("vision_mamba_mixer_config")
-    if model_type in (known := {"vamba": VAMBA, "mamba2": MAMBA2, "video_ma2mba": VIDEO_MA2MBA}):
-        return known[model_type]
-    if isinstance(config.get("ssm_cfg"), dict):
-        return STATE_SPACES
-    if model_type == "qwen2_vl" and mixer is None:
-        return QWEN2_VL
-    if model_type == "qwen2_vl" and isinstance(mixer, dict) and mixer.get("enable", True):
-        return ORIGINAL
-    if model_type == "qwen2_vl":
-        raise ConversionError(
-            "The source's vision_mamba_mixer_config.enable is false: a Vamba without Mamba blocks is not supported. "
-            + SUPPORTED
-        )
-    raise ConversionError(f"The source's model_type is {model_type!r}. " + SUPPORTED)
 
 
 def config_from_qwen2_vl(source: dict, mamba_config: dict | None = None) -> VambaConfig:

@@ -8,34 +8,32 @@ weight stays as it is. CLIP's last layer, whose output is not read, is dropped.
 
 from pathlib import Path
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, CLIPVisionConfig, GenerationConfig, Mamba2Config
 
 from vamba.modeling.configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaVisionConfig
-from vamba.modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from vamba.modeling.processing_video_ma2mba import VideoMa2mbaProcessor
 
 from .companions import write_hub_files
-from .configs import MAMBA2, MAMBA_FIELDS, MAMBA_FIXED, STATE_SPACES, VIDEO_MA2MBA, own_values, read_config
-from .initialization import seeded
+from .configs import MAMBA_FIELDS, MAMBA_FIXED, own_values
+from .formats import STATE_SPACES, VIDEO_MA2MBA, Conversion, read_config, rules_for
 from .safetensors_io import open_checkpoint
-from .table import TO_VAMBA, ConversionError, Step, Table, dominant_dtype, drop_tied_head, plan, rename
+from .table import DROPPED, UNCHANGED, ConversionError, Table
 
 
-EMBEDDING, HEAD, PROJECTOR = "model.language_model.embed_tokens.weight", "lm_head.weight", "model.projector."
 FROM_MAMBA2: Table = (
-    (r"backbone\.embeddings?\.weight", (EMBEDDING,)),  # state-spaces and old transformers have it in the singular
+    # state-spaces and old transformers have it in the singular
+    (r"backbone\.embeddings?\.weight", ("model.language_model.embed_tokens.weight",)),
     (r"backbone\.norm_f\.weight", ("model.language_model.norm.weight",)),
     (r"backbone\.layers\.(\d+)\.(norm\.weight|mixer\..+)", (r"model.language_model.layers.\1.\2",)),
-    (r"lm_head\.weight", (HEAD,)),
+    (r"lm_head\.weight", ("lm_head.weight",)),
 )
 TO_MAMBA2: Table = (
     (r"model\.language_model\.embed_tokens\.weight", ("backbone.embeddings.weight",)),
     (r"model\.language_model\.norm\.weight", ("backbone.norm_f.weight",)),
     (r"model\.language_model\.(layers\..+)", (r"backbone.\1",)),
     (r"model\.visual\.(.+)", (r"vision_model.\1",)),
-    (r"lm_head\.weight", (HEAD,)),
+    (r"lm_head\.weight", ("lm_head.weight",)),
 )
 # What a state-spaces config.json must say for the model that we have.
 FIXED = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}
@@ -45,34 +43,21 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 def from_clip(num_layers: int) -> Table:
     """The table of a CLIP with so many layers; its last, and all that has to do with text, is dropped."""
     return (
-        (r".*\bposition_ids", ()),  # a buffer that old checkpoints store
-        (r"text_model\..+|(?:text|visual)_projection\.weight|logit_scale", ()),
-        (rf"(?:vision_model\.)?(?:encoder\.layers\.{num_layers - 1}|post_layernorm)\..+", ()),
+        (r".*\bposition_ids", DROPPED),  # a buffer that old checkpoints store
+        (r"text_model\..+|(?:text|visual)_projection\.weight|logit_scale", DROPPED),
+        (rf"(?:vision_model\.)?(?:encoder\.layers\.{num_layers - 1}|post_layernorm)\..+", DROPPED),
         (r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder)\..+)", (r"model.visual.\1",)),
     )
 
 
-def convert_video_ma2mba(
-    kind: str,
-    source: Path,
-    destination: Path,
-    *,
-    vision: str | Path | None,
-    tokenizer: str | Path | None,
-    dtype: torch.dtype | None,
-    seed: int,
-    max_shard_size: int | str,
-    progress: bool,
-) -> None:
-    """See `convert`; `kind` is STATE_SPACES, MAMBA2 or VIDEO_MA2MBA."""
-    from .checkpoint import cast, write_checkpoint
-
+def prepare(kind: str, source: Path, name: str, vision: str | Path | None, tokenizer: str | Path | None) -> Conversion:
+    """See `convert`; `kind` is STATE_SPACES, MAMBA2 or VIDEO_MA2MBA, `name` that of the folder to be."""
     if kind == VIDEO_MA2MBA:
         if vision or tokenizer:
             raise ConversionError("The source is a Video-Ma2mba, with a vision tower and a tokenizer of its own.")
         config = VideoMa2mbaConfig.from_pretrained(source, local_files_only=True)
         processor = VideoMa2mbaProcessor.from_pretrained(source, local_files_only=True)
-        readers, table = [open_checkpoint(source)], TO_VAMBA
+        readers, rules = [open_checkpoint(source)], rules_for(config, UNCHANGED, UNCHANGED)
     else:
         if vision is None:
             raise ConversionError(
@@ -88,27 +73,15 @@ def convert_video_ma2mba(
         processor = _processor(config, source if tokenizer is None else Path(tokenizer).expanduser().resolve())
         readers = [open_checkpoint(source), open_checkpoint(vision)]
         table = FROM_MAMBA2 + from_clip(config.vision_config.num_hidden_layers)
-    specs = {key: spec for reader in readers for key, spec in reader.specs.items()}
-    home = {key: reader for reader in readers for key in reader.specs}
-    if config.tie_word_embeddings:
-        _check_tied_head(table, home)
-        table = drop_tied_head(table)
-    inverse = TO_VAMBA if kind == VIDEO_MA2MBA else TO_MAMBA2
-    steps = plan(specs, _expected(config), table, inverse=inverse, is_fresh=_is_fresh(kind), dtype=dtype)
-    config.dtype = dtype or dominant_dtype(specs.values())
+        rules = rules_for(config, table, TO_MAMBA2, fresh=r"model\.projector\..+")
 
-    def produce(step: Step) -> torch.Tensor:
-        if step.source is None:
-            return _fresh_projector(step, seed)
-        return cast(home[step.source].read(step.source), step)
-
-    def companions(folder: Path) -> None:
+    def write_companions(folder: Path) -> None:
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         _generation_config(config, processor).save_pretrained(folder)
-        write_hub_files(source, folder, config, kind, destination.name)
+        write_hub_files(source, folder, config, kind, name)
 
-    write_checkpoint(destination, steps, produce, companions, max_shard_size, progress)
+    return Conversion(config, readers, rules, write_companions)
 
 
 def _from_state_spaces(source: Path) -> dict:
@@ -195,37 +168,3 @@ def _generation_config(config: VideoMa2mbaConfig, processor: VideoMa2mbaProcesso
     return GenerationConfig(
         bos_token_id=text.bos_token_id, pad_token_id=text.pad_token_id, eos_token_id=end, do_sample=False
     )
-
-
-def _expected(config: VideoMa2mbaConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = VideoMa2mbaForConditionalGeneration(config)
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes[HEAD]
-    return shapes
-
-
-def _is_fresh(kind: str):
-    return lambda key: kind in (STATE_SPACES, MAMBA2) and key.startswith(PROJECTOR)
-
-
-def _fresh_projector(step: Step, seed: int) -> torch.Tensor:
-    """As `VideoMa2mbaPreTrainedModel` initialises it."""
-    tensor = torch.zeros(step.shape)
-    if step.key.endswith("weight"):
-        bound = step.shape[1] ** -0.5
-        tensor.uniform_(-bound, bound, generator=seeded(step.key, seed))
-    return tensor.to(step.dtype)
-
-
-def _check_tied_head(table: Table, home: dict) -> None:
-    """A head stored beside tied embeddings is dropped; one that differs would be lost."""
-    stored = {target: key for key in home for target in rename(key, table) or () if target in (EMBEDDING, HEAD)}
-    if len(stored) == 2:
-        left, right = (home[key].read(key) for key in stored.values())
-        if left.dtype != right.dtype or not torch.equal(left, right):
-            raise ConversionError(
-                f"config.json says that {' and '.join(stored.values())} are tied, but they differ; set "
-                "tie_word_embeddings (tie_embeddings for state-spaces) to false to keep both."
-            )

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
-from vamba.conversion import ConversionError, checkpoint, convert
-from vamba.conversion.checkpoint import expected_shapes
+from vamba.conversion import ConversionError, convert
+from vamba.conversion.formats import expected_shapes
+from vamba.conversion.safetensors_io import CheckpointReader
 from vamba.modeling.configuration_vamba import VambaConfig
 
 from tiny_checkpoints import tiny_qwen2_vl
@@ -258,7 +259,7 @@ def test_original_without_the_unread_mixer_is_complete(golden_copy, tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_run_leaves_nothing_and_keeps_the_old(qwen2_vl, convert_qwen, tmp_path, monkeypatch, error):
     old = tensors_of(convert_qwen())
-    read, count = checkpoint.CheckpointReader.read, []
+    read, count = CheckpointReader.read, []
 
     def interrupted(self, key):
         count.append(key)
@@ -267,7 +268,7 @@ def test_interrupted_run_leaves_nothing_and_keeps_the_old(qwen2_vl, convert_qwen
             raise error
         return read(self, key)
 
-    monkeypatch.setattr(checkpoint.CheckpointReader, "read", interrupted)
+    monkeypatch.setattr(CheckpointReader, "read", interrupted)
     with pytest.raises(error):
         convert_qwen(overwrite=True, seed=5)
     assert len(count) == 20

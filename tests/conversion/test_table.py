@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from vamba.conversion import table as tables
-from vamba.conversion.table import ConversionError, TensorSpec, plan, rename
+from vamba.conversion import vamba_family as tables
+from vamba.conversion.formats import ORIGINAL
+from vamba.conversion.table import ConversionError, Rules, TensorSpec, plan, rename
+from vamba.modeling import VambaConfig
 
 
 def spec(*shape, dtype=torch.bfloat16):
     return TensorSpec(shape, dtype)
 
 
-def simple_plan(source, expected, *, dtype=None, fresh=()):
-    return plan(
-        source, expected, tables.FROM_ORIGINAL, inverse=tables.TO_ORIGINAL, is_fresh=fresh.__contains__, dtype=dtype
-    )
+def simple_plan(source, expected, *, dtype=None, fresh=""):
+    return plan(source, Rules(expected, tables.FROM_ORIGINAL, tables.TO_ORIGINAL, fresh), dtype)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
@@ -36,7 +36,8 @@ def test_vision_keys_of_both_generations(prefix):
 
 
 def test_original_mixer_goes_to_the_video_encoder_and_the_last_one_is_dropped():
-    table = tables.drop_last_mixer(tables.FROM_ORIGINAL, 12)
+    config = VambaConfig(text_config={"num_hidden_layers": 12})
+    table = tables.vamba_rules(ORIGINAL, config).table
     assert rename("model.layers.10.vision_mixer.mixer.A_log", table) == ("model.video_encoder.layers.10.mixer.A_log",)
     assert rename("model.layers.1.vision_mixer.norm.weight", table) == ("model.video_encoder.layers.1.norm.weight",)
     assert rename("model.layers.11.vision_mixer.mixer.A_log", table) == ()
@@ -100,7 +101,7 @@ def test_quantized_tensors_are_refused():
 def test_missing_attention_is_named_as_qwen2_vl_names_it_and_once():
     expected = {f"model.language_model.layers.0.{name}_attn.q_proj.bias": (4,) for name in ("self", "cross")}
     with pytest.raises(ConversionError, match="1 missing keys: model.layers.0.self_attn.q_proj.bias"):
-        plan({}, expected, tables.FROM_QWEN2_VL, inverse=tables.TO_QWEN2_VL, is_fresh=lambda key: False, dtype=None)
+        plan({}, Rules(expected, tables.FROM_QWEN2_VL, tables.TO_QWEN2_VL))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
@@ -109,7 +110,7 @@ def test_dtypes(dtype):
     ours = "model.video_encoder.layers.0.mixer."
     source = {mixer + "A_log": spec(2), mixer + "D": spec(2, dtype=torch.float16), "visual.a": spec(9)}
     expected = {ours + "A_log": (2,), ours + "D": (2,), ours + "dt_bias": (2,), "model.visual.a": (9,), "new": (1,)}
-    steps = simple_plan(source, expected, dtype=dtype, fresh={"new", ours + "dt_bias"})
+    steps = simple_plan(source, expected, dtype=dtype, fresh="new|.+dt_bias")
     assert [step.key for step in steps] == list(expected)
     found = {step.key.removeprefix(ours): step.dtype for step in steps}
     other = dtype or torch.bfloat16

@@ -46,7 +46,8 @@ def convert(
     - Original Vamba → Vamba: the last layer's `vision_mixer`, which nothing reads, is dropped.
     - Vamba → original (`to="original"`): bit for bit the tensors that came from it. The last layer's `vision_mixer` is
       initialised afresh, because the original's loader expects it; no output depends on it.
-    - Vamba → Vamba, Video-Ma2mba → Video-Ma2mba: another dtype or sharding.
+    - Vamba → Vamba, Video-Ma2mba → Video-Ma2mba: another dtype or sharding. A Vamba in the format of before November
+      2026, in which the decoder layers held the keys' and values' projections of their level, comes out in today's.
     - Mamba-2 (state-spaces' format or transformers' `mamba2`) and a CLIP → Video-Ma2mba: the projector between the two
       is initialised; CLIP's last layer, which nothing reads, is dropped.
 

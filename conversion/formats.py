@@ -18,13 +18,14 @@ from .table import DROPPED, ConversionError, Rules, Table
 
 
 QWEN2_VL, ORIGINAL, VAMBA = "a Qwen2-VL checkpoint", "an original Vamba checkpoint", "a Vamba checkpoint"
+EARLIER = "a Vamba checkpoint in the earlier format"
 STATE_SPACES, MAMBA2 = "a state-spaces Mamba-2 checkpoint", "a transformers Mamba-2 checkpoint"
 VIDEO_MA2MBA = "a Video-Ma2mba checkpoint"
 SUPPORTED = (
     "Supported: a Qwen2-VL checkpoint (model_type qwen2_vl) to vamba, an original Vamba checkpoint (model_type "
-    "qwen2_vl with vision_mamba_mixer_config) to vamba, and a Vamba checkpoint (model_type vamba) to original "
-    "or, for another dtype or sharding, to vamba; a Mamba-2 language model (model_type mamba2, or with ssm_cfg as "
-    "state-spaces has it) and a CLIP to video_ma2mba."
+    "qwen2_vl with vision_mamba_mixer_config) to vamba, and a Vamba checkpoint (model_type vamba) to original or, "
+    "for another dtype or sharding or from the earlier format, to vamba; a Mamba-2 language model (model_type mamba2, "
+    "or with ssm_cfg as state-spaces has it) and a CLIP to video_ma2mba."
 )
 MODELS = {"vamba": "VambaForConditionalGeneration", "video_ma2mba": "VideoMa2mbaForConditionalGeneration"}
 
@@ -48,6 +49,11 @@ class Conversion(NamedTuple):
 def read_config(folder: Path) -> dict:
     """The source's config.json. Raises ConversionError if there is none or it is no JSON object."""
     path = folder / "config.json"
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        raise ConversionError(
+            f"{folder} holds an adapter only; merge it into its base model (peft's merge_and_unload) with the version "
+            "of vamba that made it, save that and convert it."
+        )
     if not path.is_file():
         raise ConversionError(f"{folder} holds no config.json; the source is the folder of a checkpoint.")
     return read_json(path)

@@ -1,4 +1,4 @@
-"""Qwen2-VL, the original Vamba and our format: the tables between their keys, and what is written for each pair.
+"""Qwen2-VL, the original Vamba, our format and the earlier one: the tables between their keys, and what is written.
 
 The unusual: two rules drop or add tensors on purpose. The original's last Mamba block is computed for nothing (its
 output V_L is never read), so we do not have it; and the cross-attention of a Vamba made from Qwen2-VL starts as a copy
@@ -6,6 +6,8 @@ of the self-attention (arXiv 2503.11579, section 4).
 """
 
 import json
+import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -16,52 +18,76 @@ from vamba.modeling.configuration_vamba import VambaConfig
 from vamba.modeling.mamba2 import Mamba2Block
 
 from .companions import copy_companions, set_generation_flag, write_hub_files
-from .configs import config_from_original, config_from_qwen2_vl, config_from_vamba, config_to_original
-from .formats import ORIGINAL, QWEN2_VL, SUPPORTED, VAMBA, Conversion, read_config, rules_for
+from .configs import config_from_original, config_from_qwen2_vl, config_to_original, naming_bad_values
+from .formats import EARLIER, ORIGINAL, QWEN2_VL, SUPPORTED, VAMBA, Conversion, read_config, rules_for
 from .safetensors_io import CheckpointReader
 from .table import DROPPED, UNCHANGED, ConversionError, Rules, Table, rename
 
 
 TEXT = r"model\.(?:language_model\.)?"
 TEXT_LAYER = TEXT + r"layers\.(\d+)\."
-OURS, BLOCK = r"model.language_model.layers.\1.", r"model.video_encoder.layers.\1."
-HEAD = "lm_head.weight"
+LAYER, LEVEL = r"model.language_model.layers.\1.", r"model.video_encoder.levels.\1."
+OUR_LAYER, OUR_LEVEL = r"model\.language_model\.layers\.(\d+)\.", r"model\.video_encoder\.levels\.(\d+)\."
 
 _SHARED: Table = (
     (r"(?:model\.)?visual\.(.+)", (r"model.visual.\1",)),
     (TEXT + r"(embed_tokens|norm)\.weight", (r"model.language_model.\1.weight",)),
-    (TEXT_LAYER + r"(mlp\..+|input_layernorm\.weight|post_attention_layernorm\.weight)", (OURS + r"\2",)),
-    (r"lm_head\.weight", (HEAD,)),
+    (TEXT_LAYER + r"(mlp\..+|input_layernorm\.weight|post_attention_layernorm\.weight)", (LAYER + r"\2",)),
+    (r"lm_head\.weight", ("lm_head.weight",)),
     (r".+\.rotary_(?:pos_)?emb\.inv_freq", DROPPED),  # a buffer that very old checkpoints store; computed anew
 )
 FROM_QWEN2_VL: Table = (
     *_SHARED,
-    (TEXT_LAYER + r"self_attn\.(.+)", (OURS + r"self_attn.\2", OURS + r"cross_attn.\2")),
+    (TEXT_LAYER + r"self_attn\.([kv]_proj\..+)", (LAYER + r"self_attn.\2", LEVEL + r"\2")),
+    (TEXT_LAYER + r"self_attn\.(.+)", (LAYER + r"self_attn.\2", LAYER + r"cross_attn.\2")),
 )
+# What Qwen2-VL does not have: the Mamba blocks and alpha.
+FRESH = OUR_LEVEL + r"block\..+|" + OUR_LAYER + "alpha"
 FROM_ORIGINAL: Table = (
     *_SHARED,
-    (TEXT_LAYER + r"((?:self_attn|cross_attn)\..+|alpha)", (OURS + r"\2",)),
-    (TEXT_LAYER + r"vision_mixer\.(norm\.weight|mixer\..+)", (BLOCK + r"\2",)),
+    (TEXT_LAYER + r"cross_attn\.([kv]_proj\..+)", (LEVEL + r"\2",)),
+    (TEXT_LAYER + r"((?:self_attn|cross_attn)\..+|alpha)", (LAYER + r"\2",)),
+    (TEXT_LAYER + r"vision_mixer\.(norm\.weight|mixer\..+)", (LEVEL + r"block.\2",)),
 )
 TO_ORIGINAL: Table = (
     (r"model\.visual\.(.+)", (r"visual.\1",)),
     (r"model\.language_model\.(.+)", (r"model.\1",)),
-    (r"model\.video_encoder\.layers\.(\d+)\.(norm\.weight|mixer\..+)", (r"model.layers.\1.vision_mixer.\2",)),
-    (r"lm_head\.weight", (HEAD,)),
+    (OUR_LEVEL + r"([kv]_proj\..+)", (r"model.layers.\1.cross_attn.\2",)),
+    (OUR_LEVEL + r"block\.(.+)", (r"model.layers.\1.vision_mixer.\2",)),
+    (r"lm_head\.weight", ("lm_head.weight",)),
 )
 # How a missing tensor is called in a Qwen2-VL checkpoint.
 TO_QWEN2_VL: Table = (
-    (r"model\.language_model\.layers\.(\d+)\.cross_attn\.(.+)", (r"model.layers.\1.self_attn.\2",)),
+    (OUR_LAYER + r"cross_attn\.(.+)", (r"model.layers.\1.self_attn.\2",)),
+    (OUR_LEVEL + r"([kv]_proj\..+)", (r"model.layers.\1.self_attn.\2",)),
     *TO_ORIGINAL,
 )
-# What Qwen2-VL does not have: the Mamba blocks and alpha.
-FRESH = r"model\.video_encoder\.layers\.\d+\..+|model\.language_model\.layers\.\d+\.alpha"
+# Until November 2026 the decoder layers held the keys' and values' projections of their level.
+FROM_EARLIER: Table = (
+    (OUR_LAYER + r"cross_attn\.([kv]_proj\..+)", (LEVEL + r"\2",)),
+    (r"model\.video_encoder\.layers\.(\d+)\.(.+)", (LEVEL + r"block.\2",)),
+    *UNCHANGED,
+)
+TO_EARLIER: Table = (
+    (OUR_LEVEL + r"([kv]_proj\..+)", (LAYER + r"cross_attn.\2",)),
+    (OUR_LEVEL + r"block\.(.+)", (r"model.video_encoder.layers.\1.\2",)),
+    *UNCHANGED,
+)
+
+
+def is_earlier_format(keys: Iterable[str]) -> bool:
+    """Whether the tensors of a Vamba checkpoint, or of an adapter of one, have the names of the earlier format."""
+    pattern = re.compile(r"language_model\.layers\.\d+\.cross_attn\.[kv]_proj\.|video_encoder\.layers\.\d+\.")
+    return any(map(pattern.search, keys))
 
 
 def prepare(kind: str, source: Path, name: str, to: str | None, mamba_config: dict | None) -> Conversion:
     """See `convert`; `kind` is QWEN2_VL, ORIGINAL or VAMBA, `name` that of the folder to be."""
     if to not in (None, "vamba", "original"):
         raise UserError(f"to is {to!r}, must be 'vamba' (as None) or 'original'.")
+    reader = CheckpointReader(source)
+    if kind == VAMBA and is_earlier_format(reader.specs):
+        kind = EARLIER
     if kind != VAMBA and to == "original":
         remedy = (
             "it is in that format already" if kind == ORIGINAL else "convert it to vamba first, then that to original"
@@ -71,10 +97,13 @@ def prepare(kind: str, source: Path, name: str, to: str | None, mamba_config: di
         raise ConversionError(f"mamba_config is for a Qwen2-VL source; the source is {kind}, with sizes of its own.")
     if kind == QWEN2_VL:
         config = config_from_qwen2_vl(read_config(source), mamba_config)
+    elif kind == ORIGINAL:
+        config = config_from_original(read_config(source))
     else:
-        config = config_from_original(read_config(source)) if kind == ORIGINAL else config_from_vamba(source)
+        with naming_bad_values():
+            config = VambaConfig.from_pretrained(source, local_files_only=True)
     write_companions = partial(_write_companions, source, name, config, kind, to)
-    return Conversion(config, [CheckpointReader(source)], vamba_rules(kind, config, to), write_companions)
+    return Conversion(config, [reader], vamba_rules(kind, config, to), write_companions)
 
 
 def vamba_rules(kind: str, config: VambaConfig, to: str | None = None) -> Rules:
@@ -85,6 +114,8 @@ def vamba_rules(kind: str, config: VambaConfig, to: str | None = None) -> Rules:
     if kind == ORIGINAL:
         unread = (TEXT + rf"layers\.{last}\.vision_mixer\..+", DROPPED)
         return rules_for(config, (unread, *FROM_ORIGINAL), TO_ORIGINAL)
+    if kind == EARLIER:
+        return rules_for(config, FROM_EARLIER, TO_EARLIER)
     if to != "original":
         return rules_for(config, UNCHANGED, UNCHANGED)
     rules, mixer = rules_for(config, TO_ORIGINAL, FROM_ORIGINAL), f"model.layers.{last}.vision_mixer."

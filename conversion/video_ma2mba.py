@@ -8,14 +8,13 @@ weight stays as it is. CLIP's last layer, whose output is not read, is dropped.
 
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, CLIPVisionConfig, GenerationConfig, Mamba2Config
 
 from vamba.modeling.configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaVisionConfig
 from vamba.modeling.processing_video_ma2mba import VideoMa2mbaProcessor
 
 from .companions import write_hub_files
-from .configs import MAMBA_FIELDS, MAMBA_FIXED, own_values
+from .configs import MAMBA_FIELDS, MAMBA_FIXED, naming_bad_values, own_values
 from .formats import STATE_SPACES, VIDEO_MA2MBA, Conversion, read_config, rules_for
 from .safetensors_io import open_checkpoint
 from .table import DROPPED, UNCHANGED, ConversionError, Table
@@ -96,16 +95,12 @@ def _from_state_spaces(source: Path) -> dict:
         for key, value in mixer.items()
         if key not in ours and MAMBA_FIXED.get(key) != value
     ]
-    absent = [key for key in ("d_model", "n_layer", "vocab_size") if key not in raw]
-    if refused or absent:
+    if refused:
         raise ConversionError(
-            "The source's config.json: "
-            + "; ".join(
-                [f"{', '.join(refused)} is not supported, as this model has Mamba-2 blocks only"] * bool(refused)
-            )
-            + f"{', '.join(absent)} is missing" * bool(absent)
-            + "."
+            f"The source's config.json: {', '.join(refused)} is not supported, as this model has Mamba-2 blocks only."
         )
+    if absent := [key for key in ("d_model", "n_layer", "vocab_size") if key not in raw]:
+        raise ConversionError(f"The source's config.json: {', '.join(absent)} is missing.")
     multiple = raw.get("pad_vocab_size_multiple", 8)
     text = {
         "hidden_size": raw["d_model"],
@@ -119,10 +114,8 @@ def _from_state_spaces(source: Path) -> dict:
 
 def _from_mamba2(source: Path) -> dict:
     """Fields of `VideoMa2mbaConfig` from a config.json of transformers' `mamba2`."""
-    try:
+    with naming_bad_values():
         theirs = Mamba2Config.from_pretrained(source, local_files_only=True)
-    except StrictDataclassError as error:
-        raise ConversionError(f"The source's config.json: {' '.join(str(error).split())}") from error
     if theirs.hidden_act not in ("silu", "swish"):
         raise ConversionError(f"The source has hidden_act {theirs.hidden_act!r}; Mamba-2's is 'silu'.")
     names = (set(MAMBA_FIELDS) - {"A_init_bounds"}) | {

@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    ProcessorMixin,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteriaList, TextIteratorStreamer
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
 from .errors import UserError, opening
@@ -183,7 +177,11 @@ class VideoChat:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
         abandoned = threading.Event()
-        stop = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", ()), _StopWhen(abandoned)])
+
+        def is_abandoned(input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), abandoned.is_set(), device=input_ids.device)
+
+        stop = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", ()), is_abandoned])
 
         def generate():
             try:
@@ -210,16 +208,6 @@ def _setting(generate_kwargs: dict, name: str) -> Any:
     """What `generate` is told about `name`, by itself or in a generation config."""
     value = generate_kwargs.get(name)
     return getattr(generate_kwargs.get("generation_config"), name, None) if value is None else value
-
-
-class _StopWhen(StoppingCriteria):
-    """Ends generation once an event is set."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
 def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> VideoChat:
@@ -253,9 +241,16 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
     with opening(base):
         model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, device_map=device_map)
     if base != path:
-        from peft import PeftModel
+        from peft import PeftModel, load_peft_weights
+
+        from .conversion import is_earlier_format
 
         with opening(path):
+            if is_earlier_format(load_peft_weights(path, device="cpu")):
+                raise UserError(
+                    f"{path} is an adapter of a Vamba in the earlier format: merge it with the version of vamba that "
+                    "made it, and give what `vamba convert` makes of the merged model."
+                )
             model = PeftModel.from_pretrained(model, path).merge_and_unload()
     return VideoChat(model.eval(), processor)
 

@@ -18,7 +18,7 @@ CONFIG = VambaConfig(
     vision_config={"model_type": "qwen2_vl_vision", "hidden_size": 256},
     mamba_config={"hidden_size": 256, "head_dim": 1, "A_init_bounds": (2, 9), "initializer_range": 0.05},
 )
-LAYER = "model.video_encoder.layers.3."
+LAYER = "model.video_encoder.levels.3.block."
 
 
 SHAPES = {name: tuple(tensor.shape) for name, tensor in Mamba2Block(CONFIG.mamba_config).state_dict().items()}
@@ -81,7 +81,7 @@ def test_values_depend_on_key_and_seed_only():
     torch.manual_seed(99)
     assert torch.equal(first, fresh(name))
     assert not torch.equal(first, fresh(name, seed=1))
-    assert not torch.equal(first, fresh(name, layer="model.video_encoder.layers.4."))
+    assert not torch.equal(first, fresh(name, layer="model.video_encoder.levels.4.block."))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ anything is written. Then the tensors stream through, one at a time, into a fold
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from vamba.errors import MissingPathError, UserError
 from vamba.files import check_destination, check_space, staged_folder
 
 from . import vamba_family, video_ma2mba
+from .companions import write_hub_files
 from .formats import MAMBA2, STATE_SPACES, VIDEO_MA2MBA, format_of, read_config
 from .initialization import fresh_tensor
 from .safetensors_io import write_files
@@ -83,15 +85,18 @@ def convert(
     if (kind := format_of(read_config(source))) in (STATE_SPACES, MAMBA2, VIDEO_MA2MBA):
         if to is not None or mamba_config:
             raise ConversionError(f"The source is {kind}: `to` and `mamba_config` are for the Vamba family.")
-        conversion = video_ma2mba.prepare(kind, source, destination.name, vision, tokenizer)
+        conversion = video_ma2mba.prepare(kind, source, vision, tokenizer)
     else:
         if vision or tokenizer:
             raise ConversionError(f"The source is {kind}: `vision` and `tokenizer` are for a Mamba-2 checkpoint.")
-        conversion = vamba_family.prepare(kind, source, destination.name, to, mamba_config)
+        conversion = vamba_family.prepare(kind, source, to, mamba_config)
     config = conversion.config
     home = {key: reader for reader in conversion.readers for key in reader.specs}
     specs = {key: reader.specs[key] for key, reader in home.items()}
-    read = lambda key: home[key].read(key)  # noqa: E731
+
+    def read(key: str) -> torch.Tensor:
+        return home[key].read(key)
+
     steps = plan(specs, conversion.rules, dtype)
     if config.tie_word_embeddings:
         _check_tied_head(specs, read)
@@ -101,9 +106,12 @@ def convert(
     check_space(destination, total)
     with staged_folder(destination) as folder:
         with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
-            produce = lambda step: _produce(step, config, seed, read)  # noqa: E731
+            produce = partial(_produce, config=config, seed=seed, read=read)
             write_files(folder, steps, produce, max_shard_size, bar.update)
         conversion.write_companions(folder)
+        if to != "original":
+            config.save_pretrained(folder)
+            write_hub_files(source, folder, config, conversion.kind, destination.name)
     return destination
 
 

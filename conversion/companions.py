@@ -81,7 +81,7 @@ def write_hub_files(source: Path, folder: Path, config: VambaConfig, kind: str, 
 
     Args:
         source: the folder converted from; its card says under which license and of what it was made.
-        folder: the folder being written, under its temporary name. name: the name it will have.
+        folder: the folder being written, under its temporary name; `name` is what it will have.
         kind: what the source is; a Qwen2-VL or a Mamba-2 has to be trained before it is of use with video.
     """
     from vamba.hub import inherited_metadata, write_model_card, write_remote_code

@@ -31,19 +31,13 @@ MODELS = {"vamba": "VambaForConditionalGeneration", "video_ma2mba": "VideoMa2mba
 
 
 class Conversion(NamedTuple):
-    """One conversion, prepared: all that can be wrong with the source but its tensors' names has been found.
+    """One conversion, prepared: all that can be wrong with the source but its tensors' names has been found."""
 
-    Args:
-        config: of the model, in our terms.
-        readers: where the tensors are.
-        rules: what becomes of them.
-        write_companions: writes what belongs beside the weights into a folder, once the dtype is in `config`.
-    """
-
-    config: PreTrainedConfig
-    readers: Sequence[CheckpointReader | TorchReader]
-    rules: Rules
-    write_companions: Callable[[Path], None]
+    kind: str  # of the source
+    config: PreTrainedConfig  # of the model, in our terms
+    readers: Sequence[CheckpointReader | TorchReader]  # where the tensors are
+    rules: Rules  # what becomes of them
+    write_companions: Callable[[Path], None]  # what stands beside the weights, once the dtype is in `config`
 
 
 def read_config(folder: Path) -> dict:

@@ -17,7 +17,7 @@ from vamba.errors import UserError
 from vamba.modeling.configuration_vamba import VambaConfig
 from vamba.modeling.mamba2 import Mamba2Block
 
-from .companions import copy_companions, set_generation_flag, write_hub_files
+from .companions import copy_companions, set_generation_flag
 from .configs import config_from_original, config_from_qwen2_vl, config_to_original, naming_bad_values
 from .formats import EARLIER, ORIGINAL, QWEN2_VL, SUPPORTED, VAMBA, Conversion, read_config, rules_for
 from .safetensors_io import CheckpointReader
@@ -81,8 +81,8 @@ def is_earlier_format(keys: Iterable[str]) -> bool:
     return any(map(pattern.search, keys))
 
 
-def prepare(kind: str, source: Path, name: str, to: str | None, mamba_config: dict | None) -> Conversion:
-    """See `convert`; `kind` is QWEN2_VL, ORIGINAL or VAMBA, `name` that of the folder to be."""
+def prepare(kind: str, source: Path, to: str | None, mamba_config: dict | None) -> Conversion:
+    """See `convert`; `kind` is QWEN2_VL, ORIGINAL or VAMBA."""
     if to not in (None, "vamba", "original"):
         raise UserError(f"to is {to!r}, must be 'vamba' (as None) or 'original'.")
     reader = CheckpointReader(source)
@@ -102,8 +102,8 @@ def prepare(kind: str, source: Path, name: str, to: str | None, mamba_config: di
     else:
         with naming_bad_values():
             config = VambaConfig.from_pretrained(source, local_files_only=True)
-    write_companions = partial(_write_companions, source, name, config, kind, to)
-    return Conversion(config, [reader], vamba_rules(kind, config, to), write_companions)
+    write_companions = partial(_write_companions, source, config, kind, to)
+    return Conversion(kind, config, [reader], vamba_rules(kind, config, to), write_companions)
 
 
 def vamba_rules(kind: str, config: VambaConfig, to: str | None = None) -> Rules:
@@ -126,16 +126,14 @@ def vamba_rules(kind: str, config: VambaConfig, to: str | None = None) -> Rules:
     return rules._replace(expected=expected, fresh=mixer.replace(".", r"\.") + ".+")
 
 
-def _write_companions(source: Path, name: str, config: VambaConfig, kind: str, to: str | None, folder: Path) -> None:
+def _write_companions(source: Path, config: VambaConfig, kind: str, to: str | None, folder: Path) -> None:
     if to == "original":
         content = json.dumps(config_to_original(config), indent=2, sort_keys=True)
         (folder / "config.json").write_text(content + "\n", encoding="utf-8")
         copy_companions(source, folder, config, "Qwen2VLProcessor")
         set_generation_flag(folder, "unrotate_video_keys", None)
         return
-    config.save_pretrained(folder)
     copy_companions(source, folder, config, "VambaProcessor")
     if kind == ORIGINAL and config.text_config.cross_attn_use_position_embeddings:
         # the original decodes with unrotated keys: VambaForConditionalGeneration.prepare_inputs_for_generation
         set_generation_flag(folder, "unrotate_video_keys", True)
-    write_hub_files(source, folder, config, kind, name)

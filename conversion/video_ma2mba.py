@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, CLIPVisionConfig, GenerationConfig, Mamb
 from vamba.modeling.configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaVisionConfig
 from vamba.modeling.processing_video_ma2mba import VideoMa2mbaProcessor
 
-from .companions import write_hub_files
 from .configs import MAMBA_FIELDS, MAMBA_FIXED, naming_bad_values, own_values
 from .formats import STATE_SPACES, VIDEO_MA2MBA, Conversion, read_config, rules_for
 from .safetensors_io import open_checkpoint
@@ -49,8 +48,8 @@ def from_clip(num_layers: int) -> Table:
     )
 
 
-def prepare(kind: str, source: Path, name: str, vision: str | Path | None, tokenizer: str | Path | None) -> Conversion:
-    """See `convert`; `kind` is STATE_SPACES, MAMBA2 or VIDEO_MA2MBA, `name` that of the folder to be."""
+def prepare(kind: str, source: Path, vision: str | Path | None, tokenizer: str | Path | None) -> Conversion:
+    """See `convert`; `kind` is STATE_SPACES, MAMBA2 or VIDEO_MA2MBA."""
     if kind == VIDEO_MA2MBA:
         if vision or tokenizer:
             raise ConversionError("The source is a Video-Ma2mba, with a vision tower and a tokenizer of its own.")
@@ -75,12 +74,12 @@ def prepare(kind: str, source: Path, name: str, vision: str | Path | None, token
         rules = rules_for(config, table, TO_MAMBA2, fresh=r"model\.projector\..+")
 
     def write_companions(folder: Path) -> None:
-        config.save_pretrained(folder)
+        text, end = config.text_config, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        tokens = {"bos_token_id": text.bos_token_id, "pad_token_id": text.pad_token_id}
+        GenerationConfig(**tokens, eos_token_id=[end, text.eos_token_id], do_sample=False).save_pretrained(folder)
         processor.save_pretrained(folder)
-        _generation_config(config, processor).save_pretrained(folder)
-        write_hub_files(source, folder, config, kind, name)
 
-    return Conversion(config, readers, rules, write_companions)
+    return Conversion(kind, config, readers, rules, write_companions)
 
 
 def _from_state_spaces(source: Path) -> dict:
@@ -153,11 +152,3 @@ def _processor(config: VideoMa2mbaConfig, folder: Path) -> VideoMa2mbaProcessor:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config.text_config, name, getattr(tokenizer, name))
     return processor
-
-
-def _generation_config(config: VideoMa2mbaConfig, processor: VideoMa2mbaProcessor) -> GenerationConfig:
-    text = config.text_config
-    end = [processor.tokenizer.convert_tokens_to_ids("<|im_end|>"), text.eos_token_id]
-    return GenerationConfig(
-        bos_token_id=text.bos_token_id, pad_token_id=text.pad_token_id, eos_token_id=end, do_sample=False
-    )

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
                 raise UserError(f"--save-memory {memory} is a folder; give the name of a file.")
             if not memory.resolve().parent.is_dir():
                 raise UserError(f"--save-memory {memory}: there is no such folder; make it first.")
-    check_kind(base_of(args.model), ("vamba", "video_ma2mba"))  # at once, before torch is imported
+    check_kind(base_of(args.model))  # at once, before torch is imported
     quiet_transformers()
     from .chat import MEMORIES, load_chat
 

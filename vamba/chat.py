@@ -226,7 +226,7 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
         raise UserError(f"{device=} is no device of PyTorch; give 'cpu' or e.g. 'cuda:0'.") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
-    check_kind(base := base_of(path), MEMORIES)
+    check_kind(base := base_of(path))
     device_map = device or ("auto" if torch.cuda.is_available() else None)
     own_processor = base == path or (checkpoint_folder(path) / "processor_config.json").is_file()
     source = path if own_processor else base

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file, logging
 from yaml import YAMLError
 
@@ -24,7 +25,6 @@ from .modeling.configuration_vamba import VambaConfig
 from .modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 
 
-_CONFIGS = {"vamba": VambaConfig, "video_ma2mba": VideoMa2mbaConfig}
 METADATA = ("license", "license_name", "license_link", "base_model")  # of a card, that models made of a model share
 _FRESH = {"vamba": "Mamba-2 blocks are", "video_ma2mba": "projector is"}
 _LIMITS = {
@@ -78,7 +78,7 @@ def write_model_card(
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "parameters": _count_parameters(config),
-        "limits": _LIMITS[state].format(fresh=_FRESH[model_type]),
+        "limits": _LIMITS[state].format(fresh=_FRESH[model_type]) + "\n",  # the last, which jinja would take away
     }
     if model_type == "vamba":
         values["bytes_per_token"] = f"{bytes_per_token(config) / 1e3:.1f}"
@@ -133,12 +133,12 @@ def read_config(folder: str | os.PathLike) -> VambaConfig | VideoMa2mbaConfig:
     Raises:
         UserError: no checkpoint, or another kind of one.
     """
-    return _CONFIGS[check_kind(os.fspath(folder), _CONFIGS)].from_pretrained(folder)
+    check_kind(os.fspath(folder))
+    return AutoConfig.from_pretrained(folder)
 
 
 def _count_parameters(config: VambaConfig | VideoMa2mbaConfig) -> str:
     import torch
-    from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
         count = AutoModelForImageTextToText.from_config(config).num_parameters()

@@ -24,7 +24,7 @@ from transformers import CompileConfig
 from vamba.bench.models import load_ours
 from vamba.modeling import VideoMemory
 from vamba.modeling.split_key_attention_triton import split_key_attention
-from vamba.modeling.video_level import FP8, VideoLevel
+from vamba.modeling.video_memory import FP8, VideoLevel
 
 
 PROMPT, SHORT, LONG = 128, 8, 72

@@ -26,10 +26,9 @@ import torch
 from vamba.bench.measure import Clock, Stopwatch, allocated, last_to_first, now, peak, release, reset_peak
 from vamba.bench.models import random_model
 from vamba.modeling import StateMemory, VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
-from vamba.modeling.chunked_loss import chunked_causal_lm_loss
 from vamba.modeling.configuration_video_ma2mba import SIZES
-from vamba.modeling.frame_streaming import default_chunk_frames
-from vamba.modeling.multi_axis_memory import (
+from vamba.modeling.media import default_chunk_frames
+from vamba.modeling.multi_axis import (
     MemoryCosts,
     choose_intervals,
     cpu_memory_budget,
@@ -37,6 +36,7 @@ from vamba.modeling.multi_axis_memory import (
     memory_budget,
     paper_costs,
 )
+from vamba.modeling.video_model import chunked_causal_lm_loss
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

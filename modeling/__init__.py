@@ -31,9 +31,6 @@ _HOMES = {
     "Mamba2State": "mamba2",
     "ssd_scan": "state_space_duality",
     "causal_conv1d": "causal_conv1d",
-    "read_video": "video_reading",
-    "load_video": "video_reading",
-    "VideoReadError": "frame_selection",
 }
 
 __all__ = list(_HOMES)

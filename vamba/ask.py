@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     reading = {name: value for name in READING if (value := getattr(args, name)) is not None}
     if not args.video.endswith(".safetensors"):  # tell of a bad video before loading a large model
-        from .modeling import read_video
+        from .video import read_video
 
         read_video(args.video, allow_urls=args.allow_urls, **reading).close()
     chat = load_chat(args.model, dtype=args.dtype, device=args.device)

@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteriaList, TextIteratorStreamer
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
-from .errors import UserError, opening
-from .modeling import StateMemory, VideoMemory, VideoReadError
-from .modeling.frame_streaming import default_chunk_frames, load_ahead, read_ahead
+from .errors import UserError, VideoReadError, opening
+from .modeling import StateMemory, VideoMemory
 from .modeling.graphed_decoding import GraphedDecoding
+from .modeling.media import default_chunk_frames, load_ahead
+from .video import read_ahead
 
 
 # What each kind of model remembers a video in.

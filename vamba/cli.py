@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from logging import ERROR, getLogger
 
-from .errors import UserError
+from .errors import UserError, VideoReadError
 
 
 # name -> (what it does, its module): `add_arguments(parser)`, and `run(args)`, which returns the exit code or None.
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             raise
         line = " ".join(str(error).split())
-        if _is_mistake(error):
+        if isinstance(error, (UserError, VideoReadError)):
             print(f"vamba: {line}", file=sys.stderr)
             return 2
         print(f"vamba: {type(error).__name__}: {line} (a fault; the traceback is in {_log(error)})", file=sys.stderr)
@@ -63,12 +63,6 @@ def _reader_has_gone() -> bool:
         return True
     except (AttributeError, OSError, ValueError):  # Windows has no poll, and what replaces stdout is no file
         return False
-
-
-def _is_mistake(error: Exception) -> bool:
-    """By type: ours, and that of the model's video reader, which knows nothing of us."""
-    reading = sys.modules.get("vamba.modeling.frame_selection")  # which imports torch
-    return isinstance(error, (UserError, *([reading.VideoReadError] if reading else [])))
 
 
 def _log(error: Exception) -> str:

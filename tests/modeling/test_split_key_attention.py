@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from triton_interpreter import DEVICE, INTERPRETED, on_a_gpu, run_interpreted
 
-from vamba.modeling import cross_attention
+from vamba.modeling import modeling_vamba
 from vamba.modeling.split_key_attention_triton import can_split_keys, split_key_attention
-from vamba.modeling.video_level import FP8, VideoLevel
+from vamba.modeling.video_memory import FP8, TextSlice, VideoLevel
 
 from tiny_vamba import tiny_model
 
@@ -77,8 +77,8 @@ def test_a_layer_reads_what_a_memory_keeps(kept, monkeypatch):
     if kept != "float32":
         video = video.stored_as(FP8)
         expected = video.stored_as(torch.bfloat16)
-        monkeypatch.setattr(cross_attention, "reads_fp8", lambda device: kept == "fp8")
-    actual, reference = layer(hidden, video)[0], layer(hidden, expected)[0]
+        monkeypatch.setattr(modeling_vamba, "reads_fp8", lambda device: kept == "fp8")
+    actual, reference = (layer(hidden, [(TextSlice(), level)])[0] for level in (video, expected))
     assert_near(actual, reference.double())
     assert kept == "fp8" or torch.equal(actual, reference)
 

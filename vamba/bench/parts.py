@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from vamba.modeling import read_video
+from vamba.video import read_video
 
 from .measure import Clock, Ours, Stopwatch, now
 from .models import linear_weights

@@ -4,7 +4,9 @@ What is unusual: qwen-vl-utils 0.0.14 reads files with torchcodec, decord or `to
 gone from torchvision, and without the other two every path fails, which is the state a plain install is in.
 """
 
-from .errors import UserError
+from vamba.errors import UserError
+
+from .reading import frames_asked_for, load_with_metadata
 
 
 def register_with_qwen_vl_utils() -> None:
@@ -22,23 +24,12 @@ def register_with_qwen_vl_utils() -> None:
 
 def _read(item: dict) -> tuple:
     """Frames (T, 3, H, W) of their own size, what they are, and how many a second, for an item of a message."""
-    from .modeling import load_video, read_video
-
-    options = {"start": item.get("video_start"), "end": item.get("video_end"), "resize": False}
     item = {name: value for name, value in item.items() if value is not None}
-    sampling = {"num_frames": item["nframes"]} if "nframes" in item else {"fps": item.get("fps", 2.0)}
-    with read_video(item["video"], **options, **sampling) as reader:
-        count, about = reader.num_frames_expected or 1, reader.metadata
-    bounded = min(max(count, item.get("min_frames", 1)), item.get("max_frames", count))
-    if "nframes" not in item and bounded != count:
-        sampling = {"num_frames": bounded}
-    frames, times = load_video(item["video"], **options, **sampling)
-    rate = about.fps or 1.0
-    metadata = {
-        "fps": rate,
-        "frames_indices": (times * rate).round().long().tolist(),
-        "total_num_frames": about.total_frames or len(frames),
-        "video_backend": "pyav",
-    }
+    names = {"video_start": "start", "video_end": "end", "nframes": "num_frames"}
+    options = {"resize": False} | {own: item[theirs] for theirs, own in names.items() if theirs in item}
+    if "num_frames" not in options:
+        options |= {"fps": 2.0} | {name: item[name] for name in ("fps", "min_frames", "max_frames") if name in item}
+    options, _, _ = frames_asked_for(item["video"], options)
+    frames, times, metadata = load_with_metadata(item["video"], **options)
     span = float(times[-1] - times[0])
-    return frames, metadata, (len(frames) - 1) / span if span else sampling.get("fps", rate)
+    return frames, metadata, (len(frames) - 1) / span if span else options.get("fps", metadata["fps"])

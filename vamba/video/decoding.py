@@ -6,24 +6,21 @@ descriptor and every other protocol is refused, so a playlist cannot reach the n
 are counted and passed over.
 """
 
-import copy
 import io
 import math
 import os
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-from .frame_selection import (
-    MAX_GAP,
-    MAX_PIXELS,
-    PresentationClock,
-    VideoInfo,
-    VideoReadError,
-    check_picture_size,
-    import_av,
-    to_rgb,
-)
+import av
+from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
+
+from vamba.errors import VideoReadError
+
+from .pictures import MAX_PIXELS, ArrayClip, VideoInfo, check_picture_size, to_rgb
 from .pyav_versions import frame_duration, is_cover_art, key_frame_index, quarter_turns
+from .selection import MAX_GAP, PresentationClock
 
 
 MAX_READ_FAILURES = 32  # reads of the container that may fail before the file counts as ended
@@ -31,6 +28,7 @@ MIN_SKIP = 2.0  # seconds: nearer instants are reached by decoding
 MIN_GAIN = 1.0  # seconds of decoding that a jump must save, where an index tells
 URL_PROTOCOLS = "http,https,httpproxy,tcp,tls,crypto,ftp,rtmp,rtmps,rtmpt,rtp,rtsp,srtp,udp,data"
 URL_TIMEOUT = 30.0
+NO_FRAMES = "not one frame of the video stream could be decoded; the file is damaged"
 
 
 class PyavClip:
@@ -39,14 +37,11 @@ class PyavClip:
     def __init__(self, name, source, threads):
         self.name, self.source, self.threads = name, source, threads
         self.info = None
-        probe = PyavStream(self, threads=1)
-        try:
+        with closing(PyavStream(self, threads=1)) as probe:
             if next(probe.pictures(), None) is None:
-                raise VideoReadError(f"{name}: not one frame of the video stream could be decoded; the file is damaged")
+                raise VideoReadError(NO_FRAMES)
             self.info = probe.info
             self.origin = probe.origin
-        finally:
-            probe.close()
 
     def open(self):
         return PyavStream(self, self.threads)
@@ -54,17 +49,14 @@ class PyavClip:
     def last_time(self):
         """When the last frame starts: from the packets at the declared end, or from all if those tell nothing."""
         for from_end in (True, False):
-            stream = PyavStream(self, threads=1)
-            try:
+            with closing(PyavStream(self, threads=1)) as stream:
                 last = stream.scan_packets(from_end)
-            finally:
-                stream.close()
             if last is not None:
                 return last
         return 0.0
 
 
-def _open_container(av, name, source):
+def _open_container(source):
     """The opened container; of all protocols only the one that carries `source` itself is allowed."""
     try:
         if isinstance(source, Path):
@@ -81,10 +73,10 @@ def _open_container(av, name, source):
             source = io.BytesIO(source)
         source.seek(0)
         return av.open(source, options={"protocol_whitelist": "none"}, metadata_errors="replace")
-    except (OSError, ValueError, av.error.FFmpegError) as error:
+    except (OSError, ValueError, FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error
         raise VideoReadError(
-            f"{name}: cannot be opened as a video ({reason}); check that it is a complete video file"
+            f"cannot be opened as a video ({reason}); check that it is a complete video file"
         ) from error
 
 
@@ -92,8 +84,7 @@ class PyavStream:
     """One pass over a video's frames, in presentation order, with jumps over what nobody asked for."""
 
     def __init__(self, clip, threads):
-        self.av = import_av(clip.name)
-        self.name, self._clip, self._threads = clip.name, clip, threads
+        self._clip, self._threads = clip, threads
         self.lost = self.packets = self.damaged = 0
         self.origin = self.end_time = self.info = None
         self._wanted = self._landing = self._tried = None
@@ -102,17 +93,17 @@ class PyavStream:
         self._position = self._replayed = -math.inf
         self._retreats = 0
         self._ended = False
-        self._reformatter = self.av.video.reformatter.VideoReformatter()
+        self._reformatter = VideoReformatter()
         self._open()
 
     def _open(self):
-        self.container = _open_container(self.av, self.name, self._clip.source)
+        self.container = _open_container(self._clip.source)
         try:
-            self.stream = _video_stream(self.container, self.name)
+            self.stream = _video_stream(self.container)
             context = self.stream.codec_context
             if context is None:
-                raise VideoReadError(f"{self.name}: no decoder for its video codec; convert it, for example to H.264")
-            check_picture_size(self.name, context.width, context.height)
+                raise VideoReadError("no decoder for its video codec; convert it, for example to H.264")
+            check_picture_size(context.width, context.height)
             context.thread_type = "AUTO"
             context.thread_count = self._threads
             context.options = {"max_pixels": str(MAX_PIXELS)}
@@ -185,7 +176,7 @@ class PyavStream:
         self._newest = -math.inf
         try:
             self.container.seek(self.origin + round(time / self.time_base), stream=self.stream)
-        except (self.av.error.FFmpegError, OverflowError):
+        except (FFmpegError, OverflowError):
             self._start_over()
 
     def _seek_earlier(self):
@@ -213,7 +204,7 @@ class PyavStream:
             try:
                 yield from self.container.demux(self.stream)
                 return
-            except self.av.error.FFmpegError:
+            except FFmpegError:
                 self.lost += 1
             except IndexError:  # PyAV at the end of a file in which streams appeared on the way
                 return
@@ -225,7 +216,7 @@ class PyavStream:
                 return self.stream.codec_context.decode(None)
             self._spare(packet)
             return packet.decode()
-        except self.av.error.FFmpegError:
+        except FFmpegError:
             self.lost += packet is not None
             return []
 
@@ -252,11 +243,11 @@ class PyavStream:
         return duration if 0 < duration <= MAX_GAP else self._clock.interval
 
     def _describe_first(self, frame):
-        check_picture_size(self.name, frame.width, frame.height)
+        check_picture_size(frame.width, frame.height)
         turns = quarter_turns(frame)
         size = (frame.width, frame.height) if turns % 2 == 0 else (frame.height, frame.width)
-        codec = self.stream.codec_context.name
-        return VideoInfo(self.name, self.duration, self.rate, *size, codec, turns * 90, self.stream.frames or None)
+        codec, count = self.stream.codec_context.name, self.stream.frames or None
+        return VideoInfo(self._clip.name, self.duration, self.rate, *size, codec, turns * 90, count)
 
     def scan_packets(self, from_end):
         """Time of the last frame in seconds by demultiplexing only; None when there is no packet with a time."""
@@ -266,7 +257,7 @@ class PyavStream:
                 return None
             try:
                 self.container.seek(origin + round(self.duration / self.time_base), stream=self.stream)
-            except (self.av.error.FFmpegError, OverflowError):
+            except (FFmpegError, OverflowError):
                 return None
         last, count, limit = None, 0, max(self.duration or 0.0, 0.0) + MAX_GAP
         for packet in self._packets():
@@ -288,13 +279,13 @@ class PyavStream:
         """`frame` upright as uint8 RGB (3, height, width), or None when it cannot be converted."""
         self.damaged += frame.is_corrupt
         try:
-            return to_rgb(self.av, self._reformatter, frame, height, width, self._threads)
-        except (self.av.error.FFmpegError, ValueError):
+            return to_rgb(self._reformatter, frame, height, width, self._threads)
+        except (FFmpegError, ValueError):
             self.lost += 1
             return None
 
 
-def _video_stream(container, name):
+def _video_stream(container):
     """The video stream that a player would show; cover art does not count."""
     streams = [s for s in container.streams.video if not is_cover_art(s)]
     best = container.streams.best("video")
@@ -305,7 +296,7 @@ def _video_stream(container, name):
     # not by each stream's type, of which PyAV before 17 makes a segmentation fault where it is unknown
     kinds = [kind for kind in ("audio", "data", "subtitles") if getattr(container.streams, kind)]
     found = f"only {' and '.join(kinds)}" if kinds else "nothing"
-    raise VideoReadError(f"{name}: has no video stream ({found}); give a file with moving pictures")
+    raise VideoReadError(f"has no video stream ({found}); give a file with moving pictures")
 
 
 def _sound_rate(stream):
@@ -325,29 +316,25 @@ def _declared_duration(stream, container):
     return duration / 1e6 if duration > 0 else None
 
 
-class TorchcodecClip:
-    """A video decoded by torchcodec; its own stream. Local files go in as file objects, so nothing else is opened."""
-
-    damaged = lost = packets = 0
-    tolerance = 1e-6
+class TorchcodecClip(ArrayClip):
+    """A video decoded by torchcodec. Local files go in as file objects, so nothing else is opened."""
 
     def __init__(self, name, source, threads):
         try:
             from torchcodec.decoders import VideoDecoder
         except (ImportError, RuntimeError, OSError) as error:
             raise VideoReadError(
-                f"{name}: backend='torchcodec' is not available; pip install torchcodec (it needs FFmpeg's "
-                "shared libraries), or use backend='pyav'"
+                "backend='torchcodec' is not available; pip install torchcodec (it needs FFmpeg's shared libraries), "
+                "or use backend='pyav'"
             ) from error
-        self.name, self._source, self._decoder_type, self._threads = name, source, VideoDecoder, threads
-        self._file = self.end_time = self._wanted = None
+        self._source, self._decoder_type, self._threads = source, VideoDecoder, threads
+        self._file = self._wanted = None
         with self._errors():
             metadata = self._new_decoder().metadata
-        self._begin, self._end = metadata.begin_stream_seconds or 0.0, metadata.end_stream_seconds
-        size = metadata.width, metadata.height
-        check_picture_size(name, *size)
-        span, count = self._end - self._begin, metadata.num_frames
-        self.info = VideoInfo(name, span, metadata.average_fps, *size, metadata.codec, 0, count)
+        self._begin = metadata.begin_stream_seconds or 0.0
+        span, size = metadata.end_stream_seconds - self._begin, (metadata.width, metadata.height)
+        check_picture_size(*size)
+        self.info = VideoInfo(name, span, metadata.average_fps, *size, metadata.codec, 0, metadata.num_frames)
         self.close()
 
     @contextmanager
@@ -358,7 +345,7 @@ class TorchcodecClip:
             raise
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise VideoReadError(f"{self.name}: torchcodec cannot read it ({reason[0]})") from error
+            raise VideoReadError(f"torchcodec cannot read it ({reason[0]})") from error
 
     def _new_decoder(self):
         self._file = open(self._source, "rb") if isinstance(self._source, Path) else None
@@ -367,11 +354,6 @@ class TorchcodecClip:
 
     def last_time(self):
         return max(self.info.duration - 1 / (self.info.fps or 25.0), 0.0)
-
-    def open(self):
-        stream = copy.copy(self)
-        stream._reformatter = None
-        return stream
 
     def pictures(self):
         decoder, time, last = self._new_decoder(), 0.0, -1.0
@@ -389,14 +371,8 @@ class TorchcodecClip:
     def skip_to(self, target):
         self._wanted = target if math.isfinite(target) else None
 
-    def render(self, frame, height, width):
-        av = import_av(self.name)
-        self._reformatter = self._reformatter or av.video.reformatter.VideoReformatter()
-        picture = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
-        return to_rgb(av, self._reformatter, picture, height, width)
-
-    def missing_from_end(self):
-        return 0.0
+    def array(self, picture):
+        return picture.permute(1, 2, 0).numpy()
 
     def close(self):
         if self._file is not None:

@@ -102,7 +102,7 @@ def rss():
 
 def read_one(source, options):
     """'read' or 'refused'; anything else that happens is a failure of the reader."""
-    from vamba.modeling.video_reading import VideoReadError, read_video
+    from vamba.video import VideoReadError, read_video
 
     last, count = -math.inf, 0
     try:

@@ -1,59 +1,32 @@
-"""What the two models have in common: where media stand in a text, the tower's passes over frames, logits and loss.
+"""What the two models have in common: embeddings, positions of text, the tower's passes over frames, logits and loss.
 
-Shapes: B batch, N text tokens, D hidden.
+What is unusual: only positions with a label pass the language model head, a chunk of them at a time, and a chunk's
+logits are computed again in the backward pass (`chunked_causal_lm_loss`). Same idea as Liger's fused linear
+cross-entropy, in PyTorch alone: the head is called as a module, so adapters on it, FSDP and ZeRO work as ever.
+
+Shapes: B batch, N text tokens, T targets, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import accumulate
 from math import ceil
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import logging
-from transformers.utils.import_utils import is_tracing
+from transformers.utils.generic import can_return_tuple
 
-from .chunked_loss import chunked_causal_lm_loss
-from .frame_streaming import MAX_CHUNK_FRAMES, normalized
-from .media import MediaItem, split_frames
-from .ranks import calls_are_shared
+from .media import MAX_CHUNK_FRAMES, MediaItem, chunk_patches, load_ahead, normalized, split_frames, to_device
+from .ranks import agree_on_calls, calls_are_shared, largest_of_ranks, weights_are_sharded
 from .weights_fingerprint import WeightsFingerprint, are_same_weights
 
 
 logger = logging.get_logger(__name__)
 
-
-def flattened_lengths(
-    position_ids: Tensor | None, attention_mask: Tensor | dict | None, cu_seq_lens: Tensor | None
-) -> list[int] | None:
-    """Lengths of the samples that a collator without padding has put into one row; None if there is but one sample.
-
-    They are told by `cu_seq_lens` or by positions that start anew within the row, (1, N), or (3 or 4, 1, N) as for
-    Qwen2-VL. Positions that come with padding tell nothing, and while a graph is traced nobody can look at them.
-
-    Raises:
-        ValueError: positions start anew in one of several rows.
-    """
-    given = position_ids if cu_seq_lens is None else cu_seq_lens
-    if given is None or given.shape[-1] < 2 or is_tracing(given):
-        return None
-    if cu_seq_lens is not None:
-        return cu_seq_lens.diff().tolist()
-    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or not attention_mask.all()):
-        return None
-    text_BN = position_ids[0] if position_ids.dim() == 3 else position_ids
-    anew_BN = text_BN.diff() < 1
-    if not anew_BN.any():
-        return None
-    B, N = text_BN.shape
-    if B > 1:
-        raise ValueError(
-            f"position_ids start anew within {int(anew_BN.any(1).sum())} of {B} rows: samples put together without "
-            "padding have to be a single row, with their packed_lengths or these positions."
-        )
-    borders = [0, *(anew_BN[0].nonzero().flatten() + 1).tolist(), N]
-    return [end - start for start, end in pairwise(borders)]
+LOGITS_AT_ONCE = 2**26  # numbers in one chunk of logits: 256 MiB in float32
 
 
 class VideoModelMixin:
@@ -107,14 +80,12 @@ class VideoModelMixin:
             self._shares_calls = calls_are_shared(self)
         return self._shares_calls
 
-    def warn_of_unseen_media(self, input_ids: Tensor | None, *memories: Cache) -> None:
+    def warn_of_unseen_media(self, input_ids: Tensor | None, seen: bool) -> None:
         """Where text has marks of media and nothing was seen: others' collators leave media out and keep the marks.
 
         Single tokens, as in decoding, are not looked at, as that would wait for the device.
         """
-        if input_ids is None or input_ids.shape[1] < 2 or input_ids.is_meta or torch.compiler.is_compiling():
-            return
-        if any(memory.video_length or memory.get_seq_length() for memory in memories):
+        if seen or input_ids is None or input_ids.shape[1] < 2 or input_ids.is_meta or torch.compiler.is_compiling():
             return
         starts, ends = (input_ids == getattr(self.config, f"vision_{side}_token_id") for side in ("start", "end"))
         if (starts[:, :-1] & ends[:, 1:]).any():
@@ -123,6 +94,11 @@ class VideoModelMixin:
                 "the model sees nothing there. Pass on all that the processor returns; in training, a collator that "
                 "knows videos, as vamba.data.Collator does."
             )
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):
+        """`get_video_features` of images, each of which is one frame: (1, height, width) in patches."""
+        return self.get_video_features(pixel_values, image_grid_thw, return_dict=True, **kwargs)
 
     @property
     def tower_trains(self) -> bool:
@@ -162,22 +138,32 @@ class VideoModelMixin:
         """Temporal patches that the tower takes at once."""
         return MAX_CHUNK_FRAMES // self.config.vision_config.temporal_patch_size
 
-    def count_passes(self, items: Iterable[MediaItem]) -> int:
-        return ceil(sum(item.t for item in items) / self.pass_frames)
+    def media_tokens(
+        self, chunks: list[list[MediaItem]], pixels: dict[str, Tensor], whole: bool
+    ) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+        """The tokens of each chunk's items, in order, wherever they are cut, while the next chunk is being loaded.
 
-    def tower_tokens(
-        self, items: list[MediaItem], parts: list[Tensor], passes: int
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """The tokens of the items, run by run of frames, after `passes` passes of the tower.
+        Beside them comes zero for the frames that only other ranks have (see `ranks`), to be added to something that
+        backward goes through, or None; at the end by itself for each chunk that only they have.
 
-        Of these as many are for black frames as this rank needs less than another; what they give is zero, to be added
-        to something that backward goes through, or None. `parts` holds the items' patches in order, wherever cut.
+        Args:
+            pixels: the patches of all images and of all videos, by kind.
+            whole: nothing was cut into chunks; patches are then copied to the device pass by pass.
         """
-        tokens = [part for taken in self._tower_passes(items, parts) for part in self._tower_pass(*taken)]
-        return tokens, self.black_passes(passes - self.count_passes(items))
+        needed = [ceil(sum(item.t for item in items) / self.pass_frames) for items in chunks]
+        passes, device = agree_on_calls(self, needed, self.visual.device), self.visual.device
+
+        def load(items: list[MediaItem]) -> list[Tensor]:
+            return [part if whole else to_device(part, device) for part in chunk_patches([items], pixels)]
+
+        loaded = load_ahead(chunks, load, device)
+        for index, called in enumerate(passes):
+            items, patches = next(loaded, ([], []))
+            tokens = [part for taken in self._tower_passes(items, patches) for part in self._tower_pass(*taken)]
+            yield tokens, self.black_passes(called - (needed[index] if index < len(needed) else 0))
 
     def black_passes(self, count: int) -> Tensor | None:
-        """Zero, after so many passes of the smallest frame through the tower; None for none."""
+        """Zero, after so many passes of the smallest frame, in black, through the tower; None for none."""
         vision, side = self.config.vision_config, self.smallest_side
         numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         black = torch.zeros(side**2, numbers, device=self.visual.device, dtype=self.visual.dtype)
@@ -230,4 +216,82 @@ class VideoHeadMixin:
         return {"logits": logits, "loss": loss}
 
 
-__all__ = ["VideoHeadMixin", "VideoModelMixin", "flattened_lengths"]
+# --- positions of text ------------------------------------------------------------------------------------------------
+
+
+def text_position_ids(
+    position_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor, past_length: int
+) -> Tensor:
+    """(3, B, N) positions for M-RoPE: text counts text only, padding on the left not counted.
+
+    `position_ids` may be given as (B, N) or, as for Qwen2-VL, (3, B, N), or (4, B, N) with those of the text first.
+    """
+    B, N = inputs_embeds.shape[:2]
+    if position_ids is None:
+        if attention_mask is not None and not isinstance(attention_mask, dict) and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -N:]
+        else:
+            position_ids = (torch.arange(N, device=inputs_embeds.device) + past_length).unsqueeze(0)
+    if position_ids.dim() == 2:
+        position_ids = position_ids.unsqueeze(0)
+    return position_ids[-3:].expand(3, B, -1).to(inputs_embeds.device)
+
+
+def positions_in_samples(lengths: list[int], device: torch.device) -> Tensor:
+    """(1, N) positions of the tokens of samples packed into one row, each counted from zero."""
+    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+
+
+def varlen_kwargs(lengths: list[int], device: torch.device) -> dict[str, Tensor | int]:
+    """What keeps packed samples apart in flash attention, which takes no mask."""
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts) | dict.fromkeys(
+        ("max_length_q", "max_length_k"), max(lengths)
+    )
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+def chunked_causal_lm_loss(
+    lm_head: nn.Module,
+    hidden_BND: Tensor,
+    labels_BN: Tensor,
+    vocab_size: int,
+    num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """The loss of transformers' `ForCausalLMLoss(lm_head(hidden_BND), labels_BN, ...)`, gradients included.
+
+    Args:
+        lm_head: maps (n, D) to logits (n, vocab_size).
+        hidden_BND: what the head would be given. labels_BN: int64, `ignore_index` where nothing is to be predicted;
+            the label of position n + 1 is the target of position n.
+        num_items_in_batch: what the sum is divided by (targets of all batches of an optimizer step); None divides by
+            this batch's own number of targets.
+        chunk_tokens: targets whose logits exist at once; None for as many as make 2**26 numbers.
+
+    Returns:
+        A scalar, float32 for half-precision inputs.
+
+    Source: `transformers.loss.loss_utils.ForCausalLMLoss`.
+    """
+    targets_BN = nn.functional.pad(labels_BN[:, 1:], (0, 1), value=ignore_index).to(hidden_BND.device)
+    chosen_BN = targets_BN != ignore_index
+    hidden_TD, targets_T = hidden_BND[chosen_BN], targets_BN[chosen_BN]
+    size = chunk_tokens or max(1, LOGITS_AT_ONCE // vocab_size)
+    chunks = list(zip(hidden_TD.split(size), targets_T.split(size)))  # an empty one where there is no target at all
+    if weights_are_sharded(lm_head):
+        (most,) = largest_of_ranks([len(chunks)], hidden_TD.device)
+        chunks += [(hidden_TD[:0], targets_T[:0])] * (most - len(chunks))
+    total = sum(checkpoint(_chunk_loss, lm_head, *chunk, use_reentrant=False) for chunk in chunks)
+    if num_items_in_batch is None:
+        return total / targets_T.numel() if targets_T.numel() else total / total.new_zeros(())
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+
+def _chunk_loss(lm_head: nn.Module, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+    logits_TV = lm_head(hidden_TD)
+    logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    return nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum")

@@ -9,6 +9,7 @@ Shapes: B batch, M video tokens, N text tokens, S video tokens of one chunk, D h
 """
 
 import contextlib
+import re
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -83,6 +84,15 @@ class VambaPreTrainedModel(MultiAxisCheckpointingMixin, PreTrainedModel):
                 init.constant_(module.alpha, 0.5)
         else:
             super()._init_weights(module)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        earlier = re.compile(r"cross_attn\.[kv]_proj\.|video_encoder\.layers\.")
+        if any(map(earlier.search, loading_info.unexpected_keys)):
+            raise ValueError(
+                "This checkpoint is in Vamba's earlier format, with the video's keys and values in the decoder layers: "
+                "bring it into the present one with `vamba convert OLD NEW`."
+            )
 
 
 # Beyond as many queries, text rows that share a video counted together, flash attention fills the GPU by itself.

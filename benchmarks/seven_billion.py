@@ -55,7 +55,7 @@ def write_random_checkpoint(folder: Path, layers: int) -> None:
     with torch.device("cuda"):
         model = Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="5GB")
-    from vamba.demo.tiny_checkpoint import tiny_tokenizer  # the words are random anyway
+    from vamba.demo.tiny_checkpoints import tiny_tokenizer  # the words are random anyway
 
     tiny_tokenizer(["What happens in this video?"]).save_pretrained(folder)
 

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProce
 from transformers.video_utils import VideoMetadata
 
 import vamba
-from vamba.demo.tiny_checkpoint import CHAT_TEMPLATE, tiny_tokenizer
+from vamba.demo.tiny_checkpoints import CHAT_TEMPLATE, tiny_tokenizer
 from vamba.modeling import VambaProcessor, VideoReadError
 
 

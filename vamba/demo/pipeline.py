@@ -30,7 +30,7 @@ from .tiny_checkpoints import TEXT, make_tiny_clip, make_tiny_mamba2, make_tiny_
 from .videos import ANSWERS, FPS, QUESTIONS, SIZE, Story, render, stories, write_video
 
 
-STEPS, BATCH_SIZE, LEARNING_RATE = 550, 24, 2e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 400, 24, 2e-3
 TRAIN_VIDEOS, TEST_VIDEOS = 1800, 64
 CONVERSATIONS = 4  # about each training video
 WITHOUT_VIDEO = 1 / 8  # share of the conversations that come without their video

@@ -14,7 +14,6 @@ take near the least memory, those of "auto" are what training chooses, `--cells 
 import argparse
 import csv
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -348,4 +347,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

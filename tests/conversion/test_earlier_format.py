@@ -48,7 +48,7 @@ def test_it_is_converted_and_computes_the_same(earlier, tmp_path):
 
 def test_it_is_not_loaded_with_fresh_weights_in_the_place_of_its_own(earlier):
     with pytest.raises(ValueError, match="vamba convert OLD NEW"):
-        AutoModelForImageTextToText.from_pretrained(earlier[0])
+        VambaForConditionalGeneration.from_pretrained(earlier[0])
 
 
 def test_dtype_and_sharding(earlier, tmp_path):

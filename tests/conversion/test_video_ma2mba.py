@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from vamba.conversion import ConversionError, convert
-from vamba.demo.tiny_mamba2 import make_tiny_clip, make_tiny_mamba2
+from vamba.demo.tiny_checkpoints import make_tiny_clip, make_tiny_mamba2
 
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32
@@ -26,7 +26,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32
 def sources(tmp_path_factory):
     """Folders `mamba2` and `clip` as transformers writes them; for reading only."""
     folder = tmp_path_factory.mktemp("sources")
-    make_tiny_mamba2(folder / "mamba2", ["What happens?"], mamba_config={"state_size": 16, "chunk_size": 16})
+    make_tiny_mamba2(folder / "mamba2", ["What happens?"])
     make_tiny_clip(folder / "clip", width=32, image_size=16, patch_size=4, depth=3)
     for name in ("mamba2", "clip"):  # off their trivial values, so that a swap of two norms shows
         path = folder / name / "model.safetensors"

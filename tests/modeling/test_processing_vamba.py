@@ -15,7 +15,7 @@ from transformers.video_utils import VideoMetadata
 
 import vamba
 from vamba import VideoReadError
-from vamba.demo.tiny_checkpoint import CHAT_TEMPLATE, tiny_tokenizer
+from vamba.demo.tiny_checkpoints import CHAT_TEMPLATE, tiny_tokenizer
 from vamba.modeling import VambaProcessor
 
 

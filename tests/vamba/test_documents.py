@@ -20,7 +20,7 @@ import yaml
 import vamba
 from vamba import cli
 from vamba.conversion import convert
-from vamba.demo.tiny_mamba2 import make_tiny_clip, make_tiny_mamba2
+from vamba.demo.tiny_checkpoints import make_tiny_clip, make_tiny_mamba2
 from vamba.training import load_recipe
 
 from training_data import recipe_values, write_dataset

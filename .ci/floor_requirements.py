@@ -1,4 +1,4 @@
-"""Prints the lowest versions that the installed vamba allows, as requirements for pip: `av>=14.0` becomes `av==14.0.*`.
+"""Prints the lowest versions that the installed vamba allows, as requirements for pip: `av>=14.0` becomes `av==14.0`.
 
     python .ci/floor_requirements.py [NAME ...]
 
@@ -16,4 +16,4 @@ for requirement in map(Requirement, requires("vamba")):
         continue
     floors = [bound.version for bound in requirement.specifier if bound.operator == ">="]
     is_pinned = floors and requirement.name not in sys.argv[1:]
-    print(f"{requirement.name}=={floors[0]}.*" if is_pinned else requirement)
+    print(f"{requirement.name}=={floors[0]}" if is_pinned else requirement)

@@ -286,6 +286,7 @@ class VambaCrossAttention(Qwen2VLAttention):
         return output.unflatten(1, (share, N)).flatten(0, 1), weights
 
     def _attention(self, queries: Tensor, level: VideoLevel, mask_BM: Tensor | None, **kwargs):
+        mask_BM = None if mask_BM is None else mask_BM.to(queries.device)  # layers may be on several
         if self.splits_keys(queries, queries.shape[2]):
             fp8 = level.key_scales_BHM is not None and queries.shape[2] <= MAX_FP8_QUERIES and reads_fp8(queries.device)
             keys, values, *scales = level if fp8 else level.stored_as(queries.dtype)
@@ -474,7 +475,7 @@ class VambaTextModel(VambaPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         query_positions = position_embeddings if self.config.cross_attn_use_position_embeddings else None
         masked = self.layers[0].cross_attn.takes_masks(inputs_embeds)
-        reads = [video.reads(B, tokens, masked) for tokens, video in videos or ()]
+        reads = [video.reads(inputs_embeds, tokens, masked) for tokens, video in videos or ()]
         hidden_states = inputs_embeds
         for index, layer in enumerate(self.layers):
             device = layer.device_for(inputs_embeds)

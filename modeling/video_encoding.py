@@ -177,7 +177,8 @@ class VideoEncodingMixin:
         """Puts M-RoPE on a memory's keys or takes it off, once."""
         if not self.config.text_config.cross_attn_use_position_embeddings or memory.keys_are(rotated):
             return
-        positions_3BM = media_positions(memory.video_items(), self.config.vision_config.spatial_merge_size)
+        items = [[MediaItem(*item, start=0) for item in row] for row in memory.media]
+        positions_3BM = media_positions(items, self.config.vision_config.spatial_merge_size)
         if (mask_BM := memory.video_mask()) is not None:  # padding may stand between the chunks of a row
             valid = torch.arange(positions_3BM.shape[2]) < torch.tensor(memory.num_video_tokens).unsqueeze(1)
             spread = positions_3BM.new_zeros(3, *mask_BM.shape)

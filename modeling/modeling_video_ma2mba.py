@@ -32,7 +32,6 @@ from .media import (
     flattened_lengths,
     item_starts,
     list_media,
-    list_videos,
     media_of_rows,
     normalized,
     runs_of,
@@ -207,34 +206,8 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         )
         return output
 
-    def encode_video(
-        self,
-        pixel_values_videos: torch.FloatTensor,
-        video_grid_thw: torch.LongTensor,
-        memory: StateMemory | None = None,
-        *,
-        rows: list[int] | None = None,
-        continue_video: bool | None = None,
-        chunk_frames: int | None = None,
-    ) -> StateMemory:
-        """Reads video into a new `StateMemory`, or after what one has seen; any split of the frames gives the same.
-
-        The memory reads a `<|vision_start|>` before each video, and a `<|vision_end|>` between two: a prompt about it
-        begins with one `<|vision_start|><|vision_end|>` for each, as the chat template writes them.
-
-        Args:
-            pixel_values_videos: patches as the video processor makes them, (sum of t * h * w, patch size); as uint8
-                (`do_rescale=False, do_normalize=False`) they take a quarter of the memory and are normalised here.
-                They may stay on the CPU: each chunk is copied while the one before is computed.
-            video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
-            memory: what was seen before; it is extended in place and returned, unchanged if anything is raised. None
-                starts anew.
-            rows: for each video the row of the memory it belongs to; None puts all into row 0.
-            continue_video: whether the first video of a row continues its last one; None: if that was the last it saw.
-            chunk_frames: frames that go through the model at once, which bounds the activations; None means
-                128, or fewer where the GPU's free memory asks for it, or all while gradients are recorded.
-        """
-        videos = list_videos(pixel_values_videos, video_grid_thw, rows)
+    def _encode_videos(self, memory, videos, pixels, continue_video, chunk_frames) -> StateMemory:
+        """See `encode_video`: the memory reads a `<|vision_start|>` before each video, `<|vision_end|>` between two."""
         memory = StateMemory.of(memory, self.config)
         B = max([*(row for _, row in videos), memory.batch_size - 1], default=0) + 1
         by_row, marks = self._open_videos(memory, videos, B, continue_video)
@@ -245,7 +218,7 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         memory.check(self.config.text_config, B)
         embed = self.get_input_embeddings()
         inputs_embeds = embed(to_device(ids_BN, embed.weight.device))
-        self.read(memory, inputs_embeds, runs, {"video": pixel_values_videos}, chunk_frames)
+        self.read(memory, inputs_embeds, runs, pixels, chunk_frames)
         fewest, most = int(lengths.min()), int(lengths.max())
         memory.note_text(lengths.to(inputs_embeds.device), fewest, is_ragged=memory.is_ragged or fewest < most)
         return memory

@@ -20,7 +20,16 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .media import MAX_CHUNK_FRAMES, MediaItem, chunk_patches, load_ahead, normalized, split_frames, to_device
+from .media import (
+    MAX_CHUNK_FRAMES,
+    MediaItem,
+    chunk_patches,
+    list_videos,
+    load_ahead,
+    normalized,
+    split_frames,
+    to_device,
+)
 from .ranks import agree_on_calls, calls_are_shared, largest_of_ranks, weights_are_sharded
 from .weights_fingerprint import WeightsFingerprint, are_same_weights
 
@@ -95,6 +104,41 @@ class VideoModelMixin:
                 "the model sees nothing there. Pass on all that the processor returns; in training, a collator that "
                 "knows videos, as vamba.data.Collator does."
             )
+
+    def encode_video(
+        self,
+        pixel_values_videos: Tensor,
+        video_grid_thw: torch.LongTensor,
+        memory: Cache | None = None,
+        *,
+        rows: list[int] | None = None,
+        continue_video: bool | None = None,
+        chunk_frames: int | None = None,
+    ) -> Cache:
+        """Encodes video into a new memory, or appends it to one; any split of the frames gives the same result.
+
+        A `VideoMemory` (Vamba) is read by any prompt. A `StateMemory` (Video-Ma2mba) has read one `<|vision_start|>`
+        `<|vision_end|>` for each video, with which a prompt about them begins, as the chat template writes it.
+
+        Args:
+            pixel_values_videos: patches as the video processor makes them, (sum of t * h * w, patch size); as uint8
+                (`do_rescale=False, do_normalize=False`) they take a quarter of the memory and are normalised here.
+                They may stay on the CPU: each chunk is copied while the one before is computed.
+            video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
+            memory: what was seen before; it is extended in place and returned, unchanged if anything is raised. None
+                starts anew.
+            rows: for each video the row of the memory it belongs to; None puts all into row 0.
+            continue_video: whether the first video of a row continues its last one. None: Vamba does so if both have
+                the same size, which matters only with `cross_attn_use_position_embeddings`; Video-Ma2mba if that video
+                was the last it saw.
+            chunk_frames: frames that go through the model at once, which bounds the activations; None means 128, or
+                fewer where the GPU's free memory asks for it, or all while gradients are recorded.
+
+        Raises:
+            ValueError: patches, grid, rows and memory that do not fit each other.
+        """
+        videos = list_videos(pixel_values_videos, video_grid_thw, rows)
+        return self._encode_videos(memory, videos, {"video": pixel_values_videos}, continue_video, chunk_frames)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):

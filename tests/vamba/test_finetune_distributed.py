@@ -50,7 +50,7 @@ def gradients(model, batch):
 def sharded(cells, split_head):
     model = tiny_model().train()
     for module in model.modules():
-        if type(module).__name__ in ("VambaDecoderLayer", "Mamba2Block") or split_head and module is model.lm_head:
+        if type(module).__name__ in ("VambaDecoderLayer", "VambaVideoLevel") or split_head and module is model.lm_head:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     if cells:

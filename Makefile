@@ -24,8 +24,7 @@ test: setup
 test-av: setup
 	for version in 14.0 14 15 16 17 18; do \
 		$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --upgrade --target build/av-$$version "av==$$version.*" \
-		&& PYTHONPATH=build/av-$$version $(BIN)/python -m pytest tests/modeling/test_video_reading.py \
-			tests/modeling/test_video_reading_fuzz.py || exit 1; \
+		&& PYTHONPATH=build/av-$$version $(BIN)/python -m pytest tests/vamba/video || exit 1; \
 	done
 
 lint: setup

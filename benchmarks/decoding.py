@@ -25,8 +25,8 @@ from vamba.bench.models import decode_bytes, load_ours
 from vamba.chat import load_chat
 from vamba.demo.videos import QUESTIONS
 from vamba.modeling import VideoMemory
-from vamba.modeling.split_key_attention_triton import split_key_attention
-from vamba.modeling.video_level import FP8, VideoLevel
+from vamba.modeling.kernels_attention import split_key_attention
+from vamba.modeling.video_memory import FP8, VideoLevel
 
 
 DEVICE = default_device()

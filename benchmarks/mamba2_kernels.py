@@ -18,11 +18,8 @@ import triton
 from torch.nn import functional as F
 
 from vamba.bench.clock import kernels_of, machine, measure_rates, seconds_of
-from vamba.modeling.causal_conv1d import _causal_conv1d_kernel, causal_conv1d_dao, causal_conv1d_torch
-from vamba.modeling.causal_conv1d_triton import causal_conv1d_triton
-from vamba.modeling.gated_rms_norm_triton import gated_rms_norm_triton
-from vamba.modeling.ssd_triton import ssd_scan_triton
-from vamba.modeling.state_space_duality import _mamba_ssm_kernel, ssd_scan_mamba_ssm, ssd_scan_torch
+from vamba.modeling.kernels import find_optional
+from vamba.modeling.mamba2 import CONV_BACKENDS, NORM_BACKENDS, SSD_BACKENDS
 
 
 DEVICE = torch.device("cuda")
@@ -35,13 +32,6 @@ TIMED = ("forward", "forward_backward")
 TF32_TOLERANCE = 5e-3  # mamba-ssm multiplies float32 in TF32
 
 
-def gated_norm_torch(y, gate, weight, n_groups, eps):
-    """`GatedRMSNorm` of modeling/mamba2.py, as a function."""
-    compute = torch.promote_types(y.dtype, torch.float32)
-    gated = (y.to(compute) * F.silu(gate.to(compute))).unflatten(-1, (n_groups, -1))
-    return (F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(-2) * weight.to(compute)).to(y.dtype)
-
-
 def gated_norm_mamba_ssm(y, gate, weight, n_groups, eps):
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
@@ -51,15 +41,12 @@ def gated_norm_mamba_ssm(y, gate, weight, n_groups, eps):
 
 def backends():
     """{part: {backend: function}}; "torch" is first, and in float64 it is the judge."""
-    parts = {
-        "conv": {"torch": causal_conv1d_torch, "triton": causal_conv1d_triton},
-        "norm": {"torch": gated_norm_torch, "triton": gated_rms_norm_triton},
-        "scan": {"torch": ssd_scan_torch, "triton": ssd_scan_triton},
-    }
-    if _causal_conv1d_kernel() is not None:
-        parts["conv"]["causal_conv1d"] = causal_conv1d_dao
-    if _mamba_ssm_kernel() is not None:
-        parts["scan"]["mamba_ssm"] = ssd_scan_mamba_ssm
+    parts = {"conv": {**CONV_BACKENDS}, "norm": {**NORM_BACKENDS}, "scan": {**SSD_BACKENDS}}
+    if find_optional("causal_conv1d", "causal_conv1d_fn") is None:
+        del parts["conv"]["causal_conv1d"]
+    if find_optional("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined") is None:
+        del parts["scan"]["mamba_ssm"]
+    else:
         parts["norm"]["mamba_ssm"] = gated_norm_mamba_ssm
     return parts
 

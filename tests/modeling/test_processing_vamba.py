@@ -14,8 +14,9 @@ from transformers import AutoProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProce
 from transformers.video_utils import VideoMetadata
 
 import vamba
+from vamba import VideoReadError
 from vamba.demo.tiny_checkpoints import CHAT_TEMPLATE, tiny_tokenizer
-from vamba.modeling import VambaProcessor, VideoReadError
+from vamba.modeling import VambaProcessor
 
 
 START, END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
@@ -371,7 +372,7 @@ def test_qwen_vl_utils_reads_files_with_our_reader(processor, folder, monkeypatc
 
 
 def test_the_rate_told_to_qwen_vl_utils_is_that_of_the_frames(folder):
-    from vamba.qwen_vl_utils_reader import _read
+    from vamba.video.qwen_vl_utils_reader import _read
 
     path = str(folder / "clip.mp4")
     for options in (

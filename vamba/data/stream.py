@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vamba.errors import UserError
-from vamba.modeling.frame_selection import VideoReadError
+from vamba.errors import UserError, VideoReadError
 
 from .collator import Collator, fill_packs
 from .conversations import ExampleError

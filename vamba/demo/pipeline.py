@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.conversion import convert
-from vamba.conversion.staging import staged_folder
 from vamba.errors import OccupiedPathError, check_writable
+from vamba.files import staged_folder
 from vamba.hub import write_model_card
 from vamba.training.finetune import Result, finetune
 from vamba.training.recipe import parse_recipe

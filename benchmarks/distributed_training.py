@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from training import TRAINED, choose_trainable, sample, video_tokens
 
-from vamba.bench.clock import GIB, now, peak, reset_peak
+from vamba.bench import GIB
+from vamba.bench.clock import now, peak, reset_peak
 from vamba.bench.models import load_ours
 from vamba.modeling.modeling_vamba import VambaDecoderLayer, VambaVideoLevel
 

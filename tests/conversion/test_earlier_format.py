@@ -46,6 +46,11 @@ def test_it_is_converted_and_computes_the_same(earlier, tmp_path):
     assert model.config.text_config.cross_attn_use_layer_norm
 
 
+def test_it_is_not_loaded_with_fresh_weights_in_the_place_of_its_own(earlier):
+    with pytest.raises(ValueError, match="vamba convert OLD NEW"):
+        VambaForConditionalGeneration.from_pretrained(earlier[0])
+
+
 def test_dtype_and_sharding(earlier, tmp_path):
     ours = convert(earlier[0], tmp_path / "ours", progress=False)
     half = convert(earlier[0], tmp_path / "half", dtype="bfloat16", max_shard_size="50KB", progress=False)

@@ -19,7 +19,10 @@ from .errors import UserError, opening
 
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and "overrides" not in args:  # which may be any key of a recipe
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = unknown
     try:
         code = args.run(args) or 0
         sys.stdout.flush()

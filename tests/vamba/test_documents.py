@@ -120,7 +120,7 @@ def desk(checkpoint, clip, tmp_path_factory):
     for index in range(2):
         (desk / f"{index}.mp4").symlink_to(desk / "data" / f"{index}.mp4")
     values = recipe_values(checkpoint, desk / "talks.jsonl", desk / "out")
-    values["train"] |= {"max_steps": 1}
+    values |= {"max_steps": 1}
     (desk / "recipe.yaml").write_text(yaml.safe_dump(values))
     return desk
 
@@ -205,10 +205,9 @@ def run_vamba(words: list[str], tmp_path: Path, capsys) -> None:
     if words[0] == "convert":
         words[2] = str(tmp_path / "converted")
     if words[0] == "finetune":
-        few = ["train.max_steps=1", "train.bf16=false", "model.dtype=float32", f"train.output_dir={tmp_path / 'out'}"]
-        few += ["data.max_pixels=2304", "lora.r=2"] if words[1] == "vamba_lora" else []
-        words = [word for word in words if word not in ("...", "--set")]
-        words = [words[0], words[1], *(part for pair in [*words[2:], *few] for part in ("--set", pair))]
+        few = ["--max_steps=1", "--bf16=no", "--dtype=float32", f"--output_dir={tmp_path / 'out'}"]
+        few += ["--max_pixels=2304", "--lora_r=2"] if words[1] == "vamba_lora" else []
+        words = [word for word in words if word != "..."] + few
     if words[0] == "ask":
         if words[1].endswith(".safetensors"):
             assert cli.main(["ask", "VIDEO", "Who?", "--model", "PATH", "--save-memory", words[1], "--quiet"]) == 0

@@ -116,7 +116,7 @@ class ConversationEncoder:
                 check_keys(block, block["type"], "type")
         text = self._tokenize(_without_sources(messages))["input_ids"].shape[1]
         if self.max_length is not None and text > self.max_length:
-            raise ExampleError(f"{text} text tokens are more than the limit of {self.max_length} (data.max_length)")
+            raise ExampleError(f"{text} text tokens are more than the limit of {self.max_length} (max_length)")
         images, clips = 0, []
         for block in media_blocks(messages):
             for name, value in self.sizes.items():
@@ -240,7 +240,7 @@ class ConversationEncoder:
                 least = images + sum(clip.tokens for clip in clips)
                 raise ExampleError(
                     f"{least} video tokens, with two frames of each video, are more than the budget of {budget} "
-                    "(data.max_video_tokens); lower max_pixels"
+                    "(max_video_tokens); lower max_pixels"
                 )
             longest.limit(longest.frames - 2)
 

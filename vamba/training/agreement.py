@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.distributed import TCPStore
 
-from .strict import RecipeError
+from .arguments import RecipeError
 
 
 T = TypeVar("T")

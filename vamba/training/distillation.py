@@ -5,16 +5,13 @@ is followed by as many placeholders as the item has tokens, and the same patches
 the assistant's tokens are paired. The teacher sees one sample at a time, so packed rows need nothing from it.
 """
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.integrations import deepspeed
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
-_FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # in the environment, where accelerate sets it
 _KINDS = {
     1: ("image_token_id", "pixel_values", "image_grid_thw"),
     2: ("video_token_id", "pixel_values_videos", "video_grid_thw"),
@@ -25,7 +22,7 @@ class Distillation:
     """Adds weight * temperature^2 * KL(teacher || student) to the loss; see `Trainer`'s `compute_loss_func`.
 
     Args:
-        teacher: a Qwen2-VL in evaluation mode. config: the student's.
+        teacher: a Qwen2-VL. config: the student's.
     """
 
     def __init__(self, teacher: PreTrainedModel, config: PreTrainedConfig, *, weight: float, temperature: float):
@@ -101,22 +98,6 @@ def _samples(inputs: dict[str, Any]):
         return
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         yield tuple(inputs[name][row][mask] for name in names)
-
-
-def load_teacher(path: str, dtype: str) -> PreTrainedModel:
-    """The teacher with its weights on the CPU; it moves to where the first batch is.
-
-    It is whole in every process: nothing gathers what ZeRO-3 would share out or FSDP would load on the main process
-    only, as the Trainer knows of the student alone.
-    """
-    shared, loading = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FSDP_LOADING, None)
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = shared
-        if loading is not None:
-            os.environ[_FSDP_LOADING] = loading
 
 
 def teacher_mismatch(config: PreTrainedConfig, student: PreTrainedConfig) -> str | None:

@@ -28,12 +28,10 @@ from vamba.data import ABOUT, About, ExampleError, Position, TrainingStream
 from vamba.errors import DiskFullError, UserError, is_disk_full
 
 from .distillation import Distillation
-from .flops import FlopsModel
+from .flops import FlopsModel, peak_flops
+from .saving import POSITION_FILE, STAGING, publish
 
 
-# Folders in `output_dir`: the trained model, the same while it is finished, and a checkpoint while it is written.
-FINAL, UNFINISHED, STAGING = "final", "final.unfinished", ".saving"
-POSITION_FILE = "data_position_{rank}.json"
 logger = logging.get_logger(__name__)
 
 
@@ -45,36 +43,33 @@ class VambaTrainer(Trainer):
     """Trains on a `TrainingStream`.
 
     Args:
+        args: `VambaTrainingArguments`, set up. processing_class: the model's processor.
         stream: where batches come from; what `Trainer` knows of data loading does not apply.
-        learning_rates: (regular expression of parameter names, learning rate) of those that do not get the common one.
         distillation: a teacher to follow besides the labels.
-        flops, peak_flops: for the MFU in the log; None where unknown.
-        tokens_per_patch: video tokens made of one patch of the vision tower.
+        flops: counts the arithmetic of a step, for the MFU in the log.
     """
 
     def __init__(
         self,
         *args,
         stream: TrainingStream,
-        learning_rates: list[tuple[str, float]] = (),
         distillation: Distillation | None = None,
         flops: FlopsModel | None = None,
-        peak_flops: float | None = None,
-        tokens_per_patch: float = 0.25,
         **kwargs,
     ):
         loss = distillation.loss if distillation is not None else None
         super().__init__(*args, train_dataset=stream, compute_loss_func=loss, **kwargs)
-        self.stream, self.learning_rates, self.distillation = stream, learning_rates, distillation
+        self.stream, self.distillation, self.flops = stream, distillation, flops
+        tflops = self.args.peak_tflops
+        self.peak_flops = tflops * 1e12 if tflops else peak_flops(self.args.device)
         self.position = Position(stream, max(1, self.args.dataloader_num_workers))
-        self.flops, self.peak_flops, self.tokens_per_patch = flops, peak_flops, tokens_per_patch
         self.stopping = AfterEachStep(self)
         self.add_callback(self.stopping)
+        self.save_dtype: torch.dtype | None = None  # of the weights on disk, if not as they are trained
         self._pending: deque[About] = deque()  # batches fetched for the current step, not yet trained on
         self._measured = {"video_tokens": 0.0, "text_tokens": 0.0, "flops": 0.0}
         self._measured_since = time.perf_counter()
         self._staging: Path | None = None
-        self.save_dtype: torch.dtype | None = None
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -127,7 +122,7 @@ class VambaTrainer(Trainer):
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"The loss of step {self.state.global_step + 1} is {loss.item()} for the samples "
-                f"{', '.join(self._pending[0].samples)}; look at them, or lower train.learning_rate. The checkpoints "
+                f"{', '.join(self._pending[0].samples)}; look at them, or lower learning_rate. The checkpoints "
                 f"in {self.args.output_dir} are from before."
             )
         return result
@@ -135,7 +130,7 @@ class VambaTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             super().create_optimizer(model)
-            if self.learning_rates:
+            if self.args.learning_rates:
                 self._split_groups(self.model if model is None else model)
         return self.optimizer
 
@@ -146,9 +141,9 @@ class VambaTrainer(Trainer):
 
     def _split_groups(self, model: nn.Module) -> None:
         """Gives the parameters that a pattern names (the first that matches) groups with their own learning rate."""
-        rates = {}
+        given, rates = self.args.learning_rates, {}
         for name, parameter in model.named_parameters():
-            rates[id(parameter)] = next((r for p, r in self.learning_rates if re.search(p, name)), None)
+            rates[id(parameter)] = next((rate for pattern, rate in given.items() if re.search(pattern, name)), None)
         groups = []
         for group in self.optimizer.param_groups:
             for rate in dict.fromkeys(rates[id(parameter)] for parameter in group["params"]):
@@ -159,8 +154,9 @@ class VambaTrainer(Trainer):
     # --- log --------------------------------------------------------------------------------------------------------
 
     def _measure(self, about: About) -> None:
+        merged = self.processing_class.video_processor.merge_size**2
         for _, _, grids in about.sizes:
-            self._measured["video_tokens"] += sum(t * h * w for t, h, w in grids) * self.tokens_per_patch
+            self._measured["video_tokens"] += sum(t * h * w for t, h, w in grids) / merged
         self._measured["text_tokens"] += sum(size.text for size in about.sizes)
         if self.flops is not None:
             self._measured["flops"] += self.flops.step(about.sizes)
@@ -261,47 +257,6 @@ class AfterEachStep(TrainerCallback):
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
-
-
-def publish(folder: Path, final: Path) -> None:
-    """Makes a folder that was written elsewhere appear as `final` at once, its contents on the disk before its name.
-
-    What was there before is deleted last: at every moment one of the two is whole, the old one as `.replaced` for the
-    moment between two renames.
-    """
-    for file in (file for file in folder.rglob("*") if file.is_file()):
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-    replaced = final.with_name(f"{final.name}.replaced")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    try:
-        folder.rename(final)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The latest whole checkpoint in a folder, None if there is none."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    whole = [p for p in found if (p / "trainer_state.json").is_file() and (p / POSITION_FILE.format(rank=0)).is_file()]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
-def read_position(checkpoint: Path, rank: int) -> dict[str, Any]:
-    """A process's place in the data when `checkpoint` was saved.
-
-    Raises:
-        UserError: this process took no part in it.
-    """
-    path = checkpoint / POSITION_FILE.format(rank=rank)
-    if not path.is_file():
-        raise UserError(f"{checkpoint} has no place in the data for process {rank}: resume with as many processes.")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _outlive_sigterm(worker: int) -> None:

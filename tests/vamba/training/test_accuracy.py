@@ -36,9 +36,9 @@ def test_finetune_reaches_the_demos_accuracy(tmp_path):
             chat[0]["content"][0]["video"] = path.name
             file.write(json.dumps({"messages": chat}) + "\n")
     values = recipe_values(checkpoint, data, tmp_path / "out", max_steps=STEPS, learning_rate=LEARNING_RATE)
-    values["data"] |= {"train": {"path": str(data), "media_root": str(tmp_path / "videos")}, "fps": FPS}
-    values["train"] |= {"per_device_train_batch_size": BATCH_SIZE, "dataloader_num_workers": 1, "weight_decay": 0.01}
-    values["train"] |= {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "logging_steps": 50}
+    values |= {"datasets": [{"path": str(data), "media_root": str(tmp_path / "videos")}], "fps": FPS}
+    values |= {"per_device_train_batch_size": BATCH_SIZE, "dataloader_num_workers": 1, "weight_decay": 0.01}
+    values |= {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "logging_steps": 50}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     assert main(["finetune", str(tmp_path / "recipe.yaml")]) == 0
     final = tmp_path / "out" / "final"

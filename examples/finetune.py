@@ -19,6 +19,6 @@ prepared = prepare(recipe, resume="--resume" in rest)  # all checks, before the 
 trainer = make_trainer(prepared)  # a transformers Trainer
 trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
 
-if trainer.stopping.received:
+if trainer.stopped:
     sys.exit("stopped by SIGTERM, after a save; go on with --resume")
 print("the trained model is in", save(trainer, recipe))

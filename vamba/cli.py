@@ -18,11 +18,7 @@ from .errors import UserError, opening
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown and "overrides" not in args:  # which may be any key of a recipe
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.overrides = unknown
+    args = _parse(argv)
     try:
         code = args.run(args) or 0
         sys.stdout.flush()
@@ -87,6 +83,15 @@ def _question(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")
     return text
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and "overrides" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = unknown  # `vamba finetune` takes every key of a recipe
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

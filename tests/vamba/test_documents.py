@@ -191,7 +191,7 @@ def parse_launch(program: str, words: list[str]) -> None:
     if args.module:
         importlib.import_module(args.training_script)
         assert importlib.util.find_spec(f"{args.training_script}.__main__")
-        cli._parser().parse_args(args.training_script_args)
+        cli._parse(args.training_script_args)
     else:
         assert Path(args.training_script).is_file()
         load_recipe(args.training_script_args[0])
@@ -213,7 +213,7 @@ def run_vamba(words: list[str], tmp_path: Path, capsys) -> None:
             assert cli.main(["ask", "VIDEO", "Who?", "--model", "PATH", "--save-memory", words[1], "--quiet"]) == 0
         words += ["--max-new-tokens", "2", "--quiet"]
     if any(" ".join(["vamba", *words]).startswith(listed) for listed in PARSED):
-        cli._parser().parse_args(words)
+        cli._parse(words)
         return
     assert cli.main(words) == 0, capsys.readouterr().err
 

@@ -225,14 +225,14 @@ class _Parser(HfArgumentParser):
         namespace, unknown = self.parse_known_args([*written, *overrides])
         known = vars(namespace)
         if unknown:
-            key = unknown[0].removeprefix("--").partition("=")[0]
             if not unknown[0].startswith("--"):
                 raise RecipeError(f"{unknown[0]} follows no key; overrides are written --key value")
+            key = unknown[0][2:].partition("=")[0]
             close = difflib.get_close_matches(key, known, 1)
             self.error(f"{key} is no key{f', {close[0]} is' if close else ''}")
-        flags = [word[2:].partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")]
-        given = {key: known[key] for key in dict.fromkeys([*values, *flags]) if key in known}
-        return (*self.parse_dict(known), given)
+        flags = [word[2:].partition("=")[0] for word in overrides if word.startswith("--")]
+        names = [str(name).replace("-", "_").removeprefix("no_") for name in (*values, *flags)]
+        return (*self.parse_dict(known), {name: known[name] for name in dict.fromkeys(names) if name in known})
 
     def _words(self, key: str, value: Any) -> list[str]:
         """A key as it is written on a command line."""

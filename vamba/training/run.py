@@ -66,15 +66,12 @@ def finetune(
     if state is not None:
         folder = Path(recipe.training.output_dir) / FINAL
         if recipe.training.should_save:
-            upload(folder, recipe, prepared.processor)
+            upload(folder, recipe)
         return Result(folder, state.global_step, _losses(state), trained=False)
     with ending_together():
         trainer = make_trainer(prepared)
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            trainer.stopping.restore()
-        folder = None if trainer.stopping.received else save(trainer, recipe)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        folder = None if trainer.stopped else save(trainer, recipe)
     return Result(folder, trainer.state.global_step, _losses(trainer.state))
 
 

@@ -4,7 +4,6 @@ What is unusual: a folder gets its name when it is whole. The trained model is i
 it is `<output_dir>/final`, and stays there if anything goes wrong after training.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -12,8 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import AutoModelForImageTextToText, Trainer, TrainerState
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -117,7 +117,8 @@ def save(trainer: Trainer, recipe: Recipe) -> Path:
     if trainer.args.should_save:
         shutil.rmtree(staging, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_dtype = None if recipe.model.use_lora else trainer.model.config.dtype
+    dtype = str(trainer.model.config.dtype).split(".")[-1]  # some of transformers put its name there
+    trainer.save_dtype = None if recipe.model.use_lora else getattr(torch, dtype)
     trainer.save_model(str(staging))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
@@ -131,17 +132,17 @@ def save(trainer: Trainer, recipe: Recipe) -> Path:
                 f"the model is trained and its weights are in {staging}, but {FINAL} could not be made of them: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        upload(output / FINAL, recipe, trainer.processing_class)
+        upload(output / FINAL, recipe)
     return output / FINAL
 
 
-def upload(folder: Path, recipe: Recipe, processor) -> None:
+def upload(folder: Path, recipe: Recipe) -> None:
     """Puts the trained model on the Hub if the recipe says so; what is there already is not sent again."""
     given = recipe.given
     if given.get("push_to_hub"):
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
         options = {"private": given.get("hub_private_repo"), "token": given.get("hub_token")}
-        push_to_hub(model, processor, **options, **_card(recipe))
+        push_to_hub(model, AutoProcessor.from_pretrained(folder), **options, **_card(recipe))
 
 
 def _finish(folder: Path, recipe: Recipe, processor) -> None:
@@ -159,7 +160,8 @@ def _finish(folder: Path, recipe: Recipe, processor) -> None:
     if (folder / "config.json").is_file():
         write_model_card(folder, **_card(recipe))
     values = {key: value for key, value in recipe.given.items() if key != "hub_token"}
-    values["datasets"] = [dataclasses.asdict(entry) for entry in data.datasets]
+    values = json.loads(json.dumps(values))  # which makes texts of enumerations
+    values["datasets"] = [vars(entry) for entry in data.datasets]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 

@@ -63,13 +63,27 @@ class VambaTrainer(Trainer):
         tflops = self.args.peak_tflops
         self.peak_flops = tflops * 1e12 if tflops else peak_flops(self.args.device)
         self.position = Position(stream, max(1, self.args.dataloader_num_workers))
-        self.stopping = AfterEachStep(self)
-        self.add_callback(self.stopping)
+        self.stopped = False  # by SIGTERM
+        self.add_callback(AfterEachStep(self))
         self.save_dtype: torch.dtype | None = None  # of the weights on disk, if not as they are trained
         self._pending: deque[About] = deque()  # batches fetched for the current step, not yet trained on
         self._measured = {"video_tokens": 0.0, "text_tokens": 0.0, "flops": 0.0}
         self._measured_since = time.perf_counter()
         self._staging: Path | None = None
+
+    def train(self, *args, **kwargs):
+        """As `Trainer` does; on SIGTERM it finishes the step, saves and stops. Signals reach the main thread only: a
+        training in another thread leaves them alone."""
+        if threading.current_thread() is not threading.main_thread():
+            return super().train(*args, **kwargs)
+        before = signal.signal(signal.SIGTERM, self._stop)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _stop(self, number, frame) -> None:
+        self.stopped = True
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -167,13 +181,16 @@ class VambaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # not the summary at the end
             seconds, now = time.perf_counter() - self._measured_since, time.perf_counter()
-            here = torch.tensor([*self._measured.values(), self.position.skipped], dtype=torch.float64)
+            counts = self.position.skipped, self.position.rows
+            here = torch.tensor([*self._measured.values(), *counts], dtype=torch.float64)
             everywhere = self.accelerator.reduce(here.to(self.args.device, torch.float32)).tolist()
             logs["video_tokens_per_second"] = everywhere[0] / seconds
             logs["text_tokens_per_second"] = everywhere[1] / seconds
             if self.flops is not None and self.peak_flops:
                 logs["mfu"] = everywhere[2] / seconds / (self.peak_flops * self.args.world_size)
             logs["skipped_samples"] = int(everywhere[3])
+            if self.stream.epoch is None:  # of streamed data, for which Trainer can log no epoch
+                logs["seen_samples"] = int(everywhere[4])
             self._measured, self._measured_since = dict.fromkeys(self._measured, 0.0), now
         super().log(logs, start_time)
 
@@ -223,40 +240,22 @@ class VambaTrainer(Trainer):
 
 
 class AfterEachStep(TrainerCallback):
-    """Keeps `epoch` true, and on SIGTERM finishes the step, saves and stops: all processes after the same step,
-    whichever got the signal. Signals reach the main thread only: a training in another thread leaves them alone."""
+    """Keeps `epoch` true, and saves and stops after the same step on all processes, whichever got a SIGTERM."""
 
-    def __init__(self, trainer: "VambaTrainer"):
-        self.trainer, self.received = trainer, False
-        self._before: Any = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, number, frame):
-        self.received = True
+    def __init__(self, trainer: VambaTrainer):
+        self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
-        received, rows = self.received, self.trainer.position.rows
+        trainer = self.trainer
+        stopped, rows = trainer.stopped, trainer.position.rows
         if args.world_size > 1:
-            here = torch.tensor([received, rows], dtype=torch.float64, device=args.device)
-            received, rows = self.trainer.accelerator.reduce(here).tolist()
-        self.received = bool(received)
+            here = torch.tensor([stopped, rows], dtype=torch.float64, device=args.device)
+            stopped, rows = trainer.accelerator.reduce(here).tolist()
+        trainer.stopped = bool(stopped)
         # Trainer, which knows no length of the data, counts a run as one epoch; of streamed data nobody knows it
-        epoch = self.trainer.stream.epoch
-        state.epoch = rows / epoch if epoch else None
-        if self.received:
+        state.epoch = rows / trainer.stream.epoch if trainer.stream.epoch else None
+        if trainer.stopped:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.restore()
-
-    def restore(self) -> None:
-        """Puts the handler back that was there before; also for a training that ended in an error."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
 
 
 def _outlive_sigterm(worker: int) -> None:

@@ -37,7 +37,9 @@ def test_what_is_trained_can_be_asked(values, dataset, tmp_path, capsys):
     assert getattr(model.config, "use_cache", True)
     card = (final / "README.md").read_text()
     assert "Fine-tuned from" in card and "license" not in card and (final / "modeling_vamba.py").is_file()
-    assert yaml.safe_load((final / "recipe.yaml").read_text())["max_steps"] == 4
+    again = load_recipe(final / "recipe.yaml")  # as it was, with the overrides
+    assert again.given.keys() == values.keys() and again.training.max_steps == 4
+    assert again.data == load_recipe(values).data and "hub_token" not in again.given
     assert not (final / "training_args.bin").exists() and not (tmp_path / "out" / ".saving").exists()
 
 

@@ -125,12 +125,20 @@ def test_push_to_hub_uploads_all_of_it(values, checkpoint, tmp_path, monkeypatch
             return False
 
         def upload_folder(self, repo_id, folder_path, commit_message):
+            if "repo_id" not in uploaded:
+                uploaded["repo_id"] = None
+                raise ConnectionError("the Hub is away")
             files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
             uploaded.update(repo_id=repo_id, files=files)
             return "https://hub/commit/1"
 
     monkeypatch.setattr("huggingface_hub.HfApi", StandIn)
-    result = run(values, max_steps=1, push_to_hub=True, hub_model_id="me/tuned", hub_private_repo=True, hub_token="t")
+    values |= {"push_to_hub": True, "hub_model_id": "me/tuned", "hub_private_repo": True, "hub_token": "t"}
+    values |= {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(ConnectionError, match="the Hub is away"):
+        run(values)
+    result = run(values, resume=True)  # which trains nothing more
+    assert not result.trained
     assert (uploaded["repo_id"], uploaded["private"], uploaded["token"]) == ("me/tuned", True, "t")
     wanted = {"config.json", "model.safetensors", "modeling_vamba.py", "processor_config.json", "tokenizer.json"}
     assert wanted <= uploaded["files"].keys()

@@ -29,18 +29,14 @@ _HOMES = {
     "Mamba2Block": "mamba2",
     "Mamba2Mixer": "mamba2",
     "Mamba2State": "mamba2",
-    "ssd_scan": "state_space_duality",
-    "causal_conv1d": "causal_conv1d",
-    "read_video": "video_reading",
-    "load_video": "video_reading",
-    "VideoReadError": "frame_selection",
+    "ssd_scan": "mamba2",
+    "causal_conv1d": "mamba2",
 }
 
 __all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
-    # `causal_conv1d` names a function and the module it lives in; importing the module would shadow the function.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

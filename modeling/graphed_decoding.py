@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
-from .cross_attention import is_repeat
+from .video_memory import repeats_in_order
 
 
 _RECORDING = threading.Lock()  # threads that answer at the same time record on one stream
@@ -183,7 +183,7 @@ def _can_be_recorded(cache: Cache) -> bool:
     """Whether text and video are read where they lie, without a copy from the CPU."""
     if cache.offloading or not cache.video_length:
         return not cache.offloading
-    in_order = cache.video_rows is None or is_repeat(cache.video_rows, cache.num_video_rows)
+    in_order = cache.video_rows is None or repeats_in_order(cache.video_rows, cache.num_video_rows)
     return in_order and cache.level(0).keys_BHMP.is_cuda
 
 

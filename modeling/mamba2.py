@@ -2,9 +2,12 @@
 
 What is unusual: there is no cache object and no "decoding mode". A block takes the state left by whatever came before
 and returns the state after its last token, differentiably; one token or a million go the same way. Rows of a batch
-may be padded on the right: padding changes neither the outputs before it nor the state.
+may be padded on the right: padding changes neither the outputs before it nor the state. In order: the convolution, the
+scan (state space duality, section 6) and the gated norm, each with its plain PyTorch reference and a table of backends,
+then mixer, block and initialisation. The kernels are in kernels_*.py, and kernels.py says when they are used.
 
-Shapes: B batch, S tokens, D hidden, H heads, P head dim, G groups, K state size, C conv channels, T conv taps kept.
+Shapes: B batch, S tokens, D hidden, H heads, P head dim, G groups, K state size, C convolution channels, W its width,
+T = W - 1 inputs that it remembers, Z chunks of Q tokens.
 """
 
 import math
@@ -15,13 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .causal_conv1d import MAX_WIDTH, causal_conv1d
 from .configuration_vamba import VambaMamba2Config
-from .gated_rms_norm_triton import MAX_GROUP, gated_rms_norm_triton
-from .mamba2_triton import mix_triton
-from .residual_norm_triton import add_to_residual_triton, residual_norm_triton
-from .state_space_duality import ssd_scan
-from .triton_launch import are_preferred, is_unhooked, takes
+from .kernels import can_use_kernel, choose_backend, is_plain, require_optional, wants_kernel
+from .kernels_conv1d import MAX_WIDTH, causal_conv1d_triton, last_inputs
+from .kernels_mixer import mix_triton, split_convolved, split_projected
+from .kernels_norm import MAX_GROUP, add_to_residual_triton, gated_rms_norm_triton, residual_norm_triton
+from .kernels_scan import ssd_scan_triton
 
 
 def rebuildable(named_tuple: type) -> type:
@@ -43,24 +45,181 @@ class Mamba2State(NamedTuple):
     ssm_BHPK: Tensor
 
 
+def causal_conv1d(
+    x_BSC: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor | None = None,
+    state_BTC: Tensor | None = None,
+    lengths_B: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """y_t = silu(bias + sum_w weight_w x_{t - W + 1 + w}), with x_t for t < 0 taken from the state.
+
+    Args:
+        x_BSC: inputs, (B, S, C), S >= 1.
+        weight_CW, bias_C: of the depthwise convolution; the last column multiplies the current token.
+        state_BTC: the W - 1 inputs before the first token, (B, W - 1, C), oldest first; None for zeros.
+        lengths_B: valid tokens of each row, (B,) int64, the rest being padding on the right; None for all.
+        backend: "auto", or a name of `CONV_BACKENDS`.
+
+    Returns:
+        y_BSC in x's dtype, and the state after each row's last valid token.
+
+    Raises:
+        ValueError: an unknown backend. ImportError: a backend whose package is not installed.
+    """
+    convolve = choose_backend("convolution", backend, CONV_BACKENDS, x_BSC, fits=weight_CW.shape[1] <= MAX_WIDTH)
+    if state_BTC is None:
+        state_BTC = x_BSC.new_zeros(x_BSC.shape[0], weight_CW.shape[1] - 1, x_BSC.shape[2])
+    return convolve(x_BSC, weight_CW, bias_C, state_BTC), last_inputs(x_BSC, state_BTC, lengths_B)
+
+
+def causal_conv1d_torch(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
+    """The reference: a sum of shifted slices, which needs no copy of the input per tap and no transposition."""
+    S, W = x_BSC.shape[1], weight_CW.shape[1]
+    extended = torch.cat([state_BTC.to(x_BSC.dtype), x_BSC], 1)
+    y_BSC = extended[:, :S] * weight_CW[:, 0]
+    for w in range(1, W):
+        y_BSC = torch.addcmul(y_BSC, extended[:, w : w + S], weight_CW[:, w])
+    return F.silu(y_BSC if bias_C is None else y_BSC + bias_C)
+
+
+def causal_conv1d_dao(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
+    """Tri Dao's kernel, which wants (B, C, S) with channels contiguous: our layout seen through a transposed view."""
+    causal_conv1d_fn = require_optional("causal_conv1d", "causal_conv1d_fn")
+    state = state_BTC.to(x_BSC.dtype).contiguous().transpose(1, 2)
+    y_BCS = causal_conv1d_fn(x_BSC.transpose(1, 2), weight_CW, bias_C, initial_states=state, activation="silu")
+    return y_BCS.transpose(1, 2)
+
+
+CONV_BACKENDS = {"torch": causal_conv1d_torch, "triton": causal_conv1d_triton, "causal_conv1d": causal_conv1d_dao}
+
+
+def ssd_scan(
+    x_BSHP: Tensor,
+    dt_BSH: Tensor,
+    A_H: Tensor,
+    B_BSGK: Tensor,
+    C_BSGK: Tensor,
+    D_H: Tensor | None = None,
+    state_BHPK: Tensor | None = None,
+    chunk_size: int = 256,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Computes h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T and y_t = h_t C_t + D x_t for S tokens from a given state.
+
+    Args:
+        x_BSHP: inputs, (B, S, H, P); S may be anything from 1 and need not be a multiple of `chunk_size`.
+        dt_BSH: step sizes after bias, softplus and clamp, (B, S, H), float32 or float64; 0 skips a token.
+        A_H: negative decay rates, (H,).
+        B_BSGK, C_BSGK: input and output projections of the state, shared by H / G heads each.
+        D_H: skip connection, (H,), or None.
+        state_BHPK: state before the first token, (B, H, P, K), or None for zeros.
+        chunk_size: tokens handled by matrix products at a time; changes speed and memory, not the result.
+        backend: "auto", or a name of `SSD_BACKENDS`.
+
+    Returns:
+        y_BSHP in x's dtype and the state after the last token, (B, H, P, K), in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: an unknown backend. ImportError: a backend whose package is not installed.
+    """
+    scan = choose_backend("SSD", backend, SSD_BACKENDS, x_BSHP)  # ours take about half of mamba-ssm's time on an H200
+    return scan(x_BSHP, dt_BSH, A_H, B_BSGK, C_BSGK, D_H, state_BHPK, chunk_size)
+
+
+def ssd_scan_torch(x_BSHP, dt_BSH, A_H, B_BSGK, C_BSGK, D_H=None, state_BHPK=None, chunk_size=256):
+    """The reference: within a chunk attention with a decay mask, between chunks a recurrence over their states."""
+    dtype, compute = x_BSHP.dtype, torch.float64 if x_BSHP.dtype == torch.float64 else torch.float32
+    S, (H, G) = x_BSHP.shape[1], (x_BSHP.shape[2], B_BSGK.shape[2])
+    Q = min(chunk_size, S)
+    padding = -S % Q
+
+    def chunked(t, trailing):  # (B, S, ...) -> (B, Z, Q, *trailing), padded with zeros: dt = 0 changes nothing
+        t = t.to(compute)
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding)) if padding else t
+        return t.unflatten(1, (-1, Q)).unflatten(3, trailing)
+
+    R = H // G  # heads that share one B and C
+    x, dt = chunked(x_BSHP, (G, R)), chunked(dt_BSH, (G, R))
+    B_BZQGK, C_BZQGK = (chunked(t, (G,)) for t in (B_BSGK, C_BSGK))
+    dA_cumsum = (dt * A_H.to(compute).view(G, R)).cumsum(2)  # (B, Z, Q, G, R): log of the decay from the chunk's start
+    x_dt = x * dt.unsqueeze(-1)
+
+    # 1. Each token reads the earlier tokens of its own chunk.
+    rows = dA_cumsum.permute(0, 1, 3, 4, 2)  # (B, Z, G, R, Q)
+    between = rows.unsqueeze(-1) - rows.unsqueeze(-2)
+    causal = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
+    between = between.masked_fill(~causal, float("-inf")).exp()  # masked before exp, so that no inf * 0 in backward
+    scores = torch.einsum("bzigk,bzjgk->bzgij", C_BZQGK, B_BZQGK).unsqueeze(3) * between
+    y = torch.einsum("bzgrij,bzjgrp->bzigrp", scores, x_dt)
+
+    # 2. What each chunk adds to the state by its end (chunk_state), and 3. the recurrence over them (state_passing).
+    to_end = (dA_cumsum[:, :, -1:] - dA_cumsum).exp()
+    chunk_state = torch.einsum("bzjgk,bzjgrp->bzgrpk", B_BZQGK, x_dt * to_end.unsqueeze(-1))
+    chunk_decay = dA_cumsum[:, :, -1].exp()[..., None, None]  # (B, Z, G, R, 1, 1)
+    state = torch.zeros_like(chunk_state[:, 0]) if state_BHPK is None else state_BHPK.to(compute).unflatten(1, (G, R))
+    entering = []
+    for z in range(chunk_state.shape[1]):
+        entering.append(state)
+        state = state * chunk_decay[:, z] + chunk_state[:, z]
+
+    # 4. Each token reads the state that entered its chunk (chunk_scan).
+    read = torch.einsum("bzigk,bzgrpk->bzigrp", C_BZQGK, torch.stack(entering, 1))
+    y = y + read * dA_cumsum.exp().unsqueeze(-1)
+    if D_H is not None:
+        y = y + x * D_H.to(compute).view(G, R, 1)
+    return y.flatten(3, 4).flatten(1, 2)[:, :S].to(dtype), state.flatten(1, 2)
+
+
+# mamba-ssm's kernels index with 32 bits; beyond this many elements of one tensor they go wrong silently.
+_MAX_KERNEL_ELEMENTS = 2**31 - 1
+
+
+def ssd_scan_mamba_ssm(x_BSHP, dt_BSH, A_H, B_BSGK, C_BSGK, D_H=None, state_BHPK=None, chunk_size=256):
+    """mamba-ssm's Triton kernels, called on pieces short enough for their 32-bit offsets (state-spaces/mamba 1015)."""
+    mamba_chunk_scan_combined = require_optional("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+    row = max(t.stride(1) for t in (x_BSHP, dt_BSH, B_BSGK, C_BSGK)) * x_BSHP.shape[0]
+    state_row = x_BSHP.shape[0] * x_BSHP.shape[2] * x_BSHP.shape[3] * B_BSGK.shape[3]  # per chunk
+    piece = min(_MAX_KERNEL_ELEMENTS // row, _MAX_KERNEL_ELEMENTS // state_row * chunk_size)
+    piece = max(chunk_size, piece // chunk_size * chunk_size)
+    outputs = []
+    for start in range(0, x_BSHP.shape[1], piece):
+        x, dt, B, C = (t[:, start : start + piece] for t in (x_BSHP, dt_BSH, B_BSGK, C_BSGK))
+        y, state_BHPK = mamba_chunk_scan_combined(
+            x, dt, A_H, B, C, chunk_size, D=D_H, initial_states=state_BHPK, return_final_states=True
+        )
+        outputs.append(y)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state_BHPK
+
+
+SSD_BACKENDS = {"torch": ssd_scan_torch, "triton": ssd_scan_triton, "mamba_ssm": ssd_scan_mamba_ssm}
+
+
+def gated_rms_norm_torch(y_BSD: Tensor, gate_BSD: Tensor, weight_D: Tensor, n_groups: int, eps: float) -> Tensor:
+    """The reference of `gated_rms_norm_triton`."""
+    compute = torch.promote_types(y_BSD.dtype, torch.float32)
+    gated = y_BSD.to(compute) * F.silu(gate_BSD.to(compute))
+    gated = F.rms_norm(gated.unflatten(-1, (n_groups, -1)), (gated.shape[-1] // n_groups,), eps=eps)
+    return (gated.flatten(-2) * weight_D.to(compute)).to(y_BSD.dtype)
+
+
+NORM_BACKENDS = {"torch": gated_rms_norm_torch, "triton": gated_rms_norm_triton}
+
+
 class GatedRMSNorm(nn.Module):
     """RMSNorm(y * silu(z)): the gate comes before the normalisation, and each group is normalised by itself."""
 
     def __init__(self, size: int, n_groups: int = 1, eps: float = 1e-5, backend: str = "auto"):
         super().__init__()
-        if backend not in ("auto", "torch", "triton"):
-            raise ValueError(f"Unknown gated norm backend {backend!r}; choose one of ['auto', 'torch', 'triton'].")
         self.weight = nn.Parameter(torch.ones(size))
         self.n_groups, self.eps, self.backend = n_groups, eps, backend
+        choose_backend("gated norm", backend, NORM_BACKENDS, self.weight)  # raises early
 
     def forward(self, y_BSD: Tensor, gate_BSD: Tensor) -> Tensor:
-        fused = are_preferred(y_BSD) and y_BSD.shape[-1] // self.n_groups <= MAX_GROUP
-        if self.backend == "triton" or (self.backend == "auto" and fused):
-            return gated_rms_norm_triton(y_BSD, gate_BSD, self.weight, self.n_groups, self.eps)
-        compute = torch.promote_types(y_BSD.dtype, torch.float32)
-        gated = y_BSD.to(compute) * F.silu(gate_BSD.to(compute))
-        gated = F.rms_norm(gated.unflatten(-1, (self.n_groups, -1)), (gated.shape[-1] // self.n_groups,), eps=self.eps)
-        return (gated.flatten(-2) * self.weight.to(compute)).to(y_BSD.dtype)
+        fits = y_BSD.shape[-1] // self.n_groups <= MAX_GROUP
+        norm = choose_backend("gated norm", self.backend, NORM_BACKENDS, y_BSD, fits)
+        return norm(y_BSD, gate_BSD, self.weight, self.n_groups, self.eps)
 
 
 class CausalConv1d(nn.Conv1d):
@@ -99,61 +258,41 @@ class Mamba2Mixer(nn.Module):
 
         `lengths_B` (B,) int64 counts each row's valid tokens, the rest being padding on the right; None means all.
         """
-        config, (H, P, G, K) = self.config, self._sizes()
-        projected = self.in_proj(hidden_BSD)
+        config, projected = self.config, self.in_proj(hidden_BSD)
         if torch.is_grad_enabled() and self._is_one_operation(projected):
             y_BSD, *state = self._mix(projected, state, lengths_B)
             return self.out_proj(y_BSD), Mamba2State(*state)
-        gate, xBC, dt = projected.split([H * P, config.conv_dim, H], dim=-1)
+        gate, xBC, dt = split_projected(projected, config)
         conv_state, ssm_state = (None, None) if state is None else state
         xBC, conv_state = self.conv1d(xBC, conv_state, lengths_B, config.conv_backend)
-        x, B_BSGK, C_BSGK = xBC.split([H * P, G * K, G * K], dim=-1)
-        y_BSHP, ssm_state = ssd_scan(
-            x.unflatten(-1, (H, P)),
-            self._step_sizes(dt, lengths_B),
-            self._decay_rates(),
-            B_BSGK.unflatten(-1, (G, K)),
-            C_BSGK.unflatten(-1, (G, K)),
-            self.D,
-            ssm_state,
-            config.chunk_size,
-            config.ssd_backend,
-        )
-        return self.out_proj(self.norm(y_BSHP.flatten(-2), gate)), Mamba2State(conv_state, ssm_state)
-
-    def _sizes(self):
-        return self.config.num_heads, self.config.head_dim, self.config.n_groups, self.config.state_size
+        x, B, C = split_convolved(xBC, config)
+        dt, A = self._step_sizes(dt, lengths_B), self._decay_rates()
+        y, ssm_state = ssd_scan(x, dt, A, B, C, self.D, ssm_state, config.chunk_size, config.ssd_backend)
+        return self.out_proj(self.norm(y.flatten(-2), gate)), Mamba2State(conv_state, ssm_state)
 
     def _decay_rates(self) -> Tensor:
         return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
 
     def _is_one_operation(self, projected: Tensor) -> bool:
         """Whether our kernels take all between the projections, and nobody watches or replaces what is there."""
-        _, P, G, K = self._sizes()
-        backends = {self.config.ssd_backend, self.config.conv_backend, self.config.norm_backend}
-        chosen = backends == {"triton"} or (are_preferred(projected) and backends <= {"auto", "triton"})
-        fits = self.config.intermediate_size // G <= MAX_GROUP and self.config.conv_kernel <= MAX_WIDTH
-        fits = fits and all(size >= 16 and size & (size - 1) == 0 for size in (P, K))
-        return chosen and fits and takes(projected) and self._is_unchanged()
-
-    def _is_unchanged(self) -> bool:
-        """Whether no adapter, hook or wrapper stands in the place of convolution and norm."""
-        kinds = ((self.conv1d, CausalConv1d), (self.norm, GatedRMSNorm))
-        return all(type(module) is kind and is_unhooked(module) for module, kind in kinds)
+        config = self.config
+        backends = config.ssd_backend, config.conv_backend, config.norm_backend
+        fits = config.intermediate_size // config.n_groups <= MAX_GROUP and config.conv_kernel <= MAX_WIDTH
+        fits = fits and all(size >= 16 and size & (size - 1) == 0 for size in (config.head_dim, config.state_size))
+        fits = fits and all(wants_kernel(backend, projected) for backend in backends) and can_use_kernel(projected)
+        return fits and is_plain(self.conv1d, CausalConv1d) and is_plain(self.norm, GatedRMSNorm)
 
     def _mix(self, projected: Tensor, state: Mamba2State | None, lengths_B: Tensor | None) -> tuple[Tensor, ...]:
-        (H, P, _, K), (B, _, _), T = self._sizes(), projected.shape, self.config.conv_kernel - 1
+        config, B = self.config, projected.shape[0]
         conv_state, ssm_state = state or (
-            projected.new_zeros(B, T, self.config.conv_dim),
-            projected.new_zeros(B, H, P, K, dtype=torch.float32),
+            projected.new_zeros(B, config.conv_kernel - 1, config.conv_dim),
+            projected.new_zeros(B, config.num_heads, config.head_dim, config.state_size, dtype=torch.float32),
         )
         conv = self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state
         with torch.no_grad():
-            dt_BSH = self._step_sizes(projected[..., -H:], lengths_B)
-        rates, D, ssm_state = self._decay_rates(), self.D.float(), ssm_state.float()
-        return mix_triton(
-            projected, conv, dt_BSH, self.dt_bias, rates, D, ssm_state, self.norm.weight, lengths_B, self.config
-        )
+            dt_BSH = self._step_sizes(split_projected(projected, config)[2], lengths_B)
+        A, D, ssm_state = self._decay_rates(), self.D.float(), ssm_state.float()
+        return mix_triton(projected, conv, dt_BSH, self.dt_bias, A, D, ssm_state, self.norm.weight, lengths_B, config)
 
     def _step_sizes(self, dt_BSH: Tensor, lengths_B: Tensor | None) -> Tensor:
         compute = torch.promote_types(dt_BSH.dtype, torch.float32)
@@ -178,26 +317,16 @@ class Mamba2Block(GradientCheckpointingLayer):
     def forward(
         self, hidden_BSD: Tensor, state: Mamba2State | None = None, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, Mamba2State]:
-        hidden_BSD, normed_BSD = self._norm(hidden_BSD)
+        fits, backend = hidden_BSD.shape[-1] <= MAX_GROUP, self.mixer.config.norm_backend
+        with_kernels, weight_D = wants_kernel(backend, hidden_BSD, fits), self.norm.weight
+        if with_kernels and is_plain(self.norm, nn.RMSNorm):  # what goes on is the norm's, for it adds the gradients
+            hidden_BSD, normed_BSD = residual_norm_triton(hidden_BSD, weight_D, self.norm.eps)
+        else:
+            normed_BSD = self.norm(hidden_BSD.to(weight_D.dtype))
         mixed_BSD, state = self.mixer(normed_BSD, state, lengths_B)
-        widens = mixed_BSD.dtype != hidden_BSD.dtype == torch.float32
-        if widens and self._takes_kernels(hidden_BSD):
+        if with_kernels and mixed_BSD.dtype != hidden_BSD.dtype == torch.float32:
             return add_to_residual_triton(hidden_BSD, mixed_BSD), state
         return hidden_BSD + mixed_BSD, state
-
-    def _norm(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream, to be used from here on, and its norm in the dtype of the norm's weight."""
-        weight_D = self.norm.weight
-        plain = type(self.norm) is nn.RMSNorm and type(weight_D) in (nn.Parameter, Tensor) and is_unhooked(self.norm)
-        if plain and self._takes_kernels(hidden_BSD):
-            return residual_norm_triton(hidden_BSD, weight_D, self.norm.eps)
-        return hidden_BSD, self.norm(hidden_BSD.to(weight_D.dtype))
-
-    def _takes_kernels(self, hidden_BSD: Tensor) -> bool:
-        backend = self.mixer.config.norm_backend
-        return backend == "triton" or (
-            backend == "auto" and are_preferred(hidden_BSD) and hidden_BSD.shape[-1] <= MAX_GROUP
-        )
 
 
 @torch.no_grad()

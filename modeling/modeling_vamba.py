@@ -9,23 +9,28 @@ Shapes: B batch, M video tokens, N text tokens, S video tokens of one chunk, D h
 """
 
 import contextlib
+import re
 from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
     CausalLMOutputWithCrossAttentions,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLAttention,
     Qwen2VLRotaryEmbedding,
     apply_rotary_pos_emb,
+    eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
@@ -34,32 +39,371 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vamba import VambaConfig, VambaTextConfig
-from .cpu_offloading import offload_saved
-from .cross_attention import VambaCrossAttention
-from .decoder_layer import VambaDecoderLayer
-from .frame_streaming import default_chunk_frames, load_ahead, normalized, to_device
-from .generation_vamba import VambaGenerationMixin
-from .graphed_decoding import GraphedDecoding
-from .media import (
-    MediaItem,
-    assign_media,
-    chunk_patches,
-    list_media,
-    media_positions,
-    split_frames,
-    without_seen_grids,
+from .generation import VambaGenerationMixin
+from .kernels import can_use_inference_kernel, has_hooks
+from .kernels_attention import can_split_keys, reads_fp8, split_key_attention
+from .kernels_elementwise import VambaMLP, VambaSelfAttention, mix_norm_triton
+from .kernels_norm import FusedRMSNorm
+from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
+from .media import flattened_lengths, normalized, without_seen_grids
+from .multi_axis import (
+    CutSequence,
+    LazyLevels,
+    MultiAxisCheckpointingMixin,
+    MultiAxisSettings,
+    mamba2_costs,
+    offload_saved,
 )
-from .ranks import agree_on_calls, weights_are_sharded
-from .shared_model import VideoHeadMixin, VideoModelMixin, flattened_lengths
-from .text_triton import FusedRMSNorm
-from .video_encoder import VambaPreTrainedModel, VambaVideoEncoder, makers_of_key_values
-from .video_level import VideoLevel
-from .video_memory import VideoMemory
-from .vision_tower import VambaVisionTower, vision_tower
+from .ranks import weights_are_sharded
+from .video_encoding import VideoEncodingMixin
+from .video_memory import TextSlice, VideoLevel, VideoMemory
+from .video_model import VideoHeadMixin, VideoModelMixin, positions_in_samples, text_position_ids, varlen_kwargs
+from .vision_tower import vision_tower
+
+
+@auto_docstring
+class VambaPreTrainedModel(MultiAxisCheckpointingMixin, PreTrainedModel):
+    config: VambaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VambaDecoderLayer", "VambaVideoLevel", "Qwen2_5_VLVisionBlock"]
+    _skip_keys_device_placement = ["past_key_values", "video_memory", "videos"]
+    _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Mamba2Mixer):
+            init_mamba2_mixer(module, self.config.get_text_config().num_hidden_layers)
+        elif isinstance(module, VambaDecoderLayer):
+            if module.alpha is not None:
+                init.constant_(module.alpha, 0.5)
+        else:
+            super()._init_weights(module)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        earlier = re.compile(r"cross_attn\.[kv]_proj\.|video_encoder\.layers\.")
+        if any(map(earlier.search, loading_info.unexpected_keys)):
+            raise ValueError(
+                "This checkpoint is in Vamba's earlier format, with the video's keys and values in the decoder layers: "
+                "bring it into the present one with `vamba convert OLD NEW`."
+            )
+
+
+# Beyond as many queries, text rows that share a video counted together, flash attention fills the GPU by itself.
+MAX_SPLIT_KEY_QUERIES = 1024
+# With more, our kernel would widen the same fp8 keys so often that it pays to do it once beforehand.
+MAX_FP8_QUERIES = 32
+NOBODY = (0, 0)  # tokens of text that read a video which only other ranks wait for
+
+
+# --- the video: V_0 -> Mamba-2 -> V_1 -> ..., and what the text reads of each -----------------------------------------
+
+
+class VambaVideoLevel(nn.Module):
+    """Keys and values of V_l, and the Mamba-2 block that makes V_{l+1} of it; the last level has none."""
+
+    def __init__(self, config: VambaConfig, has_block: bool):
+        super().__init__()
+        text = config.text_config
+        self.head_dim = text.hidden_size // text.num_attention_heads
+        self.k_proj, self.v_proj = (
+            nn.Linear(text.hidden_size, text.num_key_value_heads * self.head_dim, bias=True) for _ in range(2)
+        )
+        self.block = Mamba2Block(config.mamba_config) if has_block else None
+
+    def forward(
+        self,
+        vision_BSD: Tensor,
+        state: Mamba2State | None = None,
+        lengths_B: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Mamba2State | None, Tensor, Tensor]:
+        """Of S tokens and the state before them: the next level's tokens, the state after them, and keys and values,
+        (B, H_kv, S, P), which carry M-RoPE where `position_embeddings` are given."""
+        keys, values = (
+            proj(vision_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.k_proj, self.v_proj)
+        )
+        if position_embeddings is not None:
+            keys, _ = apply_rotary_pos_emb(keys, keys, *position_embeddings)
+        if self.block is not None:
+            vision_BSD, state = self.block(vision_BSD, state, lengths_B)
+        return vision_BSD, state, keys, values
+
+
+class VambaVideoEncoder(VambaPreTrainedModel):
+    """The levels V_0 ... V_{L-1} of the video stream, one for each text layer; V_L is never read, and never made.
+
+    It runs in chunks of a video, after whatever the memory holds; in training with multi-axis checkpointing in cells of
+    layers x tokens.
+    """
+
+    input_modalities = ("image", "video")
+    multi_axis_checkpointing: MultiAxisSettings | None = None
+
+    def __init__(self, config: VambaConfig):
+        super().__init__(config)
+        L = config.text_config.num_hidden_layers
+        self.levels = nn.ModuleList([VambaVideoLevel(config, has_block=level < L - 1) for level in range(L)])
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        vision_BSD: Tensor,
+        video_memory: VideoMemory,
+        lengths_B: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        norms: list[Callable[[Tensor], Tensor]] | None = None,
+        read_once: bool = False,
+    ) -> "VideoMemory | VideoInCells":
+        """Extends the memory by the next S video tokens, after whatever it holds.
+
+        Args:
+            vision_BSD: V_0, the vision tower's tokens, (B, S, D); the rows of the memory's video.
+            video_memory: by this name, so that accelerate leaves it where it is.
+            lengths_B: valid tokens of each row, (B,), the rest being padding on the right; None for all.
+            position_embeddings: cos and sin (B, S, P) of the tokens, where the keys are to carry positions.
+            norms: what each level passes first, where `cross_attn_use_layer_norm` ties it to the text layer's norm.
+            read_once: these are the only tokens and each level is read once, in order: in cells its keys and values are
+                then made when it is read, and what is returned is read in the place of the memory.
+        """
+        memory, S = video_memory, vision_BSD.shape[1]
+        valid_BS = None
+        if lengths_B is not None:
+            valid_BS = torch.arange(S, device=lengths_B.device) < lengths_B.unsqueeze(1)
+        memory.append_mask(S, valid_BS)
+        memory.fetch_states(vision_BSD.device)
+
+        def step(index, vision_BSD, state, lengths_B, *positions):
+            vision_BSD = vision_BSD if norms is None else norms[index](vision_BSD)
+            vision_BSD, state, *keys_values = self.levels[index](vision_BSD, state, lengths_B, positions or None)
+            return vision_BSD, state, tuple(keys_values)
+
+        states = [*memory.states, None]
+        if self.multi_axis_checkpointing is not None and self.training and torch.is_grad_enabled():
+            cells = self._cells(step, states, vision_BSD, lengths_B, position_embeddings)
+            if read_once:
+                return VideoInCells(cells, memory)
+            for index in range(len(self.levels)):
+                memory.append(index, *_joined(cells.take(index), S))
+            memory.states[:] = cells.sequences[0].states[:-1]
+            return memory
+        for index, state in enumerate(states):
+            vision_BSD, states[index], keys_values = step(
+                index, vision_BSD, state, lengths_B, *(position_embeddings or ())
+            )
+            memory.append(index, *keys_values)
+            memory.states[:] = states[:-1]
+        return memory
+
+    def _cells(self, step, states, vision_BSD, lengths_B, position_embeddings) -> LazyLevels:
+        settings, level = self.multi_axis_checkpointing, self.levels[0]
+        key_values = 2 * self.config.text_config.num_key_value_heads * level.head_dim
+        costs = mamba2_costs(self.config.mamba_config, vision_BSD.dtype, key_values)
+        layers, sizes = settings.intervals(costs, len(self.levels), vision_BSD, self)
+        sequence = CutSequence.cut(vision_BSD, states, sizes, lengths_B, *(position_embeddings or ()))
+        return LazyLevels(step, [sequence], layers, settings.offload)
+
+
+class VideoInCells:
+    """A video whose levels are made, cell by cell, when the text reads them: each once, in order.
+
+    It is read in the place of a `VideoMemory`, which stays without keys and values and tells only whose video it is.
+    """
+
+    def __init__(self, cells: LazyLevels, memory: VideoMemory):
+        self.cells, self.reads, self._length = cells, memory.reads, memory.video_length
+
+    def level(self, index: int, device: torch.device) -> VideoLevel:
+        return VideoLevel(*_joined(self.cells.take(index), self._length)).map(lambda t: t.to(device))
+
+
+def _joined(blocks: list[tuple[Tensor, Tensor]], length: int) -> list[Tensor]:
+    """Keys and values of all blocks, without what fills the last one up."""
+    return [torch.cat(parts, 2)[:, :, :length] for parts in zip(*blocks)]
+
+
+# --- the text: T_0 -> layer -> T_1 -> ..., each layer reading its level of the video ----------------------------------
+
+
+class VambaCrossAttention(Qwen2VLAttention):
+    """Queries of the text over keys and values of the video: no causal mask, by default no positions.
+
+    On a GPU and without gradients few queries go through our own kernel, split over the keys.
+    """
+
+    def __init__(self, config: VambaTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        del self.k_proj, self.v_proj  # the video encoder has them
+        self.is_causal = False
+        self.sliding_window = None
+
+    def forward(
+        self,
+        hidden_BND: Tensor,
+        videos: list[tuple[TextSlice, VideoLevel]],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each slice of the text reads its level; text that is in none reads zeros.
+
+        A slice without tokens reads nothing, but sends gradients of zero, as other ranks wait for them (see `ranks`).
+        """
+        queries = self.q_proj(hidden_BND).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if position_embeddings is not None:
+            queries, _ = apply_rotary_pos_emb(queries, queries, *position_embeddings)
+        read = [(text, level) for text, level in videos if text.tokens != NOBODY]
+        if len(read) == 1 and read[0][0][:2] == (None, None):
+            (text, level), *_ = read
+            output_BNHP, weights = self._attend(queries, level, text.mask_BM, **kwargs)
+        else:
+            outputs, weights = [], None
+            for text, level in read:
+                rows, tokens = (slice(*(part or (None,))) for part in text[:2])
+                output, _ = self._attend(queries[rows, :, tokens], level, text.mask_BM, **kwargs)
+                outputs.append((text, output))
+            output_BNHP = _in_order(outputs, queries.transpose(1, 2))
+        for _, level in videos[len(read) :]:
+            output_BNHP = output_BNHP + 0 * (level.keys_BHMP.sum() + level.values_BHMP.sum())
+        return self.o_proj(output_BNHP.flatten(2)), weights
+
+    def _attend(
+        self, queries: Tensor, level: VideoLevel, mask_BM: Tensor | None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, H, P); rows of text that share a video row are folded into its queries, so that it is not copied."""
+        B, N = queries.shape[0], queries.shape[2]
+        share = B // level.keys_BHMP.shape[0]  # rows of text for each row of video
+        queries = queries.unflatten(0, (-1, share)).transpose(1, 2).flatten(2, 3)  # (B / share, H, share * N, P)
+        output, weights = self._attention(queries, level, mask_BM, **kwargs)
+        if weights is not None:
+            weights = weights.unflatten(2, (share, N)).transpose(1, 2).flatten(0, 1)
+        return output.unflatten(1, (share, N)).flatten(0, 1), weights
+
+    def _attention(self, queries: Tensor, level: VideoLevel, mask_BM: Tensor | None, **kwargs):
+        if self.splits_keys(queries, queries.shape[2]):
+            fp8 = level.key_scales_BHM is not None and queries.shape[2] <= MAX_FP8_QUERIES and reads_fp8(queries.device)
+            keys, values, *scales = level if fp8 else level.stored_as(queries.dtype)
+            return split_key_attention(queries, keys, values, self.scaling, mask_BM, *scales), None
+        keys, values, *_ = level.stored_as(queries.dtype)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        if mask_BM is None:
+            return attention(self, queries, keys, values, None, **kwargs)
+        bias = torch.zeros(mask_BM.shape, dtype=queries.dtype, device=queries.device)
+        bias = bias.masked_fill(~mask_BM, torch.finfo(queries.dtype).min)[:, None, None]
+        output, weights = attention(self, queries, keys, values, bias.expand(-1, -1, queries.shape[2], -1), **kwargs)
+        return output * mask_BM.any(1)[:, None, None, None], weights
+
+    def splits_keys(self, like: Tensor, queries: int) -> bool:
+        """Whether our kernel takes so many queries of a video row, of the dtype, device and head dim of `like`."""
+        dropout = self.training and self.attention_dropout > 0
+        if torch.is_grad_enabled() or dropout or self.config._attn_implementation == "eager":
+            return False
+        return queries <= MAX_SPLIT_KEY_QUERIES and can_split_keys(like)
+
+    def takes_masks(self, hidden_BND: Tensor) -> bool:
+        """Whether padding of the video is best left to a mask: others than these repeat keys and values for it."""
+        by_kernel = self.splits_keys(hidden_BND[..., : self.head_dim], hidden_BND.shape[0] * hidden_BND.shape[1])
+        return by_kernel or is_tracing(hidden_BND) or self.config._attn_implementation == "eager"
+
+
+def _in_order(outputs: list[tuple[TextSlice, Tensor]], like_BNHP: Tensor) -> Tensor:
+    """The outputs of slices that come in the order of rows, or of the tokens of all rows; zeros between them."""
+    if not outputs:
+        return 0 * like_BNHP
+    dim = 1 if outputs[0][0].rows is None else 0
+    pieces, at, size = [], 0, like_BNHP.shape[dim]
+    for text, output in outputs:
+        start, stop = text[dim]
+        pieces += [torch.zeros_like(like_BNHP.narrow(dim, at, start - at)), output]
+        at = stop
+    return torch.cat([*pieces, torch.zeros_like(like_BNHP.narrow(dim, at, size - at))], dim)
+
+
+class VambaDecoderLayer(GradientCheckpointingLayer):
+    """T' = T + alpha * SelfAttention(h) + (1 - alpha) * CrossAttention(h, V), then the MLP (equations 3 and 4).
+
+    One norm feeds both attentions. Without gradients on a GPU what lies between the matrix products runs in fused
+    kernels; the modules are called all the same, so that adapters and hooks work.
+    """
+
+    def __init__(self, config: VambaTextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = VambaSelfAttention(config, layer_idx)
+        self.cross_attn = VambaCrossAttention(config, layer_idx)
+        self.mlp = VambaMLP(config)
+        self.input_layernorm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = FusedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.alpha = nn.Parameter(torch.full((1,), 0.5)) if config.use_alpha_balancing else None
+
+    def device_for(self, t: Tensor) -> torch.device:
+        """Where this layer computes: beside its weights; where accelerate keeps those elsewhere it moves `t` itself."""
+        device = self.cross_attn.q_proj.weight.device
+        return t.device if device.type == "meta" else device
+
+    def norm_level(self, vision_BSD: Tensor) -> Tensor:
+        """A level of the video, normalised as the text (`cross_attn_use_layer_norm`)."""
+        return self.input_layernorm(vision_BSD.to(self.device_for(vision_BSD)))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *video: Tensor | None,
+        text_slices: list[TextSlice] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        query_position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """`video` are the four tensors of the `VideoLevel` that each of `text_slices` reads; None: there is no video.
+
+        They are arguments of their own, as reentrant checkpoints look for gradients only there.
+        """
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        crossed = None
+        if text_slices is not None:
+            # How samples are packed is the business of the self-attention: the slices keep them apart here.
+            kwargs = {name: value for name, value in kwargs.items() if not name.startswith(("cu_seq_", "max_length"))}
+            levels = [VideoLevel(*video[i : i + 4]) for i in range(0, len(video), 4)]
+            videos = list(zip(text_slices, levels))
+            crossed, _ = self.cross_attn(hidden_states, videos, query_position_embeddings, **kwargs)
+        hidden_states, normed = self._mix(residual, attended, crossed)
+        return hidden_states + self.mlp(normed)
+
+    def _mix(self, residual: Tensor, attended: Tensor, crossed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """T' of equation 4, and its norm."""
+        norm, alpha = self.post_attention_layernorm, self.alpha
+        tensors = residual, attended, crossed, norm.weight
+        if crossed is not None and not has_hooks(norm) and can_use_inference_kernel(*tensors):
+            return mix_norm_triton(residual, attended, crossed, alpha, norm.weight, norm.eps)
+        if alpha is not None:  # clamped; its gradient passes straight through, so that a step outside can be undone
+            alpha = (alpha + (alpha.clamp(0, 1) - alpha).detach()).to(attended.dtype)
+        if crossed is None:
+            mixed = attended if alpha is None else alpha * attended
+        else:
+            mixed = attended + crossed if alpha is None else torch.lerp(crossed, attended, alpha)
+        return residual + mixed, norm(residual + mixed)
 
 
 class VambaTextModel(VambaPreTrainedModel):
-    """Qwen2-VL's language model with a cross-attention to the video memory in every layer."""
+    """Qwen2-VL's language model with a cross-attention to the video in every layer."""
 
     config: VambaTextConfig
     input_modalities = ("text",)
@@ -89,31 +433,33 @@ class VambaTextModel(VambaPreTrainedModel):
         past_key_values: VideoMemory | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        packed: list[tuple[int, VideoMemory]] | None = None,
-        read_besides: list[VideoMemory] = (),
+        packed_lengths: list[int] | None = None,
+        videos: list[tuple[tuple[int, int] | None, VideoMemory | VideoInCells]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
-        packed (`list` of `(int, VideoMemory)`, *optional*):
-            The samples that one row of text consists of: their lengths, and the memories of their videos.
-        read_besides (`list` of `VideoMemory`, *optional*):
-            Memories, perhaps without video, that are read for nothing, as other ranks read more than this one.
+        packed_lengths (`list[int]`, *optional*):
+            The lengths of the samples that one row of text consists of.
+        videos (`list` of `((int, int), VideoMemory)`, *optional*):
+            Which tokens of text, from the first to the second, read which video, in order; None stands for all. Behind
+            them come videos that nobody reads. If not given all read that of `past_key_values`, if it has one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        B, N, _ = inputs_embeds.shape
         memory = VideoMemory.of(past_key_values, self.config)
-        for _, checked in packed or [(0, memory)]:
-            checked.check(self.config, inputs_embeds.shape[0], inputs_embeds.dtype)
+        memory.check(self.config, B, inputs_embeds.dtype)
+        if videos is None and memory.video_length:
+            videos = [(None, memory)]
         text_cache = memory if use_cache or memory.get_seq_length() else None
-        borders = None  # positions that start anew with each sample, for the mask
-        if packed:
-            lengths = [length for length, _ in packed]
-            borders = positions_in_samples(lengths, inputs_embeds.device)
-            kwargs |= varlen_kwargs(lengths, inputs_embeds.device)
+        starts_anew = None  # positions that start anew with each sample, for the mask
+        if packed_lengths is not None:
+            starts_anew = positions_in_samples(packed_lengths, inputs_embeds.device)
+            kwargs |= varlen_kwargs(packed_lengths, inputs_embeds.device)
         elif position_ids is not None and is_tracing(inputs_embeds):  # which cannot look whether these do
-            borders = position_ids[0] if position_ids.dim() == 3 else position_ids
+            starts_anew = position_ids[0] if position_ids.dim() == 3 else position_ids
         position_ids = text_position_ids(position_ids, attention_mask, inputs_embeds, memory.get_seq_length())
         if isinstance(attention_mask, dict):  # made by `generate` for a static cache
             causal_mask = attention_mask["full_attention"]
@@ -123,73 +469,51 @@ class VambaTextModel(VambaPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=text_cache,
-                position_ids=borders,
+                position_ids=starts_anew,
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         query_positions = position_embeddings if self.config.cross_attn_use_position_embeddings else None
-        samples, video_mask_BM = packed or [(inputs_embeds.shape[1], memory)], memory.video_mask(inputs_embeds.device)
-        hidden_states, read = inputs_embeds, [*(seen for _, seen in samples), *read_besides]
+        masked = self.layers[0].cross_attn.takes_masks(inputs_embeds)
+        reads = [video.reads(B, tokens, masked) for tokens, video in videos or ()]
+        hidden_states = inputs_embeds
         for index, layer in enumerate(self.layers):
             device = layer.device_for(inputs_embeds)
-            videos = [seen.level(index, device) if seen.video_length else None for seen in read]
-            with _saving(read, videos):
+            levels = [video.level(index, device) for _, video in videos or ()]
+            with _offloading_saved(videos or (), levels):
                 hidden_states = layer(
                     hidden_states,
-                    *(t for video in videos for t in video or (None,) * len(VideoLevel._fields)),
-                    video_mask_BM=video_mask_BM,
-                    video_rows=memory.video_rows,
-                    packed_lengths=[length for length, _ in samples] if packed else None,
+                    *(t for level, of_level in zip(levels, reads) for part in level.cut(of_level) for t in part),
+                    text_slices=None if videos is None else [read.text for of_level in reads for read in of_level],
                     attention_mask=causal_mask,
                     past_key_values=text_cache,
                     position_embeddings=position_embeddings,
                     query_position_embeddings=query_positions,
                     **kwargs,
                 )
-            del videos  # of deferred levels only autograd keeps them
+            del levels  # of those made in cells only autograd keeps them
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=text_cache
         )
 
 
-def _saving(memories: list[VideoMemory], videos: list[VideoLevel | None]) -> contextlib.AbstractContextManager:
-    """Within, autograd keeps keys and values where their deferred levels keep what they save, which may be the CPU."""
-    moved = [t for memory, video in zip(memories, videos) if video and memory.offloads_saved for t in video[:2]]
+def _offloading_saved(
+    videos: list[tuple[tuple[int, int] | None, VideoMemory | VideoInCells]], levels: list[VideoLevel]
+):
+    """Within, autograd keeps keys and values that were made in offloading cells in CPU memory."""
+    moved = [
+        t
+        for (_, video), level in zip(videos, levels)
+        if isinstance(video, VideoInCells) and video.cells.offload
+        for t in level[:2]
+    ]
     return offload_saved(*moved) if moved else contextlib.nullcontext()
 
 
-def text_position_ids(
-    position_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor, past_length: int
-) -> Tensor:
-    """(3, B, N) positions for M-RoPE: text counts text only, padding on the left not counted.
-
-    `position_ids` may be given as (B, N) or, as for Qwen2-VL, (3, B, N), or (4, B, N) with those of the text first.
-    """
-    B, N = inputs_embeds.shape[:2]
-    if position_ids is None:
-        if attention_mask is not None and not isinstance(attention_mask, dict) and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -N:]
-        else:
-            position_ids = (torch.arange(N, device=inputs_embeds.device) + past_length).unsqueeze(0)
-    if position_ids.dim() == 2:
-        position_ids = position_ids.unsqueeze(0)
-    return position_ids[-3:].expand(3, B, -1).to(inputs_embeds.device)
-
-
-def positions_in_samples(lengths: list[int], device: torch.device) -> Tensor:
-    """(1, N) positions of the tokens of samples packed into one row, each counted from zero."""
-    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-
-
-def varlen_kwargs(lengths: list[int], device: torch.device) -> dict[str, Tensor | int]:
-    """What keeps packed samples apart in flash attention, which takes no mask."""
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    return dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts) | dict.fromkeys(
-        ("max_length_q", "max_length_k"), max(lengths)
-    )
+# --- both -------------------------------------------------------------------------------------------------------------
 
 
 @auto_docstring
-class VambaModel(VideoModelMixin, VambaPreTrainedModel):
+class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
     def __init__(self, config: VambaConfig):
         super().__init__(config)
         self.visual = vision_tower(config.vision_config)
@@ -212,232 +536,10 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         """
         patches = normalized(pixel_values_videos, self.config).to(self.visual.dtype)
         output = self.visual(patches, grid_thw=video_grid_thw, **kwargs)
-        merged = self.config.vision_config.spatial_merge_size**2
-        tokens = [t * h * w // merged for t, h, w in video_grid_thw.tolist()]
-        output.pooler_output = output.pooler_output.split(tokens)
+        output.pooler_output = output.pooler_output.split(
+            [t * h * w // self.merged for t, h, w in video_grid_thw.tolist()]
+        )
         return output
-
-    @can_return_tuple
-    @auto_docstring
-    def get_image_features(
-        self,
-        pixel_values: torch.FloatTensor,
-        image_grid_thw: torch.LongTensor,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`):
-            Temporal (1), height and width dimensions of each image in patches.
-        """
-        return self.get_video_features(pixel_values, image_grid_thw, return_dict=True, **kwargs)
-
-    def encode_video(
-        self,
-        pixel_values_videos: Tensor,
-        video_grid_thw: torch.LongTensor,
-        memory: VideoMemory | None = None,
-        *,
-        rows: list[int] | None = None,
-        continue_video: bool | None = None,
-        chunk_frames: int | None = None,
-    ) -> VideoMemory:
-        """Encodes video into a new `VideoMemory`, or appends it to one; any split of the frames gives the same result.
-
-        Args:
-            pixel_values_videos: patches as the video processor makes them, (sum of t * h * w, patch size); as uint8
-                (`do_rescale=False, do_normalize=False`) they take a quarter of the memory and are normalised here.
-                They may stay on the CPU: each chunk is copied while the one before is computed.
-            video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
-            memory: what was seen before; it is extended in place and returned, unchanged if anything is raised. None
-                starts anew.
-            rows: for each video the row of the memory it belongs to; None puts all into row 0.
-            continue_video: whether the first video continues the memory's last one, frame numbers included. None: it
-                does if both have the same size. Matters only with `cross_attn_use_position_embeddings`.
-            chunk_frames: frames that go through vision tower and encoder at once, which bounds the activations; None
-                means 128, or fewer where the GPU's free memory asks for it, or all while gradients are recorded.
-        """
-        items = list_media("video", pixel_values_videos, video_grid_thw)
-        rows = [0] * len(items) if rows is None else rows
-        if len(rows) != len(items) or min(rows, default=0) < 0:
-            raise ValueError(f"{rows=} for {len(items)} videos; give one row for each video, counted from 0.")
-        memory = VideoMemory(self.config) if memory is None else memory
-        by_row: list[list[MediaItem]] = [[] for _ in range(max([*rows, memory.num_video_rows - 1], default=0) + 1)]
-        for item, row in zip(items, rows):
-            previous = memory.media[row][-1] if row < len(memory.media) and memory.media[row] else None
-            if not by_row[row] and previous is not None and previous[0] == "video" and continue_video is not False:
-                if previous[2:] == [item.h, item.w]:
-                    item = item._replace(first_frame=previous[1])
-                elif continue_video:
-                    raise ValueError(f"A video of {item.h} x {item.w} patches cannot continue one of {previous[2:]}.")
-            by_row[row].append(item)
-        self.encode_media([(memory, by_row)], {"video": pixel_values_videos}, chunk_frames)
-        return memory
-
-    def encode_media(
-        self,
-        videos: list[tuple[VideoMemory, list[list[MediaItem]]]],
-        pixels: dict[str, Tensor],
-        chunk_frames: int | None = None,
-        read_once: bool = False,
-        reads: int = 0,
-    ) -> list[VideoMemory]:
-        """The loop all media go through: frames -> vision tower -> Mamba-2 blocks and video memory, chunk by chunk.
-
-        Args:
-            videos: memories, extended in place, each with the media of its rows in order.
-            pixels: the patches of all images and of all videos, by kind.
-            chunk_frames: see `encode_video`. read_once: see `VambaVideoEncoder.forward`.
-            reads: how many memories the text is going to read.
-
-        Returns:
-            memories to be read besides, for nothing: as many as other ranks read more than this one (see `ranks`).
-        """
-        frames = self._temporal_patches_at_once(videos, chunk_frames)
-        merged = self.config.vision_config.spatial_merge_size**2
-        for memory, rows in videos:
-            if memory.num_video_rows not in (0, len(rows)):
-                raise ValueError(f"The memory has {memory.num_video_rows} video rows, the media are for {len(rows)}.")
-        device, read_once = self.visual.device, read_once and frames is None
-        chunks = [(memory, chunk) for memory, rows in videos for chunk in split_frames(rows, frames)]
-        passes = [self.count_passes(item for row in chunk for item in row) for _, chunk in chunks]
-        passes, all_reads = agree_on_calls(self, passes, reads, device)
-        loaded = load_ahead(
-            chunks,
-            lambda chunk: [
-                part if frames is None else to_device(part, device) for part in chunk_patches(chunk[1], pixels)
-            ],
-            device,
-        )
-        with contextlib.ExitStack() as on_error:
-            for memory, rows in videos:
-                on_error.enter_context(memory.unchanged_on_error())
-                self._rotate_video_keys(memory, True)  # as the new keys will be
-                longest = max(sum(item.num_patches for item in row) // merged for row in rows)
-                memory.reserve(max(memory.expected_length, memory.video_length + longest))
-                memory.note_weights(self.check_weights(memory), self.config.vision_config.temporal_patch_size)
-            for ((memory, chunk), patches), count in zip(loaded, passes):
-                vision_BSD, lengths_B = self._vision_tokens(chunk, patches, count)
-                self._encode(memory, chunk, vision_BSD, lengths_B, read_once)
-                memory.note_media(chunk)
-            idle = [VideoMemory(self.config) for _ in passes[len(chunks) :]]
-            smallest = MediaItem("video", 1, self.smallest_side, self.smallest_side, 0)
-            for memory, count in zip(idle, passes[len(chunks) :]):
-                vision_BSD = self.black_passes(count).repeat(1, 1, self.config.text_config.hidden_size)
-                self._encode(memory, [[smallest]], vision_BSD, None, read_once)
-        return (idle + [VideoMemory(self.config)] * all_reads)[: all_reads - reads]
-
-    def _temporal_patches_at_once(self, videos, chunk_frames: int | None) -> int | None:
-        """How many temporal patches of each row go through the model at once; None for all."""
-        if chunk_frames is None and videos and not torch.is_grad_enabled():
-            rows = [[item.h * item.w for item in row] for _, rows in videos for row in rows]
-            chunk_frames = default_chunk_frames(self, sum(max(row, default=0) for row in rows))
-        return None if chunk_frames is None else max(1, chunk_frames // self.config.vision_config.temporal_patch_size)
-
-    def _encode(self, memory, chunk, vision_BSD: Tensor, lengths_B: Tensor | None, read_once: bool) -> None:
-        positions = None
-        if self.config.text_config.cross_attn_use_position_embeddings:
-            positions_3BS = media_positions(chunk, self.config.vision_config.spatial_merge_size)
-            positions = self.language_model.rotary_emb(vision_BSD, positions_3BS.to(vision_BSD.device))
-        self.video_encoder(
-            vision_BSD,
-            video_memory=memory,
-            key_values=makers_of_key_values(self.language_model.layers),
-            lengths_B=lengths_B,
-            position_embeddings=positions,
-            read_once=read_once,
-        )
-
-    def modules_that_make_memories(self) -> list[nn.Module]:
-        """Those whose weights a video's keys, values and states depend on."""
-        layers = self.language_model.layers
-        norms = [layer.input_layernorm for layer in layers if layer.norm_video]
-        projections = [proj for layer in layers for proj in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)]
-        return [self.visual, self.video_encoder, *norms, *projections]
-
-    def _vision_tokens(
-        self, chunk: list[list[MediaItem]], parts: list[Tensor], passes: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """V_0 of one chunk, rows padded on the right, (B, S, D), and the rows' lengths if they differ.
-
-        Args:
-            parts: the patches of its items in order, wherever they are cut. passes: see `tower_tokens`.
-        """
-        tokens, zero = self.tower_tokens([item for row in chunk for item in row], parts, passes)
-        if zero is not None:
-            tokens[0] = tokens[0] + zero
-        merged = self.config.vision_config.spatial_merge_size**2
-        lengths = [sum(item.num_patches for item in row) // merged for row in chunk]
-        lengths_B = torch.tensor(lengths, device=tokens[0].device) if len(set(lengths)) > 1 else None
-        return nn.utils.rnn.pad_sequence(torch.cat(tokens).split(lengths), batch_first=True), lengths_B
-
-    def _tower_pass(self, patches: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]:
-        if not isinstance(self.visual, VambaVisionTower):  # ours would have to wait for the GPU to read it there
-            grid_thw = to_device(grid_thw, self.visual.device)
-        patches = to_device(patches, self.visual.device)
-        return self.get_video_features(patches, grid_thw, return_dict=True).pooler_output
-
-    @property
-    def smallest_side(self) -> int:
-        """Patches along each side of the smallest frame that the tower takes."""
-        return self.config.vision_config.spatial_merge_size
-
-    def _rotate_video_keys(self, memory: VideoMemory, rotated: bool) -> None:
-        """Puts M-RoPE on a memory's keys or takes it off, once."""
-        if not self.config.text_config.cross_attn_use_position_embeddings or memory.keys_are(rotated):
-            return
-        positions_3BM = media_positions(memory.video_items(), self.config.vision_config.spatial_merge_size)
-        if (mask_BM := memory.video_mask()) is not None:  # padding may stand between the chunks of a row
-            valid = torch.arange(positions_3BM.shape[2]) < torch.tensor(memory.num_video_tokens).unsqueeze(1)
-            spread = positions_3BM.new_zeros(3, *mask_BM.shape)
-            spread[:, mask_BM.cpu()] = positions_3BM[:, valid]
-            positions_3BM = spread
-
-        def rotate(keys: Tensor) -> Tensor:
-            cos, sin = self.language_model.rotary_emb(keys[..., :0], positions_3BM.to(keys.device))
-            cos, sin = cos.to(keys.device), sin.to(keys.device)  # accelerate may compute them on another GPU
-            return apply_rotary_pos_emb(keys, keys, cos, sin if rotated else -sin)[0]
-
-        memory.rotate_keys(rotated, rotate)
-
-    def media_rows(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        mm_token_type_ids: Tensor | None,
-        pixels: dict[str, Tensor | None],
-        grids: dict[str, Tensor | None],
-    ) -> list[list[MediaItem]]:
-        """Which media belong to which row of text, in order: the n-th item to the n-th `<|vision_start|>`.
-
-        `pixels` and `grids` hold patches and `grid_thw` of all images and of all videos, by kind.
-        """
-        images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in ("image", "video"))
-        return assign_media(images, videos, self.media_starts(input_ids, inputs_embeds), mm_token_type_ids)
-
-    def media_of_samples(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor,
-        mm_token_type_ids: Tensor | None,
-        pixels: dict[str, Tensor | None],
-        grids: dict[str, Tensor | None],
-        lengths: list[int],
-    ) -> list[list[MediaItem]]:
-        """Which media belong to which of the samples packed into one row of text. Arguments as of `media_rows`.
-
-        Raises:
-            ValueError: more than one row, or lengths that do not add up to it.
-        """
-        B, N, _ = inputs_embeds.shape
-        if B != 1 or sum(lengths) != N or min(lengths) < 1:
-            raise ValueError(f"packed_lengths={lengths} must be positive and add up to one row of text, not {B} x {N}.")
-
-        def by_sample(t_1N: Tensor) -> Tensor:
-            return nn.utils.rnn.pad_sequence(t_1N[0].split(lengths), batch_first=True)
-
-        images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in ("image", "video"))
-        types = None if mm_token_type_ids is None else by_sample(mm_token_type_ids)
-        return assign_media(images, videos, by_sample(self.media_starts(input_ids, inputs_embeds)), types)
 
     @can_return_tuple
     @auto_docstring
@@ -472,8 +574,8 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
             if input_ids is None:
                 raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        memory, packed = VideoMemory.of(past_key_values, self.config.text_config), None
-        videos: list[tuple[VideoMemory, list[list[MediaItem]]]] = []
+        B, N, _ = inputs_embeds.shape
+        memory = VideoMemory.of(past_key_values, self.config.text_config)
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         grids = without_seen_grids(pixels, {"image": image_grid_thw, "video": video_grid_thw}, memory.media)
         if packed_lengths is None:
@@ -481,39 +583,43 @@ class VambaModel(VideoModelMixin, VambaPreTrainedModel):
         if packed_lengths is not None:
             if past_key_values is not None:
                 raise ValueError("Samples packed into one row go without a cache: pass no past_key_values.")
-            lengths = torch.as_tensor(packed_lengths).tolist()
-            rows = self.media_of_samples(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids, lengths)
-            packed = [(length, VideoMemory(self.config)) for length in lengths]
-            videos = [(sample, [row]) for (_, sample), row in zip(packed, rows) if row]
+            packed_lengths = torch.as_tensor(packed_lengths).tolist()
+            rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids, packed_lengths)
+            videos = [(VideoMemory(self.config), [row]) for row in rows if row]
+            stops = accumulate(packed_lengths)
+            texts = [(stop - length, stop) for stop, length, row in zip(stops, packed_lengths, rows) if row]
             if position_ids is None:
-                position_ids = positions_in_samples(lengths, inputs_embeds.device)
+                position_ids = positions_in_samples(packed_lengths, inputs_embeds.device)
             attention_mask = None  # there is no padding within
-        elif any(given is not None for given in (*pixels.values(), *grids.values())):
-            rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids)
-            videos = [(memory, rows)] if any(rows) else []
-        B, N, _ = inputs_embeds.shape
+        else:
+            given = any(given is not None for given in (*pixels.values(), *grids.values()))
+            rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids) if given else []
+            videos, texts = ([(memory, rows)], [None]) if any(rows) else ([], [])
+        self.warn_of_unseen_media(input_ids, bool(videos or memory.video_length or memory.get_seq_length()))
         if not videos and N > 1 and memory.video_length:  # not for each token that is decoded
             memory.check(self.config.text_config, B, inputs_embeds.dtype)
             self.check_weights(memory)
-        read_besides: list[VideoMemory] = []
-        if videos or self.shares_calls(N):
-            reads = max(len(videos), min(1, memory.video_length))
-            read_once = packed is not None or (past_key_values is None and not use_cache)
-            read_besides = self.encode_media(videos, pixels, read_once=read_once, reads=reads)
-        if packed or (torch.is_grad_enabled() and weights_are_sharded(self)):  # ranks may differ in this
-            for read in [memory, *(sample for _, sample in packed or ()), *read_besides]:
-                read.keep_no_cell()
+        sources, calls_are_shared = [], self.shares_calls(N)
+        if videos or calls_are_shared:
+            read_once = packed_lengths is not None or (past_key_values is None and not use_cache)
+            sources = self.encode_media(videos, pixels, read_once=read_once)
+        in_cells = [source for source in sources if isinstance(source, VideoInCells)]
+        if packed_lengths is not None or (torch.is_grad_enabled() and weights_are_sharded(self)):
+            for source in in_cells:  # backward may begin with another video, and ranks may differ in this
+                source.cells.keeps_last = False
         memory.expand_rows(B)
-        self.warn_of_unseen_media(input_ids, *([memory] if packed is None else (sample for _, sample in packed)))
         self._rotate_video_keys(memory, not unrotate_video_keys)
+        if not videos and memory.video_length:
+            texts, sources = [None], [memory, *sources]
+        texts = [*texts, *[NOBODY] * (len(sources) - len(texts))]
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=memory,
-            use_cache=False if packed is not None or memory.is_read_once else use_cache,
-            packed=packed,
-            read_besides=read_besides,
+            use_cache=False if packed_lengths is not None or in_cells else use_cache,
+            packed_lengths=packed_lengths,
+            videos=list(zip(texts, sources)) if sources or calls_are_shared else None,
             **kwargs,
         )
 
@@ -528,12 +634,6 @@ class VambaForConditionalGeneration(VideoHeadMixin, VambaPreTrainedModel, VambaG
         self.model = VambaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
-        """The step that `generate` decodes with for a static cache: a CUDA graph, or, if asked, `torch.compile`'s."""
-        if compile_config is None and GraphedDecoding.suits(self):
-            return GraphedDecoding(self.__call__)
-        return super().get_compiled_call(compile_config)
 
     @torch.no_grad()
     def encode_video(self, *args, **kwargs) -> VideoMemory:

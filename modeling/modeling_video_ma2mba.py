@@ -7,12 +7,12 @@ stand for the text only. Padding, on either side, never enters the stream.
 Shapes: B batch, N text tokens, S tokens of one chunk of the stream, F frames, D hidden.
 """
 
-from collections.abc import Callable
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CompileConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -22,23 +22,29 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .clip_tower import ProjectorLinear, VideoMa2mbaProjector, frames_of, vision_tower
 from .configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaTextConfig
-from .frame_streaming import default_chunk_frames, load_ahead, normalized, to_device
-from .generation_video_ma2mba import VideoMa2mbaGenerationMixin
-from .graphed_decoding import GraphedStateDecoding
+from .generation import VideoMa2mbaGenerationMixin
 from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
-from .media import MediaItem, chunk_patches, item_starts, list_media, without_seen_grids
-from .media_stream import Run, media_of_rows, runs_of, split_runs, text_outputs
-from .multi_axis_checkpointing import (
-    MultiAxisCheckpointingMixin,
-    MultiAxisSettings,
-    run_cells,
+from .media import (
+    MediaItem,
+    Run,
+    default_chunk_frames,
+    flattened_lengths,
+    item_starts,
+    list_media,
+    list_videos,
+    media_of_rows,
+    normalized,
+    runs_of,
+    split_runs,
+    text_outputs,
+    to_device,
+    without_seen_grids,
 )
-from .multi_axis_memory import mamba2_costs
-from .ranks import agree_on_calls
-from .shared_model import VideoHeadMixin, VideoModelMixin, flattened_lengths
+from .multi_axis import MultiAxisCheckpointingMixin, MultiAxisSettings, mamba2_costs, run_cells
 from .state_memory import StateMemory
+from .video_model import VideoHeadMixin, VideoModelMixin
+from .vision_tower import ProjectorLinear, VideoMa2mbaProjector, clip_tower, frames_of
 
 
 class VideoMa2mbaBlock(Mamba2Block):
@@ -164,7 +170,7 @@ class VideoMa2mbaTextModel(VideoMa2mbaPreTrainedModel):
 class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
     def __init__(self, config: VideoMa2mbaConfig):
         super().__init__(config)
-        self.visual = vision_tower(config.vision_config)
+        self.visual = clip_tower(config.vision_config)
         self.projector = VideoMa2mbaProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.language_model = VideoMa2mbaTextModel._from_config(config.text_config)
         self.post_init()
@@ -201,20 +207,6 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         )
         return output
 
-    @can_return_tuple
-    @auto_docstring
-    def get_image_features(
-        self,
-        pixel_values: torch.FloatTensor,
-        image_grid_thw: torch.LongTensor,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`):
-            1, and height and width in patches, of each image: an image is one frame.
-        """
-        return self.get_video_features(pixel_values, image_grid_thw, return_dict=True, **kwargs)
-
     def encode_video(
         self,
         pixel_values_videos: torch.FloatTensor,
@@ -242,13 +234,10 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
             chunk_frames: frames that go through the model at once, which bounds the activations; None means
                 128, or fewer where the GPU's free memory asks for it, or all while gradients are recorded.
         """
-        items = list_media("video", pixel_values_videos, video_grid_thw)
-        rows = [0] * len(items) if rows is None else rows
-        if len(rows) != len(items) or min(rows, default=0) < 0:
-            raise ValueError(f"{rows=} for {len(items)} videos; give one row for each video, counted from 0.")
+        videos = list_videos(pixel_values_videos, video_grid_thw, rows)
         memory = StateMemory.of(memory, self.config)
-        B = max([*rows, memory.batch_size - 1], default=0) + 1
-        by_row, marks = self._open_videos(memory, items, rows, B, continue_video)
+        B = max([*(row for _, row in videos), memory.batch_size - 1], default=0) + 1
+        by_row, marks = self._open_videos(memory, videos, B, continue_video)
         ids_BN = nn.utils.rnn.pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in marks], batch_first=True)
         lengths = torch.tensor([len(ids) for ids in marks])
         unread_BN = torch.arange(ids_BN.shape[1]) < lengths.unsqueeze(1)
@@ -262,12 +251,12 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         return memory
 
     def _open_videos(
-        self, memory: StateMemory, items: list[MediaItem], rows: list[int], B: int, continue_video: bool | None
+        self, memory: StateMemory, videos: list[tuple[MediaItem, int]], B: int, continue_video: bool | None
     ) -> tuple[list[list[MediaItem]], list[list[int]]]:
         """The videos of each row, the first perhaps continuing what the memory saw, and the text that opens them."""
         by_row: list[list[MediaItem]] = [[] for _ in range(B)]
         marks: list[list[int]] = [[] for _ in range(B)]
-        for item, row in zip(items, rows):
+        for item, row in videos:
             last = memory.last_open(row)
             if not by_row[row] and continue_video is not False and last is not None and last[0] == "video":
                 item = item._replace(first_frame=last[1])
@@ -304,24 +293,24 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         Returns:
             the outputs for the text, (B, N, D), zero for what is in no stream.
         """
-        per_frame, device = self.config.tokens_per_frame, self.visual.device
+        per_frame = self.config.tokens_per_frame
         if chunk_frames is None and not torch.is_grad_enabled():
             chunk_frames = default_chunk_frames(self, len(streams) * self.config.grid_size**2)
         tokens = None if chunk_frames is None else max(1, chunk_frames) * per_frame
 
-        def patches(chunk: list[list[Run]]) -> list[Tensor]:
-            items = [[run.item for run in stream if run.item] for stream in chunk]
-            return [part if tokens is None else to_device(part, device) for part in chunk_patches(items, pixels)]
-
         wanted = kwargs.setdefault("output_hidden_states", False)  # whatever the language model's configuration says
         levels: list[Tensor | None] = []
         chunks = list(split_runs(streams, tokens, per_frame))
-        passes = [self.count_passes(run.item for stream in chunk for run in stream if run.item) for chunk in chunks]
-        passes, _ = agree_on_calls(self, passes, 0, device)
+        items = [[run.item for stream in chunk for run in stream if run.item] for chunk in chunks]
         with memory.unchanged_on_error():
             memory.note_weights(self.check_weights(memory))
-            for (chunk, parts), count in zip(load_ahead(chunks, patches, device), passes):
-                stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, parts, count)
+            media = self.media_tokens(items, pixels, whole=tokens is None)
+            for chunk, (media_tokens, zero) in zip_longest(chunks, media):
+                if chunk is None:  # only another rank has so many chunks
+                    nothing = inputs_embeds.new_zeros(1, 1, inputs_embeds.shape[-1])
+                    self.language_model(inputs_embeds=nothing, past_key_values=StateMemory(self.config), **kwargs)
+                    continue
+                stream_BSD, lengths_B = self._stream_tokens(chunk, inputs_embeds, media_tokens, zero)
                 rows, places, positions = text_outputs(chunk, per_frame)
                 read_at = (rows, places) if wanted is False else None
                 output = self.language_model(
@@ -334,24 +323,17 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
                         row, place, position = (index.to(new.device) for index in (rows, places, positions))
                         level[row, position] = new[row, place] if read_at is None else new
                 memory.note_chunk(chunk)
-            for count in passes[len(chunks) :]:  # chunks that only other ranks have
-                self.black_passes(count)
-                nothing = inputs_embeds.new_zeros(1, 1, inputs_embeds.shape[-1])
-                self.language_model(inputs_embeds=nothing, past_key_values=StateMemory(self.config), **kwargs)
         last, *hidden_states = levels or [inputs_embeds.new_zeros(inputs_embeds.shape)]
         return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=tuple(hidden_states) or None)
 
     def _stream_tokens(
-        self, chunk: list[list[Run]], inputs_embeds: Tensor, patches: list[Tensor], passes: int
+        self, chunk: list[list[Run]], inputs_embeds: Tensor, media_tokens: list[Tensor], zero: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The tokens of one chunk, rows padded on the right, (B, S, D), and the rows' lengths if they differ.
 
-        Args:
-            patches: those of its media in order, wherever they are cut. passes: see `tower_tokens`.
+        `media_tokens` are those of its media in order, wherever they are cut, and `zero` is to be added somewhere.
         """
-        items = [run.item for stream in chunk for run in stream if run.item]
-        tokens, zero = self.tower_tokens(items, patches, passes)
-        media = iter(tokens)
+        media = iter(media_tokens)
         by_row = []
         for text_ND, stream in zip(inputs_embeds, chunk):
             parts = [text_ND[:0]]
@@ -441,7 +423,7 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         grids = without_seen_grids(pixels, {"image": image_grid_thw, "video": video_grid_thw}, memory.media)
         items = [list_media(kind, pixels[kind], grids[kind]) for kind in pixels]
         if not any(items):
-            self.warn_of_unseen_media(input_ids, memory)
+            self.warn_of_unseen_media(input_ids, bool(memory.video_length or memory.get_seq_length()))
         at_once = torch.is_grad_enabled() or N <= self.pass_frames * self.config.tokens_per_frame
         plain = not any(items) and at_once and not self.shares_calls(N)
         if plain and (N == 1 or unread_BN is None):  # decoding asks nothing of the device
@@ -484,12 +466,6 @@ class VideoMa2mbaForConditionalGeneration(
         self.model = VideoMa2mbaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
-        """The step that `generate` decodes with on a GPU: a CUDA graph, or, if asked, `torch.compile`'s."""
-        return (
-            GraphedStateDecoding(self.__call__) if compile_config is None else super().get_compiled_call(compile_config)
-        )
 
     @torch.no_grad()
     def encode_video(self, *args, **kwargs) -> StateMemory:

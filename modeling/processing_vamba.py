@@ -2,29 +2,39 @@
 
 What is unusual: a media item is `<|vision_start|><|vision_end|>` in the text, however long it is. Qwen2-VL's
 placeholders are understood and replaced by that; `mm_token_type_ids` marks the `<|vision_start|>` of an image with 1
-and that of a video with 2. Files are decoded by `video_reading`, frame by frame at their final size, whatever backends
-transformers finds; images and videos are processed one by one, as each may carry options of its own.
+and that of a video with 2. Images and videos are processed one by one, as each may carry options of its own. Videos are
+read by `vamba.video`, frame by frame at their final size; where a checkpoint's code is loaded on a machine without the
+package, by transformers' `load_video`.
 """
 
 import io
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 from transformers import BatchFeature, processing_utils
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import ImageInput
+from transformers.image_utils import ImageInput, load_image
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, VideosKwargs
 from transformers.tokenization_utils_base import TextInput
-from transformers.video_utils import VideoInput, VideoMetadata
+from transformers.utils import logging
+from transformers.video_utils import VideoInput, VideoMetadata, load_video
 
-from .frame_selection import IMAGE_SUFFIXES, number, target_size
-from .video_reading import read_video
 
+try:
+    from vamba import video as vamba_video
+    from vamba.errors import VideoReadError
+except ImportError:
+    vamba_video, VideoReadError = None, ValueError
+
+logger = logging.get_logger(__name__)
 
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
 # What a chat message may say about its image or video: transformers' words, then qwen-vl-utils' where they differ.
@@ -39,36 +49,23 @@ _VIDEO_OPTIONS = (
     "min_pixels", "max_pixels", "fps", "num_frames", "min_frames", "max_frames", "raw_fps", *_READER_OPTIONS,
 )  # fmt: skip
 _EVERY_FRAME = 1e6  # frames per second
+_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # User text whose control tokens transformers has marked (`sanitize_control_tokens`) names no media.
 _UNMARKED = getattr(processing_utils, "_UNMARKED", "")
 
 
 class VambaImagesKwargs(ImagesKwargs, total=False):
-    """
-    min_pixels (`int`, *optional*): least area of an image, in place of `size["shortest_edge"]`.
-    max_pixels (`int`, *optional*): greatest area of an image, in place of `size["longest_edge"]`.
-    """
-
-    min_pixels: int | None
-    max_pixels: int | None
+    min_pixels: int | None  # least area of an image, in place of `size["shortest_edge"]`
+    max_pixels: int | None  # greatest area of an image, in place of `size["longest_edge"]`
 
 
 class VambaVideosKwargs(VideosKwargs, total=False):
-    """
-    min_pixels (`int`, *optional*): least area of a frame, in place of `size["shortest_edge"]`.
-    max_pixels (`int`, *optional*): greatest area of a frame, in place of `size["longest_edge"]`.
-    total_pixels (`int`, *optional*): bounds the area of all frames of a video together, as in qwen-vl-utils.
-    start (`float`, *optional*): seconds into the file where the clip begins.
-    end (`float`, *optional*): seconds into the file where the clip ends.
-    allow_urls (`bool`, *optional*): whether a video may be a URL; it may not by default.
-    """
-
-    min_pixels: int | None
-    max_pixels: int | None
-    total_pixels: int | None
-    start: float | int | None
-    end: float | int | None
-    allow_urls: bool | None
+    min_pixels: int | None  # least area of a frame, in place of `size["shortest_edge"]`
+    max_pixels: int | None  # greatest area of a frame, in place of `size["longest_edge"]`
+    total_pixels: int | None  # bounds the area of all frames of a video together, as in qwen-vl-utils
+    start: float | int | None  # seconds into the file where the clip begins
+    end: float | int | None  # seconds into the file where the clip ends
+    allow_urls: bool | None  # whether a video may be a URL; it may not by default
 
 
 class VambaProcessorKwargs(ProcessingKwargs, total=False):
@@ -118,8 +115,7 @@ class VambaProcessor(Qwen2VLProcessor):
             ValueError: the texts and the media differ in number (a single text may announce none).
             VideoReadError: a video that cannot be read.
         """
-        images = None if images is None else _flat_images(images) or None
-        videos = None if videos is None else _flat_videos(videos) or None
+        images, videos = _flat_images(images) or None, _flat_videos(videos) or None
         texts = [text] if isinstance(text, str) else text
         if texts is not None and not all(isinstance(sample, str) for sample in texts):
             raise ValueError("`text` must be a string or list of strings.")
@@ -249,40 +245,45 @@ class VambaProcessor(Qwen2VLProcessor):
             raise ValueError(f"You need to provide at least one input to call {self.__class__.__name__}")
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        _, text, videos, audio = super().prepare_inputs_layout(None, text, videos, audio, **kwargs)
-        if images is not None:
-            images = [item | {"image": self._fetch_image(item["image"])} for item in images]
-        return images, text, videos, audio
-
-    def _fetch_image(self, source):
-        if isinstance(source, (bytes, bytearray)) or hasattr(source, "read"):
-            from PIL import Image, ImageOps
-
-            file = io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source
-            return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-        return self.image_processor.fetch_images(os.fspath(source) if hasattr(source, "__fspath__") else source)
+        _, *others = super().prepare_inputs_layout(None, text, videos, audio, **kwargs)  # images: `_process_image`
+        return images, *others
 
     # --- images and videos ------------------------------------------------------------------------------------------
 
     def _process_images(self, images: list[dict], **kwargs):
-        outputs = _merge([self._process_image(item, **kwargs) for item in images])
+        outputs = _merge([self._process_image(item, **kwargs | {"return_tensors": "pt"}) for item in images])
         return outputs, [self.replace_image_token(outputs, index) for index in range(len(images))]
 
     def _process_image(self, item: dict, **kwargs) -> BatchFeature:
         check_keys(item, "image")
-        image, options = item["image"], {key: item[key] for key in _IMAGE_OPTIONS if item.get(key) is not None}
+        image = self._fetch_image(item["image"])
+        options = {key: item[key] for key in _IMAGE_OPTIONS if item.get(key) is not None}
         kwargs["size"] = _size(self.image_processor, kwargs, options)
-        if options.keys() & {"resized_height", "resized_width"}:
-            factor = _factor(self.image_processor, kwargs)
-            sides = {key: options.get(key) for key in ("resized_height", "resized_width")}
-            height, width = target_size(1, 1, factor=factor, min_pixels=0, max_pixels=np.inf, **sides)
+        sides = [options.get(name) for name in ("resized_height", "resized_width")]
+        if any(side is not None for side in sides):
+            height, width = _explicit_size(*sides, _factor(self.image_processor, kwargs))
             image, kwargs["do_resize"] = to_pil_image(image).convert("RGB").resize((width, height)), False
         return self.image_processor([image], **kwargs)
 
+    def _fetch_image(self, source):
+        """What transformers fetches (strings, images in memory), and `pathlib` paths, bytes and open files."""
+        if hasattr(source, "__fspath__"):
+            source = os.fspath(source)
+        if isinstance(source, (bytes, bytearray)):
+            source = io.BytesIO(source)
+        if hasattr(source, "read"):
+            from PIL import Image
+
+            source = load_image(Image.open(source))
+        return self.image_processor.fetch_images(source)
+
     def _process_videos(self, videos: list[dict], **kwargs):
-        metadata = _flat_metadata(kwargs.pop("video_metadata", None), len(videos))
-        items = [item if known is None else item | {"metadata": known} for item, known in zip(videos, metadata)]
-        outputs = _merge([self._process_video(item, **kwargs) for item in items])
+        if (metadata := kwargs.pop("video_metadata", None)) is not None:
+            known = _leaves(metadata)
+            if len(known) != len(videos):
+                raise ValueError(f"video_metadata has {len(known)} entries for {len(videos)} videos.")
+            videos = [item if entry is None else item | {"metadata": entry} for item, entry in zip(videos, known)]
+        outputs = _merge([self._process_video(item, **kwargs | {"return_tensors": "pt"}) for item in videos])
         return outputs, [self.replace_video_token(outputs, index) for index in range(len(videos))]
 
     def _process_video(self, item: dict, **kwargs) -> BatchFeature:
@@ -301,10 +302,9 @@ class VambaProcessor(Qwen2VLProcessor):
         asks = options.keys() - {"min_pixels", "max_pixels", "backend", "allow_urls"}
         if _is_frames(source) and (metadata is not None or not asks):
             return self.video_processor([source], video_metadata=[metadata] if metadata else None, **kwargs)
-        bounds = {name: options.pop(name) for name in ("min_frames", "max_frames") if name in options}
         options = self._reader_options(source, options, kwargs)
-        if bounds:
-            options, _, _ = frames_asked_for(source, options | bounds)
+        if vamba_video is not None and options.keys() & {"min_frames", "max_frames"}:
+            options, _, _ = vamba_video.frames_asked_for(source, options)
         frames, metadata = self.read_frames(source, **options)
         kwargs |= {"do_resize": False, "do_sample_frames": False, "video_metadata": [metadata]}
         return self.video_processor([frames], **kwargs)
@@ -323,20 +323,20 @@ class VambaProcessor(Qwen2VLProcessor):
                     "Sampling frames from a list of images is not supported! Set `do_sample_frames=False`, or say how "
                     "with `num_frames`."
                 )
-            call = self._default_sampling()
+            call = self._default_sampling(options)
         chosen = call | options
         if "num_frames" in chosen:
             chosen.pop("fps", None)
-        elif "source_fps" in options and "fps" not in chosen:
-            chosen["fps"] = options["source_fps"]  # frames at their own rate are taken whole
         resize = kwargs.get("do_resize")
         chosen["resize"] = self.video_processor.do_resize if resize is None else resize
         return self._frame_size(kwargs) | chosen
 
-    def _default_sampling(self) -> dict:
-        """The video processor's own num_frames or fps, where a checkpoint was trained with one."""
+    def _default_sampling(self, options: dict) -> dict:
+        """The video processor's own num_frames or fps, where a checkpoint was trained with one; frames that come with
+        a rate are taken whole otherwise."""
         own = {name: getattr(self.video_processor, name, None) for name in ("num_frames", "fps")}
-        return dict([(name, value) for name, value in own.items() if value is not None][:1])
+        chosen = [(name, value) for name, value in own.items() if value is not None]
+        return dict(chosen[:1]) or ({"fps": options["source_fps"]} if "source_fps" in options else {})
 
     def _frame_size(self, kwargs: dict) -> dict:
         """The reader's options that give frames the video processor would not resize."""
@@ -350,30 +350,18 @@ class VambaProcessor(Qwen2VLProcessor):
         return options
 
     def read_frames(self, source, **options) -> tuple[torch.Tensor, VideoMetadata]:
-        """All frames (T, 3, H, W) uint8 that `read_video(source, **options)` chooses, and what they are."""
-        with read_video(source, **options) as reader:
-            chunks = list(reader)
-            about = reader.metadata
-        frames = torch.cat([chunk.frames for chunk in chunks])
-        times = torch.cat([chunk.timestamps for chunk in chunks])
-        rate = about.fps or 1.0
-        metadata = VideoMetadata(
-            total_num_frames=about.total_frames or len(frames),
-            fps=rate,
-            width=about.width,
-            height=about.height,
-            duration=about.duration,
-            video_backend=options.get("backend", "pyav"),
-            frames_indices=[round(time * rate) for time in times.tolist()],
-        )
-        return frames, metadata
+        """All frames (T, 3, H, W) uint8 that `vamba.read_video(source, **options)` chooses, and what they are."""
+        if vamba_video is None:
+            return _read_by_transformers(source, **options)
+        frames, _, metadata = vamba_video.load_with_metadata(source, **options)
+        return frames, VideoMetadata(**metadata)
 
     def video_reader(self, source, **options):
-        """`read_video` with this processor's frame sizes and sampling, for reading a video chunk by chunk."""
-        sampling = {} if options.keys() & {"fps", "num_frames"} else self._default_sampling()
-        if not sampling and not options.keys() & {"fps", "num_frames"} and "source_fps" in options:
-            sampling = {"fps": options["source_fps"]}  # as `_reader_options` has it
-        return read_video(source, **(self._frame_size({}) | sampling | options))
+        """`vamba.read_video` with this processor's frame sizes and sampling, for reading a video chunk by chunk."""
+        if vamba_video is None:
+            raise ImportError("Reading a video chunk by chunk needs the package vamba; pip install vamba.")
+        sampling = {} if options.keys() & {"fps", "num_frames"} else self._default_sampling(options)
+        return vamba_video.read_video(source, **(self._frame_size({}) | sampling | options))
 
     # --- chat -------------------------------------------------------------------------------------------------------
 
@@ -426,35 +414,6 @@ def _plain_item(block):
     return block
 
 
-def frames_asked_for(source, options: dict, open_video=read_video) -> tuple[dict, int, tuple[int, int]]:
-    """How many frames an item of a message asks for; opens the video, decodes nothing.
-
-    Args:
-        options: of `read_video`, and `min_frames` and `max_frames`, which bound the frames that `fps` gives.
-        open_video: `read_video` or a processor's `video_reader`.
-
-    Returns:
-        The options of `read_video` alone, with `num_frames` where a bound holds; how many frames are due then; their
-        height and width.
-    """
-    options = dict(options)
-    low, high = (number(name, options.pop(name, None), 1, integer=True) for name in ("min_frames", "max_frames"))
-    if "num_frames" in options:
-        options.pop("fps", None)
-        low = high = None
-    with open_video(source, **options) as reader:
-        frames, size, step = reader.num_frames_expected, reader.frame_size, reader.seconds_per_frame
-    if frames is None:  # neither length nor number of frames is declared: look at the last packets
-        kept = {key: options[key] for key in ("start", "end", "backend", "allow_urls", "source_fps") if key in options}
-        with read_video(source, num_frames=2**20, **kept) as reader:
-            frames = int((reader.num_frames_expected - 1) / (reader.metadata.fps or 1.0) / step) + 1
-    wanted = min(max(frames, low or 1), high or np.inf)
-    if wanted != max(frames, 1):
-        options = {key: value for key, value in options.items() if key != "fps"} | {"num_frames": wanted}
-        return frames_asked_for(source, options, open_video)
-    return options, max(frames, 1), size
-
-
 def check_keys(block: Mapping, kind: str, *more: str) -> None:
     """Raises ValueError for keys of an item that mean nothing."""
     options = {"video": (*_VIDEO_OPTIONS, *ALIASES), "image": _IMAGE_OPTIONS, "text": ("text",)}[kind]
@@ -472,9 +431,7 @@ def _media_item(block: Mapping, kind: str) -> dict | None:
             return None
         raise ValueError(f"A message's {kind} item names no source under {', '.join(_SOURCE_KEYS[kind])}: {block}.")
     source = sources[0]["url"] if isinstance(sources[0], Mapping) and "url" in sources[0] else sources[0]
-    options = {ALIASES.get(key, key): value for key, value in block.items()}
-    known = _VIDEO_OPTIONS if kind == "video" else _IMAGE_OPTIONS
-    return {kind: source} | {key: value for key, value in options.items() if key in known}
+    return {kind: source} | {key: value for key, value in block.items() if key not in ("type", *_SOURCE_KEYS[kind])}
 
 
 def _factor(processor, kwargs: dict) -> int:
@@ -509,37 +466,40 @@ def _is_path(source) -> bool:
     return isinstance(source, str) or hasattr(source, "__fspath__")
 
 
+def _leaves(nested) -> list:
+    """What any nesting of lists holds."""
+    return [leaf for part in nested for leaf in _leaves(part)] if isinstance(nested, (list, tuple)) else [nested]
+
+
 def _flat_images(images) -> list[dict]:
     """One dict per image, `{"image": ..., options}`, out of an image or any nesting of lists."""
-    if isinstance(images, (list, tuple)):
-        return [item for image in images for item in _flat_images(image)]
-    if isinstance(images, Mapping):
-        return [dict(images)]
-    if getattr(images, "ndim", None) == 4:
-        return [{"image": image} for image in images]
-    return [] if images is None else [{"image": images}]
+    found = []
+    for image in _leaves(images):
+        if getattr(image, "ndim", None) == 4:
+            found += [{"image": one} for one in image]
+        elif image is not None:
+            found.append(dict(image) if isinstance(image, Mapping) else {"image": image})
+    return found
 
 
 def _flat_videos(videos) -> list[dict]:
     """One dict per video, `{"video": ..., options}`, out of a video or any nesting of lists."""
-    if isinstance(videos, Mapping):
-        item = dict(videos)
+    if videos is None:
+        return []
+    if isinstance(videos, Mapping) or _is_pair(videos):
+        item = dict(videos) if isinstance(videos, Mapping) else {"video": videos}
         if _is_pair(item["video"]):
             item["video"], item["metadata"] = item["video"]
         return [item]
-    if _is_pair(videos):
-        return [{"video": videos[0], "metadata": videos[1]}]
-    if isinstance(videos, (list, tuple)):
-        paths = [video for video in videos if _is_path(video)]
-        images = all(os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES - {".gif"} for path in paths)
-        if videos and (_is_frames(videos) or (len(paths) == len(videos) and images)):
-            return [{"video": list(videos)}]
-        return [item for video in videos for item in _flat_videos(video)]
-    if getattr(videos, "ndim", None) == 5:
-        return [{"video": video} for video in videos]
     if _is_picture(videos):
         return [{"video": videos[None] if hasattr(videos, "ndim") else [videos]}]
-    return [] if videos is None else [{"video": videos}]
+    if isinstance(videos, (list, tuple)):
+        images = [video for video in videos if _is_path(video) and f"{video}".lower().endswith(_IMAGE_SUFFIXES)]
+        if videos and (_is_frames(videos) or len(images) == len(videos)):
+            return [{"video": list(videos)}]
+    elif getattr(videos, "ndim", None) != 5:
+        return [{"video": videos}]
+    return [item for video in videos for item in _flat_videos(video)]
 
 
 def _is_pair(video) -> bool:
@@ -548,29 +508,78 @@ def _is_pair(video) -> bool:
     return pair and isinstance(video[1], Mapping) and _is_frames(video[0])
 
 
-def _flat_metadata(metadata, count: int) -> list:
-    """One metadata entry or None per video."""
-    if metadata is None:
-        return [None] * count
-    entries = metadata if isinstance(metadata, (list, tuple)) else [metadata]
-    flat = [entry for group in entries for entry in (group if isinstance(group, (list, tuple)) else [group])]
-    if len(flat) != count:
-        raise ValueError(f"video_metadata has {len(flat)} entries for {count} videos.")
-    return flat
-
-
 def _merge(outputs: list[BatchFeature]) -> BatchFeature:
     """Joins what the image or video processor returned for one item at a time."""
-    merged = {}
-    for key in outputs[0]:
-        values = [output[key] for output in outputs]
-        if isinstance(values[0], torch.Tensor):
-            merged[key] = torch.cat(values)
-        elif isinstance(values[0], np.ndarray):
-            merged[key] = np.concatenate(values)
-        else:
-            merged[key] = [entry for value in values for entry in value]
-    return BatchFeature(merged)
+    merged = {key: [output[key] for output in outputs] for key in outputs[0]}
+    return BatchFeature(
+        {key: torch.cat(parts) if torch.is_tensor(parts[0]) else sum(parts, []) for key, parts in merged.items()}
+    )
+
+
+def _explicit_size(height, width, factor: int) -> tuple[int, int]:
+    """The size nearest to the one asked for that is made of patches, within the bounds of qwen-vl-utils."""
+    if not all(isinstance(side, (int, float)) and side >= 1 and side == int(side) for side in (height, width)):
+        raise ValueError(
+            f"resized_height={height!r} and resized_width={width!r}: give both, as integers of at least 1."
+        )
+    return smart_resize(int(height), int(width), factor, 4 * factor**2, 16384 * factor**2)
+
+
+# --- without the package vamba --------------------------------------------------------------------------------------
+
+
+def _read_by_transformers(source, **options) -> tuple[torch.Tensor, VideoMetadata]:
+    """`VambaProcessor.read_frames` of frames in memory, files and allowed URLs, by transformers' `load_video`."""
+    logger.warning_once(
+        "Videos are read by transformers' load_video, as the package vamba cannot be imported, whose reader knows more "
+        "formats, withstands damage and needs less memory; pip install vamba."
+    )
+    asked = {name: options.get(name) for name in ("fps", "num_frames", "start", "end", "min_frames", "max_frames")}
+    choose = partial(_chosen_frames, **asked)
+    if _is_frames(source):
+        frames = np.stack([np.asarray(frame) for frame in source])
+        frames = (frames * 255).round() if frames.dtype.kind == "f" else frames
+        about = VideoMetadata(len(frames), fps=options.get("source_fps") or asked["fps"] or 1.0)
+        frames = frames[choose(about)]
+    elif not _is_path(source) or ("://" in f"{source}" and not options.get("allow_urls")):
+        raise ValueError(
+            f"{source!r:.80}: without the package vamba a video is a path, or a URL with allow_urls=True; give one, or "
+            "pip install vamba."
+        )
+    else:
+        try:
+            frames, about = load_video(f"{source}", backend=options.get("backend") or "pyav", sample_indices_fn=choose)
+        except Exception as error:  # of many types, by what is wrong
+            message = f"{source}: transformers' load_video cannot read it ({error})"
+            raise ValueError(f"{message}; check the file, or pip install vamba.") from error
+    frames = torch.as_tensor(frames)
+    frames = frames if frames.shape[1] == 3 else frames.permute(0, 3, 1, 2)
+    if not options.get("resize", True):
+        return frames, about
+    if options.keys() & {"resized_height", "resized_width"}:
+        size = _explicit_size(options.get("resized_height"), options.get("resized_width"), options["factor"])
+    else:
+        low, high, total = options["min_pixels"], options["max_pixels"], options.get("total_pixels")
+        high = high if total is None else max(min(high, total / len(frames) * 2), int(low * 1.05))
+        size = smart_resize(*frames.shape[2:], options["factor"], low, high)
+    resized = (interpolate(frame[None].float(), size, mode="bicubic", antialias=True) for frame in frames)
+    return torch.cat([frame.round().clamp(0, 255).to(torch.uint8) for frame in resized]), about
+
+
+def _chosen_frames(metadata: VideoMetadata, fps, num_frames, start, end, min_frames, max_frames) -> np.ndarray:
+    """Indices of the frames `vamba.read_video` chooses where frames are evenly spaced; notes them in the metadata."""
+    total, rate = metadata.total_num_frames, metadata.fps
+    if not (total and rate):
+        raise ValueError("it does not say how many frames it has, and how many a second")
+    if (first := (start or 0.0) * rate) >= total:
+        raise ValueError(f"start={start:g} is past the end of the video")
+    stop = total if end is None else min(end * rate, total)
+    times = np.arange(first, stop, max(rate / (fps or 1.0), 1.0))
+    count = num_frames or min(max(len(times), min_frames or 1), max_frames or np.inf)
+    if num_frames or count != len(times):
+        times = np.linspace(first, min(stop, total - 1), count)
+    metadata.frames_indices = np.unique((times + 1e-6).astype(int))
+    return metadata.frames_indices
 
 
 VambaProcessor.register_for_auto_class("AutoProcessor")

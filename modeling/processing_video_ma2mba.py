@@ -11,12 +11,10 @@ from typing import Any
 
 from tokenizers import AddedToken
 from transformers import BatchFeature, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-from transformers.image_transforms import to_pil_image
 from transformers.processing_utils import MultiModalData
 
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .frame_selection import VideoReadError
-from .processing_vamba import VambaProcessor, VambaProcessorKwargs, _factor, _is_frames
+from .processing_vamba import VambaProcessor, VideoReadError, _factor, _is_frames
 
 
 # In this order after GPT-NeoX's own, from id 50,277 on.
@@ -37,17 +35,11 @@ CHAT_TEMPLATE = (
 _SIZES = {"min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "factor"}
 
 
-class VideoMa2mbaProcessorKwargs(VambaProcessorKwargs, total=False):
-    """The same options."""
-
-
 class VideoMa2mbaProcessor(VambaProcessor):
     """Turns chat messages, text, images and videos into model inputs; see `VambaProcessor`.
 
     Frames and images have one size, whatever `min_pixels`, `max_pixels` and the like a message asks for.
     """
-
-    valid_processor_kwargs = VideoMa2mbaProcessorKwargs
 
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
         known = tokenizer.get_vocab()
@@ -70,29 +62,25 @@ class VideoMa2mbaProcessor(VambaProcessor):
         }
         return cls(Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes))
 
-    def _square(self, kwargs: dict) -> dict:
+    def _frame_size(self, kwargs: dict) -> dict:
         """The reader's options for frames of the tower's size."""
         side = math.isqrt(self.video_processor.size["longest_edge"])
         return {"resized_height": side, "resized_width": side, "factor": _factor(self.video_processor, kwargs)}
 
-    def _frame_size(self, kwargs: dict) -> dict:
-        return self._square(kwargs)
-
     def _process_image(self, item: dict, **kwargs) -> BatchFeature:
         side = math.isqrt(self.image_processor.size["longest_edge"])
-        image = to_pil_image(item["image"])
-        return super()._process_image({"image": image, "resized_height": side, "resized_width": side}, **kwargs)
+        return super()._process_image(item | {"resized_height": side, "resized_width": side}, **kwargs)
 
     def _process_video(self, item: dict, **kwargs) -> BatchFeature:
         item = {key: value for key, value in item.items() if key not in _SIZES}
         if _is_frames(item["video"]):
-            item["video"], _ = self.read_frames(item["video"], **self._square(kwargs))
+            item["video"], _ = self.read_frames(item["video"], **self._frame_size(kwargs))
         return super()._process_video(item, **kwargs)
 
     def video_reader(self, source, **options):
         """`read_video` at this processor's frame size and sampling. Raises VideoReadError for another size."""
         if asked := _SIZES & options.keys():
-            size = self._square({})
+            size = self._frame_size({})
             raise VideoReadError(
                 f"{', '.join(sorted(asked))}: this model takes frames of {size['resized_width']} x "
                 f"{size['resized_height']} pixels only; leave it out."

@@ -1,11 +1,11 @@
 """Several ranks train one model: whatever their batches hold, they call every layer equally often.
 
 What is unusual: where weights are sharded (FSDP2, DeepSpeed's ZeRO-3) each call of a layer gathers them from all ranks,
-in forward and in backward. How often a rank calls the vision tower, the video's layers and the cross-attention depends
-on its batch: the length of its videos, the samples of a pack, or no media at all. So before it calls any of them it
-asks for the most that any rank needs, and makes up for what it has less with black frames, whose outputs are
-multiplied by zero. Under DDP nothing is gathered, but every parameter has to get a gradient, so a batch without media
-runs one black frame there too.
+in forward and in backward. How often a rank calls the vision tower and the levels of the video depends on its batch:
+the length of its videos, or no media at all. So before it calls them it asks for the most that any rank needs, and
+makes up for what it has less with black frames, whose outputs are multiplied by zero. The cross-attention is called
+once in every text layer then, whatever it reads. Under DDP nothing is gathered, but every parameter has to get a
+gradient, so a batch without media runs one black frame there too.
 """
 
 import torch
@@ -43,23 +43,17 @@ def _are_several() -> bool:
     return torch.distributed.get_world_size() > 1
 
 
-def agree_on_calls(module: nn.Module, passes: list[int], reads: int, device: torch.device) -> tuple[list[int], int]:
-    """What all ranks call in one forward, of which each has given what it needs itself.
+def agree_on_calls(module: nn.Module, passes: list[int], device: torch.device) -> list[int]:
+    """How often all ranks call the vision tower for each chunk of their media in one forward.
 
-    Args:
-        passes: for each chunk of this rank's media, how often the vision tower is called for it.
-        reads: how many videos the text reads, one after the other.
-
-    Returns:
-        Both as the rank needs them that has most: passes of as many chunks, and reads.
+    Each gives what it needs itself, and gets what the rank needs that has most, for as many chunks as any has.
     """
     if weights_are_sharded(module):
-        chunks, reads = largest_of_ranks([len(passes), reads], device)
-        if chunks:
-            passes = largest_of_ranks([*passes, *[0] * (chunks - len(passes))], device)
+        (chunks,) = largest_of_ranks([len(passes)], device)
+        passes = largest_of_ranks([*passes, *[0] * (chunks - len(passes))], device) if chunks else []
     elif not any(passes) and _trains_beside_others(module):
-        passes, reads = [1, *passes[1:]], max(reads, 1)
-    return passes, reads
+        passes = [1, *passes[1:]]
+    return passes
 
 
 __all__ = ["agree_on_calls", "calls_are_shared", "largest_of_ranks", "weights_are_sharded"]

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .mamba2 import Mamba2State
-from .media_stream import Run
+from .media import Run
 from .memory_files import describe, read_memory, warn_of_unknown_weights, write_memory
 
 

@@ -1,36 +1,207 @@
 """The video memory: what the text needs of a video, as a transformers `Cache`.
 
 What is unusual: a video is encoded once into keys and values per layer (57 KB per video token for the 7B in bf16) plus
-one Mamba-2 state per layer, so it can be asked many times, extended frame by frame, forked, saved and loaded. As a
-`Cache` its length is the *text's*: `generate` slices prompts and builds masks by it. Rows of text and rows of video
-are counted apart: any number of questions or beams share one video row without copying it (`video_rows`).
-
-Keys and values may be kept in fp8, half the bytes, and on the CPU, from where each layer is fetched while the one
-before it computes.
+one Mamba-2 state per block, so it can be asked many times, extended frame by frame, forked, saved and loaded. As a
+`Cache` its length is the *text's*, whose own cache it holds (`text`). Rows of text and rows of video are counted apart:
+any number of questions or beams share one video row without copying it (`video_rows`). Forks share the buffers that
+keys and values lie in: only the first that holds all that was written may write on, any other copies first.
 
 Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads, P head dim.
 """
 
 import contextlib
+import copy
+import functools
+import itertools
 import os
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
-from .cpu_offloading import copying_stream
-from .frame_streaming import free_bytes
-from .mamba2 import Mamba2State
-from .media import MediaItem
+from .mamba2 import Mamba2State, rebuildable
+from .media import MediaItem, free_bytes, side_stream
 from .memory_files import describe, read_memory, warn_of_unknown_weights, write_memory
-from .multi_axis_checkpointing import LazyLevels
-from .video_level import FP8, LevelStore, VideoLevel
 
 
 FORMAT = "vamba.video_memory.1"
+FP8 = torch.float8_e4m3fn
+GROWTH = 1.25  # of a full buffer, where nobody has announced what is to come
+_CLAIMING = threading.Lock()
+_IN_HEADER = ("made_by", "seconds", "temporal_patch_size")
+_PARTS = ("keys", "values", "key_scales", "value_scales")  # of a VideoLevel, in a file
+
+
+@rebuildable
+class VideoLevel(NamedTuple):
+    """What one layer's cross-attention reads of a video.
+
+    In fp8 a number is its 8 bits times 2**scale, with one scale (int8) per token and head; otherwise there are none.
+    """
+
+    keys_BHMP: Tensor
+    values_BHMP: Tensor
+    key_scales_BHM: Tensor | None = None
+    value_scales_BHM: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.keys_BHMP.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self if t is not None)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "VideoLevel":
+        return VideoLevel(*(None if t is None else function(t) for t in self))
+
+    def stored_as(self, dtype: torch.dtype) -> "VideoLevel":
+        """The same numbers in another dtype; in `FP8` they get scales, and lose all but four significant bits."""
+        if self.keys_BHMP.dtype == dtype:
+            return self
+        if dtype == FP8:
+            (keys, key_scales), (values, value_scales) = _to_fp8(self.keys_BHMP), _to_fp8(self.values_BHMP)
+            return VideoLevel(keys, values, key_scales, value_scales)
+        if self.key_scales_BHM is None:
+            return self.map(lambda t: t.to(dtype))
+        compute = torch.promote_types(dtype, torch.bfloat16)  # bfloat16 holds all powers of two and four bits more
+        return VideoLevel(
+            *(
+                (t.to(compute) * torch.exp2(scales.to(compute)).unsqueeze(-1)).to(dtype)
+                for t, scales in zip(self[:2], self[2:])
+            )
+        )
+
+    def cut(self, reads: "list[VideoRead]") -> "list[VideoLevel]":
+        """The part that each read sees; views, unless padding lies between its tokens."""
+        if all(read.video_row is None for read in reads):
+            return [self] * len(reads)
+        # split, not indexed: its backward joins the rows' gradients instead of padding each to all rows
+        rows = [
+            VideoLevel(*row) for row in zip(*(t.split(1) if t is not None else [None] * len(self[0]) for t in self))
+        ]
+
+        def taken(t: Tensor, tokens: int | Tensor) -> Tensor:
+            return t[:, :, :tokens] if isinstance(tokens, int) else t.index_select(2, tokens.to(t.device))
+
+        return [
+            rows[row] if tokens is None else rows[row].map(functools.partial(taken, tokens=tokens))
+            for _, row, tokens in reads
+        ]
+
+
+def _to_fp8(t_BHSP: Tensor) -> tuple[Tensor, Tensor]:
+    exact = t_BHSP.float()
+    # the smallest power of two that brings the largest number of the head within range
+    mantissas, scales = torch.frexp(exact.abs().amax(-1) / torch.finfo(FP8).max)
+    scales = (scales - (mantissas == 0.5).int()).clamp(-126, 126)
+    return torch.ldexp(exact, -scales.unsqueeze(-1)).to(FP8), scales.to(torch.int8)
+
+
+class TextSlice(NamedTuple):
+    """The rows and tokens of text that read a level together, and which of the level's tokens are not padding.
+
+    Both are (start, stop), as `torch.export` knows no slices; None stands for all.
+    """
+
+    rows: tuple[int, int] | None = None
+    tokens: tuple[int, int] | None = None
+    mask_BM: Tensor | None = None
+
+
+class VideoRead(NamedTuple):
+    """A slice of the text, and the row of the video that it reads and its first or its chosen tokens; None for all."""
+
+    text: TextSlice
+    video_row: int | None = None
+    video_tokens: int | Tensor | None = None
+
+
+class _Buffer:
+    """Tensors (B, H, capacity, ...), of which the first `claimed` tokens are written, or about to be."""
+
+    def __init__(self, like: VideoLevel, capacity: int):
+        def empty(t: Tensor) -> Tensor:
+            shape = (*t.shape[:2], capacity, *t.shape[3:])
+            return torch.empty(shape, dtype=t.dtype, device=t.device, pin_memory=t.is_pinned())
+
+        self.level, self.capacity, self.claimed = like.map(empty), capacity, 0
+
+    def claim(self, start: int, length: int) -> bool:
+        """Whether the caller may write `length` tokens after the first `start`; of several threads one may."""
+        with _CLAIMING:
+            is_free = self.claimed == start and start + length <= self.capacity
+            self.claimed += length if is_free else 0
+        return is_free
+
+    def write(self, start: int, level: VideoLevel) -> None:
+        for buffer, t in zip(self.level, level):
+            if t is not None:
+                buffer[:, :, start : start + level.length] = t
+
+    def read(self, length: int) -> VideoLevel:
+        return self.level.map(lambda t: t[:, :, :length])
+
+
+class LevelStore:
+    """All keys and values of one layer, in the order they came.
+
+    Attributes:
+        keys_are_rotated: whether the keys carry M-RoPE, where `cross_attn_use_position_embeddings` asks for it.
+    """
+
+    def __init__(self, parts: list[VideoLevel] = (), buffer: _Buffer | None = None, keys_are_rotated: bool = True):
+        self.parts, self._buffer, self.keys_are_rotated = list(parts), buffer, keys_are_rotated
+
+    @property
+    def length(self) -> int:
+        return sum(part.length for part in self.parts)
+
+    def append(self, level: VideoLevel, expected: int = 0) -> None:
+        """Adds S tokens; `expected` tokens in all is what a new buffer is made for."""
+        held, length = self.length, self.length + level.length
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for part in [*self.parts, level] for t in part[:2])
+        if recorded or (not self.parts and length >= expected):  # all at once: nothing to copy
+            self.parts.append(level)
+            self._buffer = None  # does not hold this part, and forks may write on where it would lie
+            return
+        if self._buffer is None or not self._buffer.claim(held, level.length):
+            self._buffer = _Buffer(level, expected if expected > length else int(GROWTH * length))
+            self._buffer.claim(0, length)
+            start = 0
+            for part in self.parts:
+                self._buffer.write(start, part)
+                start += part.length
+        self._buffer.write(held, level)
+        self.parts = [self._buffer.read(length)]
+
+    def replace(self, level: VideoLevel) -> None:
+        self.parts, self._buffer = [level], None
+
+    def truncate(self, length: int) -> None:
+        """Forgets what came after the first `length` tokens; the buffer is whoever's that wrote them."""
+        self.parts = [self.read().map(lambda t: t[:, :, :length])] if length else []
+
+    def read(self) -> VideoLevel:
+        """All tokens; parts that gradients kept apart are joined for good."""
+        if len(self.parts) > 1:
+            self.replace(VideoLevel(*(None if t[0] is None else torch.cat(t, dim=2) for t in zip(*self.parts))))
+        return self.parts[0]
+
+    def map(self, function: Callable[[VideoLevel], VideoLevel]) -> None:
+        """Puts something else in the place of what is stored."""
+        if self.parts:
+            self.replace(function(self.read()))
+
+    def fork(self) -> "LevelStore":
+        """A store that shares the tensors, and goes on by itself."""
+        if self.parts:
+            self.read()
+        return LevelStore(self.parts, self._buffer, self.keys_are_rotated)
 
 
 class VideoMemory(Cache):
@@ -54,9 +225,8 @@ class VideoMemory(Cache):
     """
 
     def __new__(cls, config=None, max_cache_len=None, text_cache=None, *args, **kwargs):
-        # of the class that `_adopt` would give it, which `torch.compile` cannot change afterwards
-        dynamic_or_static = DynamicCache if max_cache_len is None else StaticCache
-        return object.__new__(_memory_class(dynamic_or_static if text_cache is None else type(text_cache)))
+        is_static = max_cache_len is not None or isinstance(text_cache, StaticCache)
+        return super().__new__(StaticVideoMemory if is_static else cls)
 
     def __init__(
         self,
@@ -67,7 +237,7 @@ class VideoMemory(Cache):
         video_device: torch.device | str | None = None,
     ):
         L = config.get_text_config(decoder=True).num_hidden_layers
-        self._adopt(text_cache if text_cache is not None else _empty_text_cache(L, max_cache_len))
+        self.text = text_cache if text_cache is not None else _empty_text_cache(L, max_cache_len)
         self.video_dtype = video_dtype
         self.video_device = None if video_device is None else torch.device(video_device)
         self._levels = [LevelStore() for _ in range(L)]
@@ -82,7 +252,6 @@ class VideoMemory(Cache):
         self.made_by: str | None = None
         self.seconds: float | None = None
         self.temporal_patch_size = 2
-        self._deferred: LazyLevels | None = None
 
     @classmethod
     def of(cls, cache: Cache | None, config: PreTrainedConfig) -> "VideoMemory":
@@ -90,24 +259,27 @@ class VideoMemory(Cache):
         # by its methods, as a checkpoint loaded with remote code has a class of its own of the same name
         return cache if hasattr(cache, "video_key_values") else cls(config, text_cache=cache)
 
-    def _adopt(self, text_cache: Cache) -> None:
-        """Takes over a cache's layers and its way of handling them (offloading, lazily created layers); the memory
-        becomes one of its kind as well, as `isinstance(memory, StaticCache)` is asked in transformers."""
-        if (kind := _memory_class(type(text_cache))) is not type(self):
-            self.__class__ = kind
-        self.__dict__.update(vars(text_cache))
-
-    def __reduce__(self):
-        kind = next(base for base in type(self).__mro__[1:] if base is not VideoMemory)
-        return _restore, (kind, self.__dict__ | {"_fetched": {}})
-
-    def with_text(self, text_cache: Cache | None) -> "VideoMemory":
+    def with_text(self, text_cache: Cache) -> "VideoMemory":
         """The same video with another text cache, nothing copied."""
-        memory = object.__new__(type(self))
-        memory.__dict__.update(vars(self), _fetched={})
-        if text_cache is not None:
-            memory._adopt(text_cache)
+        memory = object.__new__(StaticVideoMemory if isinstance(text_cache, StaticCache) else VideoMemory)
+        memory.__dict__.update(vars(self), text=text_cache, _fetched={})
         return memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_fetched": {}}
+
+    # --- the text: what transformers asks of a cache, of the cache that holds the text -------------------------------
+
+    @property
+    def layers(self) -> list:
+        return self.text.layers
+
+    @property
+    def offloading(self) -> bool:
+        return self.text.offloading
+
+    def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return self.text.update(*args, **kwargs)
 
     # --- the video -------------------------------------------------------------------------------------------------
 
@@ -118,9 +290,7 @@ class VideoMemory(Cache):
 
     @property
     def num_video_rows(self) -> int:
-        if self._deferred is not None:
-            return self._deferred.sequences[0].blocks[0].shape[0]
-        return self._levels[0].parts[0].keys_BHMP.shape[0] if self._levels[0].parts else 0
+        return self._levels[0].parts[0].keys_BHMP.shape[0] if self._levels[0].parts else len(self.media)
 
     def keys_are(self, rotated: bool) -> bool:
         """Whether the keys of all layers carry M-RoPE, or none do; neither after an error while they got it."""
@@ -179,24 +349,11 @@ class VideoMemory(Cache):
         t = t.to(self.video_device)
         return t.pin_memory() if t.device.type == "cpu" and torch.cuda.is_available() else t
 
-    def defer(self, levels: LazyLevels) -> None:
-        """The keys and values of further tokens, made when a layer is read; from then on each can be read once."""
-        self._deferred = levels
-
-    def keep_no_cell(self) -> None:
-        """Of deferred levels not even the last: where there are several memories, backward begins with one of them."""
-        if self._deferred is not None:
-            self._deferred.keeps_last = False
-
-    @property
-    def is_read_once(self) -> bool:
-        """Whether the levels are made when they are read, after which the memory is of no use."""
-        return self._deferred is not None
-
-    @property
-    def offloads_saved(self) -> bool:
-        """Whether what autograd saves of deferred levels goes to the CPU."""
-        return self._deferred is not None and self._deferred.offload
+    def fetch_states(self, device: torch.device) -> None:
+        """Those of a memory that was read from a file may lie elsewhere; a model spread over devices moves its own."""
+        for index, state in enumerate(self.states):
+            if state is not None and state.ssm_BHPK.device.type != device.type:
+                self.states[index] = Mamba2State(*(t.to(device) for t in state))
 
     def append_mask(self, length: int, valid_BS: Tensor | None = None) -> None:
         """Counts S further tokens in; `valid_BS` (bool) marks padding in rows shorter than S, None means no padding."""
@@ -221,11 +378,7 @@ class VideoMemory(Cache):
 
     def level(self, layer_idx: int, device: torch.device | None = None) -> VideoLevel:
         """One layer as it is stored, on `device`; of a memory on the CPU the next layer is then on its way as well."""
-        store = self._levels[layer_idx]
-        if self._deferred is not None:
-            new = [*store.parts, *(VideoLevel(*keys_values) for keys_values in self._deferred.take(layer_idx))]
-            return LevelStore(new).read().map(lambda t: t[:, :, : self.video_length])  # without what fills up cells
-        level = store.read()
+        level = self._levels[layer_idx].read()
         if device is None or level.keys_BHMP.device == device:
             return level
         if device.type != "cuda":
@@ -267,6 +420,27 @@ class VideoMemory(Cache):
         """The items of each video row as one run of frames each."""
         return [[MediaItem(kind, t, h, w, start=0) for kind, t, h, w in row] for row in self.media]
 
+    def reads(self, batch_size: int, tokens: tuple[int, int] | None = None, masked: bool = False) -> list[VideoRead]:
+        """Which of `batch_size` rows of text read which row of the video; `tokens` are those of the text that read.
+
+        With `masked` padding is left to a mask where each video row is read by equally many rows of text, in order;
+        otherwise every row is read by itself and without its padding. Rows without video are read by nobody.
+        """
+        rows, R = self.video_rows, self.num_video_rows
+        mask_BM, in_order = self.video_mask(), rows is None or repeats_in_order(rows, R)
+        if in_order and (mask_BM is None or masked):
+            return [VideoRead(TextSlice(tokens=tokens, mask_BM=mask_BM))]
+        rows = [row * R // batch_size for row in range(batch_size)] if rows is None else rows
+        reads, stop = [], 0
+        for row, same in itertools.groupby(rows):
+            start, stop = stop, stop + len([*same])
+            mask_1M = None if mask_BM is None else mask_BM[row : row + 1]
+            if mask_1M is None or masked:
+                reads.append(VideoRead(TextSlice((start, stop), tokens, mask_1M), row))
+            elif (valid := _valid_tokens(mask_1M[0])) is not None:
+                reads.append(VideoRead(TextSlice((start, stop), tokens), row, valid))
+        return reads
+
     # --- copies ----------------------------------------------------------------------------------------------------
 
     def fork(self, max_cache_len: int | None = None) -> "VideoMemory":
@@ -282,8 +456,8 @@ class VideoMemory(Cache):
                 )
             fork = self.with_text(_empty_text_cache(len(self._levels), max_cache_len))
         else:
-            fork = self.with_text(None)
-            fork.layers = [_copy_layer(layer) for layer in self.layers]
+            fork = self.with_text(copy.copy(self.text))
+            fork.text.layers = [_copy_layer(layer) for layer in self.layers]
         fork._levels = [store.fork() for store in self._levels]
         fork._valid, fork.states = list(self._valid), list(self.states)
         fork.media = [[list(item) for item in row] for row in self.media]
@@ -383,7 +557,7 @@ class VideoMemory(Cache):
         except BaseException:
             for store in self._levels:
                 store.truncate(length)
-            self.__dict__.update(kept, _mask=None, _fetched={}, _deferred=None)
+            self.__dict__.update(kept, _mask=None, _fetched={})
             raise
 
     def reset(self) -> None:
@@ -392,7 +566,7 @@ class VideoMemory(Cache):
         self._levels, self.expected_length = [LevelStore() for _ in self._levels], 0
         self._fetched.clear()
         self._valid, self._mask, self.media, self.video_rows = [], None, [], None
-        self._deferred = self.made_by = self.seconds = None
+        self.made_by = self.seconds = None
         self.states = [None] * len(self.states)
 
     def __repr__(self) -> str:
@@ -469,7 +643,7 @@ class VideoMemory(Cache):
 
     def check(self, config: PreTrainedConfig, batch_size: int, dtype: torch.dtype) -> None:
         """Raises ValueError if this memory was not made by a model of this shape and dtype, or for this many rows."""
-        if not self.video_length or self._deferred is not None:  # made in this very forward pass
+        if not self._levels[0].parts:  # nothing, or in cells, which made it in this very forward pass
             return
         keys = self._levels[0].parts[0].keys_BHMP
         made_by = (len(self._levels), keys.shape[1], keys.shape[3])
@@ -498,45 +672,39 @@ class VideoMemory(Cache):
             )
 
 
-_IN_HEADER = ("made_by", "seconds", "temporal_patch_size")
-_PARTS = ("keys", "values", "key_scales", "value_scales")  # of a VideoLevel, in a file
+class StaticVideoMemory(VideoMemory, StaticCache):
+    """A memory whose text cache is static, which transformers asks by `isinstance`."""
+
+
+def repeats_in_order(rows: list[int], num_video_rows: int) -> bool:
+    """Whether rows is 0, 0, 1, 1, ...: each video row once, in order, repeated equally often."""
+    share = len(rows) // num_video_rows
+    return rows == [row for row in range(num_video_rows) for _ in range(share)]
+
+
+def _valid_tokens(mask_M: Tensor) -> int | Tensor | None:
+    """The tokens of a row: how many, where padding is only behind them, else which; None if there are none."""
+    valid = mask_M.nonzero().flatten()
+    if not len(valid):
+        return None
+    return len(valid) if int(valid[-1]) == len(valid) - 1 else valid
 
 
 def _copy_beside(level: VideoLevel, device: torch.device) -> tuple[VideoLevel, torch.cuda.Event]:
     """A copy under way on `device`, beside what is computed there, and the event that it has arrived."""
-    stream = copying_stream(device)
+    stream = side_stream(device, "copy")
     with torch.cuda.stream(stream):
         return level.map(lambda t: _copy_of(t, device)), stream.record_event()
 
 
 def _copy_of(t_BHM: Tensor, device: torch.device) -> Tensor:
-    """Of a buffer with room for more head by head, as the gaps between would first be closed by a copy on the CPU."""
+    """Copy per head: a slice of a larger buffer is not contiguous, and `.to()` would first compact it on the CPU."""
     if t_BHM.nbytes == t_BHM.untyped_storage().nbytes():
         return t_BHM.to(device, non_blocking=True)
     copy = torch.empty(t_BHM.shape, dtype=t_BHM.dtype, device=device)
     for target, source in zip(copy.flatten(0, 1), t_BHM.flatten(0, 1)):
         target.copy_(source, non_blocking=True)
     return copy
-
-
-_classes: dict[type[Cache], type[VideoMemory]] = {Cache: VideoMemory}
-
-
-def _memory_class(kind: type[Cache]) -> type[VideoMemory]:
-    if kind not in _classes:
-        kinds = (VideoMemory, kind)
-        _classes[kind] = type("VideoMemory", kinds, {"__module__": __name__, "__doc__": VideoMemory.__doc__})
-    return _classes[kind]
-
-
-_memory_class(DynamicCache), _memory_class(StaticCache)  # `torch.compile` cannot make them
-
-
-def _restore(kind: type[Cache], state: dict[str, Any]) -> VideoMemory:
-    """Unpickles a memory, whose class may be one that `_memory_class` makes."""
-    memory = object.__new__(_memory_class(kind))
-    memory.__dict__.update(state)
-    return memory
 
 
 def _empty_text_cache(num_layers: int, max_cache_len: int | None) -> Cache:
@@ -548,11 +716,10 @@ def _empty_text_cache(num_layers: int, max_cache_len: int | None) -> Cache:
 
 
 def _copy_layer(layer):
-    copy = object.__new__(type(layer))
-    copy.__dict__.update(vars(layer))
+    new = copy.copy(layer)
     if not isinstance(layer, DynamicLayer):  # a growing layer replaces its tensors, others write into them
-        copy.__dict__.update({name: t.clone() for name, t in vars(layer).items() if isinstance(t, Tensor)})
-    return copy
+        vars(new).update({name: t.clone() for name, t in vars(layer).items() if isinstance(t, Tensor)})
+    return new
 
 
 __all__ = ["VideoMemory"]

@@ -1,11 +1,11 @@
-"""Qwen2-VL-style vision towers from transformers, with attention batched over the frames of a video.
+"""Vision towers: Qwen2-VL's with attention batched over the frames of a video, and Video-Ma2mba's CLIP with projector.
 
 What is unusual: transformers attends frame by frame in a Python loop and asks the GPU for the frames' lengths in every
 layer. A video's frames are equally large and their sizes known beforehand, so each run of equal frames is one batch.
 Where no gradient is recorded on a GPU, Triton kernels take the place of the operations between the matrix products.
-The parts of the tower get other classes, and keep their parameters and the parameters' names.
+CLIP gets its frames as patches in the order of Qwen2-VL's processors, and puts them together again.
 
-Shapes: F frames of L patches each, T patches of all frames, D width, H heads, P head dim.
+Shapes: F frames of L patches each, T patches of all frames, D width, H heads, P head dim; G patches along each side.
 """
 
 from contextlib import nullcontext
@@ -15,58 +15,20 @@ from torch import Tensor, nn
 from torch.backends.cuda import cudnn_sdp_enabled, flash_sdp_enabled, math_sdp_enabled, mem_efficient_sdp_enabled
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import QuickGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
-    Qwen2VLVisionBlock,
     VisionAttention,
     VisionMlp,
     apply_rotary_pos_emb_vision,
 )
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
-from .triton_launch import is_unhooked, overwritable
-from .vision_tower_triton import (
-    fusible,
-    layer_norm_triton,
-    quick_gelu_triton,
-    rotate_in_place_triton,
-)
-
-
-class VambaVisionTower(Qwen2VisionTransformerPretrainedModel):
-    """Qwen2-VL's tower; does not wait for the GPU if `grid_thw` lies on the CPU."""
-
-    _no_split_modules = ["VambaVisionBlock"]
-
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config)
-        self.patch_embed.proj.__class__ = PatchProjection
-        for block in self.blocks:
-            block.__class__ = VambaVisionBlock
-            block.norm1.__class__, block.norm2.__class__ = FusedLayerNorm, AddLayerNorm
-            block.attn.__class__ = FrameBatchedAttention
-            block.mlp.__class__ = FusedMLP
-            if type(block.mlp.act) is QuickGELUActivation:
-                block.mlp.act.__class__ = FusedQuickGELU
-
-    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs):
-        """Patches (T, patch size) of media with the given (t, h, w); the merged tokens are the `pooler_output`.
-
-        `cu_seqlens` and `position_ids` may be given, as by transformers' exporters, which cannot trace their making.
-        """
-        if "cu_seqlens" in kwargs:
-            return super().forward(hidden_states, grid_thw, **kwargs)
-        grid_thw = grid_thw.cpu()
-        kwargs["frame_runs"] = frame_runs(grid_thw.tolist())
-        for name, value in (
-            ("position_ids", get_vision_position_ids(grid_thw, self.spatial_merge_size, kwargs=kwargs)),
-            ("cu_seqlens", get_vision_cu_seqlens(grid_thw, kwargs=kwargs)),
-        ):
-            pinned = value.pin_memory() if hidden_states.is_cuda else value  # else the copy would wait for the GPU
-            kwargs[name] = pinned.to(hidden_states.device, non_blocking=True)
-        return super().forward(hidden_states, grid_thw, **kwargs)
+from .kernels import can_use_forward_kernel, has_hooks, overwritable
+from .kernels_elementwise import quick_gelu_triton, rotate_in_place_triton
+from .kernels_norm import layer_norm_triton
 
 
 class PatchProjection(nn.Conv3d):
@@ -76,8 +38,15 @@ class PatchProjection(nn.Conv3d):
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
-class VambaVisionBlock(Qwen2VLVisionBlock):
+class VambaVisionBlock(GradientCheckpointingLayer):
     """The pre-norm block, with the first residual sum and the second norm as one step."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.norm1 = FusedLayerNorm(config.embed_dim, eps=1e-6)
+        self.norm2 = AddLayerNorm(config.embed_dim, eps=1e-6)
+        self.attn = FrameBatchedAttention(config)
+        self.mlp = FusedMLP(config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.hidden_act)
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         attended = self.attn(self.norm1(hidden_states), **kwargs)
@@ -89,7 +58,7 @@ class FusedLayerNorm(nn.LayerNorm):
     """LayerNorm; torch's own takes twice the time of its bytes."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        if fusible(x_TD, self.weight, self.bias):
+        if can_use_forward_kernel(x_TD, self.weight, self.bias):
             return layer_norm_triton(x_TD, None, self.weight, self.bias, self.eps)[1]
         return super().forward(x_TD)
 
@@ -98,7 +67,7 @@ class AddLayerNorm(nn.LayerNorm):
     """residual + x, and its LayerNorm."""
 
     def forward(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-        if fusible(x_TD, residual_TD, self.weight, self.bias):
+        if can_use_forward_kernel(x_TD, residual_TD, self.weight, self.bias):
             return layer_norm_triton(x_TD, residual_TD, self.weight, self.bias, self.eps)
         residual_TD = residual_TD + x_TD
         return residual_TD, super().forward(residual_TD)
@@ -106,16 +75,23 @@ class AddLayerNorm(nn.LayerNorm):
 
 class FusedQuickGELU(QuickGELUActivation):
     def forward(self, input: Tensor) -> Tensor:
-        return quick_gelu_triton(input, torch.empty_like(input)) if fusible(input) else super().forward(input)
+        if can_use_forward_kernel(input):
+            return quick_gelu_triton(input, torch.empty_like(input))
+        return super().forward(input)
 
 
 class FusedMLP(VisionMlp):
     """quick_gelu in place, where nobody else reads the output of the product before it."""
 
+    def __init__(self, dim: int, hidden_dim: int, hidden_act: str):
+        super().__init__(dim, hidden_dim, hidden_act)
+        if hidden_act == "quick_gelu":
+            self.act = FusedQuickGELU()
+
     def forward(self, x_TD: Tensor) -> Tensor:
         hidden = self.fc1(x_TD)
-        watched = not (is_unhooked(self.fc1) and is_unhooked(self.act))
-        if watched or type(self.act) is not FusedQuickGELU or not fusible(hidden):
+        watched = has_hooks(self.fc1) or has_hooks(self.act)
+        if watched or type(self.act) is not FusedQuickGELU or not can_use_forward_kernel(hidden):
             return self.fc2(self.act(hidden))
         return self.fc2(quick_gelu_triton(hidden, hidden))
 
@@ -138,7 +114,7 @@ class FrameBatchedAttention(VisionAttention):
                 hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
             )
         qkv_TD = self.qkv(hidden_states)
-        fused = fusible(qkv_TD)
+        fused = can_use_forward_kernel(qkv_TD)
         if fused:
             qkv_TD = overwritable(qkv_TD, self.qkv)
             rotate_in_place_triton(qkv_TD, *position_embeddings, self.num_heads)
@@ -156,6 +132,37 @@ class FrameBatchedAttention(VisionAttention):
             outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
             start += count * length
         return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+
+
+class VambaVisionTower(Qwen2VisionTransformerPretrainedModel):
+    """Qwen2-VL's tower; does not wait for the GPU if `grid_thw` lies on the CPU."""
+
+    _no_split_modules = ["VambaVisionBlock"]
+    _can_record_outputs = {"hidden_states": VambaVisionBlock, "attentions": FrameBatchedAttention}
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.patch_embed.proj = PatchProjection(config.in_channels, config.embed_dim, size, stride=size, bias=False)
+        self.blocks = nn.ModuleList([VambaVisionBlock(config) for _ in range(config.depth)])
+        self.post_init()
+
+    def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs):
+        """Patches (T, patch size) of media with the given (t, h, w); the merged tokens are the `pooler_output`.
+
+        `cu_seqlens` and `position_ids` may be given, as by transformers' exporters, which cannot trace their making.
+        """
+        if "cu_seqlens" in kwargs:
+            return super().forward(hidden_states, grid_thw, **kwargs)
+        grid_thw = grid_thw.cpu()
+        kwargs["frame_runs"] = frame_runs(grid_thw.tolist())
+        for name, value in (
+            ("position_ids", get_vision_position_ids(grid_thw, self.spatial_merge_size, kwargs=kwargs)),
+            ("cu_seqlens", get_vision_cu_seqlens(grid_thw, kwargs=kwargs)),
+        ):
+            pinned = value.pin_memory() if hidden_states.is_cuda else value  # else the copy would wait for the GPU
+            kwargs[name] = pinned.to(hidden_states.device, non_blocking=True)
+        return super().forward(hidden_states, grid_thw, **kwargs)
 
 
 def repays_a_plan(count: int, length: int) -> bool:
@@ -195,3 +202,38 @@ def frame_runs(grid_thw: list[list[int]]) -> list[tuple[int, int]]:
         count = runs.pop()[0] if runs and runs[-1][1] == h * w else 0
         runs.append((count + t, h * w))
     return runs
+
+
+class ProjectorLinear(nn.Linear):
+    """By its class the model knows which weights to give the projector's initial values."""
+
+
+class VideoMa2mbaProjector(nn.Sequential):
+    """2x2 bilinear pooling, then Linear-GELU-Linear."""
+
+    def __init__(self, vision_width: int, hidden_size: int):
+        super().__init__(
+            ProjectorLinear(vision_width, hidden_size), nn.GELU(), ProjectorLinear(hidden_size, hidden_size)
+        )
+
+    def forward(self, patches_FPD: Tensor) -> Tensor:
+        """(F, G * G, vision width) patches of F frames to (F, G / 2 * G / 2, D)."""
+        grid = round(patches_FPD.shape[1] ** 0.5)
+        grid_FDGG = patches_FPD.transpose(1, 2).unflatten(2, (grid, grid))
+        pooled_FDGG = F.interpolate(grid_FDGG, size=(grid // 2, grid // 2), mode="bilinear", align_corners=False)
+        return super().forward(pooled_FDGG.flatten(2).transpose(1, 2))
+
+
+def clip_tower(config: PreTrainedConfig) -> CLIPVisionModel:
+    """CLIP's tower up to its penultimate layer, whose output is what is read, and without what comes after."""
+    tower = CLIPVisionModel._from_config(config)
+    del tower.encoder.layers[-1]
+    tower.post_layernorm = nn.Identity()  # of the pooled output, which is not read either
+    return tower
+
+
+def frames_of(patches: Tensor, grid: int, size: int) -> Tensor:
+    """(F, 3, pixels, pixels) frames of patches in the order of Qwen2-VL's processors: 2 x 2 neighbours together."""
+    half = grid // 2
+    patches = patches.view(-1, half, half, 2, 2, 3, size, size)
+    return patches.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(-1, 3, grid * size, grid * size)

@@ -2,6 +2,7 @@
 
 A test file marks its kernel tests with `on_a_gpu`, makes its tensors on `DEVICE`, and has one test that calls
 `run_interpreted(__file__)`, which runs the file once more in a process of its own, where those tests do not skip.
+`compare` sets a kernel's values and gradients against a plain judge's in float64.
 """
 
 import importlib.util
@@ -16,6 +17,9 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+PRECISIONS = [(torch.float32, 1e-5 if INTERPRETED else 1e-4), (torch.bfloat16, 2e-2)]  # exp is approximate on a GPU
+
+precisions = pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 
 
 def on_a_gpu(test):
@@ -36,6 +40,30 @@ def run_interpreted(file: str, *options: str) -> None:
     if "only 0-dimensional arrays can be converted to Python scalars" in run.stdout:
         pytest.skip("this Triton's interpreter does not work with this NumPy")
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def relative(a, b):
+    return ((a.double().cpu() - b.double().cpu()).norm() / b.double().norm().clamp(min=1e-12)).item()
+
+
+def compare(function, judge, tensors, tolerance):
+    """Values and gradients of random weighted sums, relative to the same in float64."""
+    exact = [None if t is None else t.detach().double().cpu().requires_grad_() for t in tensors]
+    results = []
+    for call, leaves in ((function, tensors), (judge, exact)):
+        outputs = call(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.manual_seed(1)  # weights that bf16 holds: what comes in from behind is the same for both
+        loss = sum((out.double().cpu() * torch.randn(out.shape).bfloat16().double()).sum() for out in outputs)
+        results.append((*outputs, *torch.autograd.grad(loss, [t for t in leaves if t is not None])))
+    for index, (a, b) in enumerate(zip(*results)):
+        assert a.shape == b.shape
+        assert relative(a, b) < tolerance, f"result {index} of {len(results[0])}: {relative(a, b):.1e}"
+
+
+def make(*shape, dtype=torch.float32):
+    """A leaf."""
+    return torch.randn(*shape).to(dtype).to(DEVICE).requires_grad_()
 
 
 if INTERPRETED:

@@ -24,15 +24,16 @@ _HOMES = {
     "VideoMa2mbaModel": ".modeling",
     "VideoMa2mbaProcessor": ".modeling",
     "VideoMemory": ".modeling",
-    "VideoReadError": ".modeling",
-    "load_video": ".modeling",
-    "read_video": ".modeling",
-    "register_with_qwen_vl_utils": ".qwen_vl_utils_reader",
+    "VideoReadError": ".errors",
+    "load_video": ".video",
+    "read_video": ".video",
+    "register_with_qwen_vl_utils": ".video.qwen_vl_utils_reader",
     "conversion": None,
     "data": None,
     "hub": None,
     "modeling": None,
     "training": None,
+    "video": None,
 }
 
 __all__ = list(_HOMES)

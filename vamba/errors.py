@@ -15,6 +15,10 @@ class UserError(ValueError):
     """What was asked for cannot be done: one line that names the value and the remedy. A fault is anything else."""
 
 
+class VideoReadError(ValueError):
+    """A video that cannot be read, or not as asked: one line that names the source, the value and the remedy."""
+
+
 class MissingPathError(UserError, FileNotFoundError):
     """A path that was given is not there."""
 

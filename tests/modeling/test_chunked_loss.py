@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from vamba.modeling.chunked_loss import chunked_causal_lm_loss
+from vamba.modeling.video_model import chunked_causal_lm_loss
 
 
 B, N, D, V = 3, 11, 8, 37

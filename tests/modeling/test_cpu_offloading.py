@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from vamba.modeling.cpu_offloading import _OnCPU, offload_saved
+from vamba.modeling.multi_axis import _OnCPU, offload_saved
 
 
 def chain(hidden: torch.Tensor, weights: torch.Tensor, offload: bool) -> torch.Tensor:

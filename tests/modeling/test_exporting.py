@@ -9,7 +9,7 @@ from transformers.exporters import DynamoConfig, DynamoExporter
 from transformers.exporters.utils import decompose_for_generation, decompose_multimodal, get_leaf_tensors
 
 from vamba.modeling.mamba2 import Mamba2State
-from vamba.modeling.video_level import VideoLevel
+from vamba.modeling.video_memory import VideoLevel
 
 import tiny_vamba
 import tiny_video_ma2mba

@@ -10,7 +10,7 @@ from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import StaticLayer
 from transformers.generation.streamers import BaseStreamer
 
-from vamba.demo.tiny_checkpoint import SPECIAL_TOKENS, tiny_tokenizer
+from vamba.demo.tiny_checkpoints import SPECIAL_TOKENS, tiny_tokenizer
 from vamba.modeling import VambaConfig, VambaForConditionalGeneration, VideoMemory
 
 
@@ -32,7 +32,7 @@ def tokenizer():
     return tiny_tokenizer(["what happens in the video"])
 
 
-def make_model(tokenizer, seed=0, layers=LAYERS, **text_options):
+def make_model(tokenizer, seed=7, layers=LAYERS, **text_options):
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_TOKENS.items()}
     config = VambaConfig(
         text_config={

@@ -72,7 +72,7 @@ def test_a_memory_that_is_not_read_where_it_lies_is_not_recorded(model):
     for rows, may in ((None, True), ([0, 0, 1, 1], True), ([1, 0], False), ([1], False)):
         memory.video_rows = rows
         assert graphed_decoding._can_be_recorded(memory) == may
-    memory.video_rows, memory.offloading = None, True  # of the text
+    memory.video_rows, memory.text.offloading = None, True  # of the text
     assert not graphed_decoding._can_be_recorded(memory)
     assert not graphed_decoding._can_be_recorded(model.encode_video(*media((2, 4, 6))))  # on the CPU
 

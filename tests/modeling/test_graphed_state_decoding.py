@@ -67,7 +67,7 @@ def made(device, monkeypatch):
         steps.append((Simulated if device == "cpu" else GraphedStateDecoding)(forward))
         return steps[-1]
 
-    monkeypatch.setattr("vamba.modeling.modeling_video_ma2mba.GraphedStateDecoding", make)
+    monkeypatch.setattr("vamba.modeling.generation.GraphedStateDecoding", make)
     if device == "cpu":
         monkeypatch.setattr(GraphedDecoding, "suits", staticmethod(lambda model: not model.training))
     return steps

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vamba.modeling import shared_model
+from vamba.modeling import video_model
 from vamba.modeling.media import (
     assign_media,
     list_media,
@@ -145,7 +145,7 @@ def test_marks_of_media_that_are_not_given_are_warned_of(kind, monkeypatch):
     """In training and in generation; not where there is media, a memory, or no mark."""
     tiny = {"vamba": tiny_vamba, "video_ma2mba": tiny_video_ma2mba}[kind]
     model, told = tiny.tiny_model(), []
-    monkeypatch.setattr(shared_model.logger, "warning_once", told.append)
+    monkeypatch.setattr(video_model.logger, "warning_once", told.append)
     given = tiny_video_ma2mba.video(2)
     if kind == "vamba":
         given = dict(zip(given, tiny_vamba.media((2, 4, 4))))

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from vamba.modeling.media import list_media
-from vamba.modeling.media_stream import Run, media_of_rows, runs_of, split_runs, text_outputs
+from vamba.modeling.media import Run, list_media, media_of_rows, runs_of, split_runs, text_outputs
 
 
 PER_FRAME = 4

@@ -219,33 +219,64 @@ def test_chunked_encoding_gives_the_same_gradients():
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
-def test_flash_attention_gets_rows_packed(monkeypatch):
-    """A stand-in with flash attention's interface: rows packed back to back, their borders in cu_seq_lens."""
-    calls = []
+def test_flash_attention_reads_each_row_without_its_padding(monkeypatch):
+    """A stand-in with flash attention's interface, which knows no mask."""
+    read = []
 
-    def varlen(module, q, k, v, mask, cu_seq_lens_q=None, cu_seq_lens_k=None, scaling=None, is_causal=None, **kwargs):
-        if cu_seq_lens_q is None:  # self-attention and the vision tower, here without padding
-            causal = module.is_causal if is_causal is None else is_causal
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=causal and q.shape[2] > 1, scale=scaling, enable_gqa=True
-            )
-            return out.transpose(1, 2), None
-        calls.append((cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()))
-        outputs = [
-            F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], scale=scaling, enable_gqa=True)
-            for a, b, c, d in zip(cu_seq_lens_q, cu_seq_lens_q[1:], cu_seq_lens_k, cu_seq_lens_k[1:])
-        ]
-        return torch.cat(outputs, 2).transpose(1, 2), None
+    def flash(module, q, k, v, mask, scaling=None, is_causal=None, **kwargs):
+        assert mask is None
+        if not hasattr(module, "k_proj") and not hasattr(module, "qkv"):  # the cross-attention
+            read.append((q.shape[2], k.shape[2]))
+        causal = module.is_causal if is_causal is None else is_causal
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal and q.shape[2] > 1, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
 
     model = tiny_model()
     pixels, grid = media((3, 4, 6), (2, 4, 4))
     ids = torch.cat([prompt(4, items=1), prompt(6), prompt(4, items=1, seed=1)])
     kwargs = {"pixel_values_videos": pixels, "video_grid_thw": grid}
     expected = run(model, ids, **kwargs)
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", varlen)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
     monkeypatch.setattr(model.model.language_model.config, "_attn_implementation_internal", "flash_attention_2")
     torch.testing.assert_close(run(model, ids, **kwargs), expected, rtol=1e-4, atol=1e-5)
-    assert calls == [([0, 6, 12], [0, 18, 26])] * 3
+    assert read == [(6, 18), (6, 8)] * 3
+
+
+def saved_bytes(function) -> int:
+    """Of the storages that autograd saves within."""
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        kept = function()
+    return sum(storages.values()) if kept is not None else 0
+
+
+def test_padded_rows_save_no_more_than_the_rows_alone():
+    """Neither padding nor keys and values repeated for the heads of the queries."""
+    model = tiny_model(num_key_value_heads=1)
+    layer = model.model.language_model.layers[1].cross_attn
+    text = torch.randn(2, 3, 64)
+
+    def attend(memory, rows):
+        hidden_BND = text[rows].clone().requires_grad_()
+        reads = memory.reads(len(hidden_BND))
+        levels = [level.map(lambda t: t.requires_grad_()) for level in memory.level(1).cut(reads)]
+        return layer(hidden_BND, [(read.text, level) for read, level in zip(reads, levels)])[0]
+
+    grids = ((30, 4, 6), (12, 4, 6))
+    with torch.no_grad():
+        padded = model.encode_video(*media(*grids), rows=[0, 1])
+        alone = [model.encode_video(*media(grid)) for grid in grids]
+    assert padded.num_video_tokens == [180, 72]
+    together = saved_bytes(lambda: attend(padded, slice(None)))
+    apart = sum(saved_bytes(lambda memory=memory, row=row: attend(memory, [row])) for row, memory in enumerate(alone))
+    assert together < 1.1 * apart
 
 
 def test_attentions_and_hidden_states_are_returned(model):
@@ -280,7 +311,9 @@ def test_half_precision_keeps_the_recurrence_in_float32(tmp_path, dtype):
 
 
 def test_the_last_layer_has_no_mamba_block(model):
-    assert len(model.model.video_encoder.layers) == len(model.model.language_model.layers) - 1
+    levels = model.model.video_encoder.levels
+    assert len(levels) == len(model.model.language_model.layers)
+    assert [level.block is None for level in levels] == [False, False, True]
 
 
 def test_a_qwen2_5_tower_fits_in():

@@ -271,7 +271,7 @@ def test_the_tower_takes_many_frames_in_passes(monkeypatch, checkpointing, froze
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     whole = gradients()
-    monkeypatch.setattr("vamba.modeling.shared_model.MAX_CHUNK_FRAMES", 2)
+    monkeypatch.setattr("vamba.modeling.video_model.MAX_CHUNK_FRAMES", 2)
     if checkpointing == "layers":
         model.gradient_checkpointing_enable()
     elif checkpointing == "cells":
@@ -298,10 +298,9 @@ def test_ranks_that_share_weights_make_as_many_passes(monkeypatch, given):
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     alone = {name: None if gradient is None else gradient.clone() for name, gradient in gradients().items()}
-    monkeypatch.setattr("vamba.modeling.shared_model.MAX_CHUNK_FRAMES", 2)
-    agreed = "vamba.modeling.modeling_video_ma2mba.agree_on_calls"
-    monkeypatch.setattr(agreed, lambda module, passes, reads, device: ([5], reads))
-    monkeypatch.setattr("vamba.modeling.shared_model.calls_are_shared", lambda module: True)
+    monkeypatch.setattr("vamba.modeling.video_model.MAX_CHUNK_FRAMES", 2)
+    monkeypatch.setattr("vamba.modeling.video_model.agree_on_calls", lambda module, passes, device: [5])
+    monkeypatch.setattr("vamba.modeling.video_model.calls_are_shared", lambda module: True)
     model.model.visual.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
     for name, gradient in gradients().items():
         expected = torch.zeros_like(gradient) if alone[name] is None else alone[name]

@@ -13,16 +13,17 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from vamba.modeling import VambaMamba2Config
-from vamba.modeling.cpu_offloading import _OnCPU, offload_saved
 from vamba.modeling.mamba2 import Mamba2Block, Mamba2State, init_mamba2_mixer
-from vamba.modeling.multi_axis_checkpointing import (
+from vamba.modeling.multi_axis import (
     CutSequence,
     LazyLevels,
+    MemoryCosts,
     MultiAxisCheckpointingMixin,
     MultiAxisSettings,
+    _OnCPU,
+    offload_saved,
     run_cells,
 )
-from vamba.modeling.multi_axis_memory import MemoryCosts
 
 
 L, D = 5, 16

@@ -6,7 +6,7 @@ from triton_interpreter import DEVICE, on_a_gpu, run_interpreted
 
 from vamba.modeling import VambaMamba2Config
 from vamba.modeling.mamba2 import Mamba2Block
-from vamba.modeling.multi_axis_memory import (
+from vamba.modeling.multi_axis import (
     MemoryCosts,
     choose_intervals,
     cpu_memory_budget,

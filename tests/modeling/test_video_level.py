@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from vamba.modeling.video_level import FP8, LevelStore, VideoLevel
+from vamba.modeling.video_memory import FP8, LevelStore, VideoLevel
 
 
 def level(length, start=0, dtype=torch.float32):

@@ -14,7 +14,7 @@ import torch, torch.distributed as dist
 sys.path.append(sys.argv[1])
 from tiny_video_ma2mba import prompt, tiny_model, video
 from torch.distributed.fsdp import fully_shard
-import vamba.modeling.shared_model as room
+import vamba.modeling.video_model as room
 room.MAX_CHUNK_FRAMES = 2
 dist.init_process_group("gloo")
 mesh, rank = dist.device_mesh.init_device_mesh("cpu", (2,)), dist.get_rank()

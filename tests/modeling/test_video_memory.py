@@ -9,8 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from vamba.modeling import VideoMemory
-from vamba.modeling.video_level import FP8, VideoLevel
-from vamba.modeling.video_memory import _copy_of
+from vamba.modeling.video_memory import FP8, VideoLevel, _copy_of
 
 from tiny_vamba import media, prompt, tiny_config, tiny_model
 
@@ -63,15 +62,15 @@ def test_an_error_leaves_a_memory_as_it_was(model, monkeypatch, error, fails_at)
     whole = model.encode_video(pixels, grid)
     memory = model.encode_video(pixels[:96], torch.tensor([[4, 4, 6]]), chunk_frames=2)
     before = logits(model, prompt(7), memory.fork())
-    calls, forward = iter(range(100)), type(model.model.video_encoder.layers[1]).forward
+    calls, forward = iter(range(100)), type(model.model.video_encoder.levels[1]).forward
 
     def fail(self, *args):  # in the middle of the layers
-        if self is model.model.video_encoder.layers[1] and next(calls) == fails_at:
+        if self is model.model.video_encoder.levels[1] and next(calls) == fails_at:
             raise error("no")
         return forward(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(model.model.video_encoder.layers[1]), "forward", fail)
+        patch.setattr(type(model.model.video_encoder.levels[1]), "forward", fail)
         with pytest.raises(error):
             model.encode_video(pixels[96:], torch.tensor([[5, 4, 6]]), memory=memory, chunk_frames=2)
     assert memory.video_length == 24 and memory.media == [[["video", 4, 4, 6]]]
@@ -242,10 +241,10 @@ def test_a_plain_cache_is_taken_over(model):
     assert out.past_key_values.video_nbytes == model.encode_video(pixels, grid).video_nbytes > 54 * 3 * 2 * 32 * 4
 
 
-def test_it_is_of_the_kind_of_its_text_cache(model, memory):
-    assert isinstance(memory, DynamicCache) and not isinstance(memory, StaticCache)
+def test_it_is_a_static_cache_where_its_text_cache_is(model, memory):
+    assert not isinstance(memory, StaticCache) and isinstance(memory.text, DynamicCache)
     fork = memory.fork(max_cache_len=16)
-    assert isinstance(fork, VideoMemory) and isinstance(fork, StaticCache) and not isinstance(fork, DynamicCache)
+    assert isinstance(fork, VideoMemory) and isinstance(fork, StaticCache) and isinstance(fork.text, StaticCache)
     output = model.generate(
         prompt(4), max_new_tokens=3, cache_implementation="static", return_dict_in_generate=True, do_sample=False
     )

@@ -1,4 +1,4 @@
-"""The vision tower against transformers' own, which loops over the frames, and its kernels against float64.
+"""The vision tower against transformers' own, which loops over the frames, and with kernels against float64.
 
 The kernels run on a GPU, and without one in Triton's interpreter, which is chosen by an environment variable when
 Triton is first imported: `test_in_the_interpreter` runs this file once more in a process of its own.
@@ -6,17 +6,11 @@ Triton is first imported: `test_in_the_interpreter` runs this file once more in 
 
 import pytest
 import torch
-from test_state_space_duality import relative
-from test_triton_kernels import precisions
 from torch.nn import functional as F
-from transformers.models.qwen2_vl.modeling_qwen2_vl import (
-    Qwen2VisionTransformerPretrainedModel,
-    apply_rotary_pos_emb_vision,
-)
-from triton_interpreter import DEVICE, INTERPRETED, on_a_gpu, run_interpreted
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from triton_interpreter import DEVICE, INTERPRETED, on_a_gpu, precisions, relative, run_interpreted
 
 import vamba.modeling.vision_tower as vision_tower_module
-import vamba.modeling.vision_tower_triton as kernels
 from vamba.modeling.vision_tower import VambaVisionTower, frame_runs, vision_tower
 
 from tiny_vamba import media, tiny_config, tiny_model
@@ -125,47 +119,6 @@ def test_in_the_interpreter():
 # --- kernels
 
 
-def make(*shape, dtype):
-    return torch.randn(*shape).to(dtype).to(DEVICE)
-
-
-@on_a_gpu
-@precisions
-@pytest.mark.parametrize("shape", [(1, 16), (37, 96), (5, 1280)])
-@pytest.mark.parametrize("add", [False, True])
-def test_layer_norm(shape, add, dtype, tolerance):
-    x, residual = make(*shape, dtype=dtype), make(*shape, dtype=dtype) + 3  # a mean that must not cancel badly
-    weight, bias = make(shape[1], dtype=dtype), make(shape[1], dtype=dtype)
-    if not add:
-        x, residual = x + residual, None
-    total, normed = kernels.layer_norm_triton(x, residual, weight, bias, 1e-6)
-    assert torch.equal(total, x + residual if add else x) and normed.dtype == dtype
-    expected = F.layer_norm(total.double(), shape[1:], weight.double(), bias.double(), 1e-6)
-    assert relative(normed, expected) < tolerance
-
-
-@on_a_gpu
-@precisions
-@pytest.mark.parametrize(("T", "H", "P"), [(1, 1, 4), (37, 2, 48), (9, 16, 80), (5, 3, 24)])
-def test_rotation(T, H, P, dtype, tolerance):
-    qkv, cos, sin = make(T, 3 * H * P, dtype=dtype), *make(2, T, P, dtype=torch.float32)
-    q, k, v = qkv.clone().unflatten(-1, (3, H, P)).unbind(1)
-    expected = torch.stack([*apply_rotary_pos_emb_vision(q.double(), k.double(), cos, sin), v.double()], 1)
-    kernels.rotate_in_place_triton(qkv, cos, sin, H)
-    assert relative(qkv, expected.flatten(1)) < tolerance
-    assert torch.equal(qkv[:, 2 * H * P :], v.flatten(1))
-
-
-@on_a_gpu
-@precisions
-@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (9, 512)])
-def test_quick_gelu(shape, dtype, tolerance):
-    x = make(*shape, dtype=dtype) * 4
-    expected = x.double() * torch.sigmoid(1.702 * x.double())
-    assert relative(kernels.quick_gelu_triton(x, torch.empty_like(x)), expected) < tolerance
-    assert kernels.quick_gelu_triton(x, x) is x and relative(x, expected) < tolerance
-
-
 @on_a_gpu
 @precisions
 @pytest.mark.parametrize("grids", GRIDS[:2], ids=len)
@@ -175,7 +128,7 @@ def test_fused_tower(grids, dtype, tolerance, monkeypatch):
     pixels, grid = media(*grids)
     pixels, used = pixels.to(DEVICE, dtype), []
     for name in ("layer_norm_triton", "rotate_in_place_triton", "quick_gelu_triton"):
-        kernel = getattr(kernels, name)
+        kernel = getattr(vision_tower_module, name)
         monkeypatch.setattr(
             vision_tower_module, name, lambda *a, kernel=kernel: used.append(kernel.__name__) or kernel(*a)
         )
@@ -208,36 +161,8 @@ def test_attention_of_many_frames(frames, monkeypatch):
 def test_with_gradients_only_what_records_none_is_fused(frozen, monkeypatch):
     tower = uneven_tower().to(DEVICE)
     tower.requires_grad_(not frozen)
-    used = []
-    monkeypatch.setattr(
-        vision_tower_module,
-        "quick_gelu_triton",
-        lambda *a: used.append(1) or kernels.quick_gelu_triton(*a),
-    )
+    used, kernel = [], vision_tower_module.quick_gelu_triton
+    monkeypatch.setattr(vision_tower_module, "quick_gelu_triton", lambda *a: used.append(1) or kernel(*a))
     pixels, grid = media(*MIXED)
     output = tower(pixels.to(DEVICE), grid_thw=grid).pooler_output
     assert output.requires_grad != frozen and len(used) == (2 if frozen else 0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_rows_beyond_32_bit_offsets():
-    """2.3e9 numbers in each of qkv and the norm's input; the last rows must be those of a short copy."""
-    pytest.importorskip("triton")
-    T, D, H, P = 600_000, 3840, 16, 80
-    x = torch.empty(T, D, dtype=torch.bfloat16, device="cuda").normal_()
-    weight, bias, (cos, sin) = *make(2, D, dtype=x.dtype), make(2, T, P, dtype=torch.float32)
-    tail = x[-9:].clone()
-    for whole, part in zip(
-        kernels.layer_norm_triton(x, x, weight, bias, 1e-6),
-        kernels.layer_norm_triton(tail, tail, weight, bias, 1e-6),
-    ):
-        assert torch.equal(whole[-9:], part)
-        del whole
-    for kernel, extra in (
-        (lambda x: kernels.quick_gelu_triton(x, x), lambda n: ()),
-        (kernels.rotate_in_place_triton, lambda n: (cos[-n:], sin[-n:], H)),
-    ):
-        kernel(x, *extra(T))
-        kernel(tail, *extra(9))
-        assert torch.equal(x[-9:], tail)

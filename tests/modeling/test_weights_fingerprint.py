@@ -89,7 +89,7 @@ def test_what_a_memory_does_not_depend_on_may_change():
         model.model.language_model.layers[0].cross_attn.q_proj.weight.add_(1)
     ask(model, ids, memory)
     with torch.no_grad():
-        model.model.language_model.layers[0].cross_attn.k_proj.weight.add_(1)
+        model.model.video_encoder.levels[0].k_proj.weight.add_(1)
     with pytest.raises(ValueError, match=OTHERS):
         ask(model, ids, memory)
 

@@ -169,7 +169,7 @@ def _open_files() -> int:
 
 def test_damage_further_in_reaches_the_caller(chat, clip, monkeypatch):
     """Raised in the thread that decodes, after a chunk was encoded."""
-    from vamba.modeling.video_reading import VideoReader
+    from vamba.video import VideoReader
 
     def damaged(self):
         chunks = whole(self)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
 from transformers.pipelines import SUPPORTED_TASKS
 
 from vamba import hub
@@ -57,6 +59,7 @@ def test_a_machine_without_the_package_loads_it(checkpoint, clip, tmp_path, save
     command = [sys.executable, "-c", STRANGER, str(folder), str(clip)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stderr.count("Videos are read by transformers' load_video") == 1
     tokens = int(inputs["video_grid_thw"].prod()) // 4
     assert result.stdout.splitlines() == [
         "VambaConfig VambaModel",
@@ -66,17 +69,13 @@ def test_a_machine_without_the_package_loads_it(checkpoint, clip, tmp_path, save
 
 
 def test_the_code_stands_alone(tmp_path, checkpoint):
-    """Every file that travels imports its siblings one by one, and never the package."""
+    """Every file that travels imports its siblings one by one, and the package only where it may be missing (`try`)."""
     files = hub.write_remote_code(tmp_path)
     names = {file.stem for file in files}
-    assert {"configuration_vamba", "modeling_vamba", "processing_vamba", "video_memory", "video_reading"} <= names
+    assert {"configuration_vamba", "modeling_vamba", "processing_vamba", "video_memory"} <= names
     for file in files:
-        for line in file.read_text().splitlines():
-            words = line.split()
-            if words[:1] in (["from"], ["import"]):
-                assert not words[1].startswith(("vamba", "modeling")), (file.name, line)
-                if words[1].startswith("."):
-                    assert words[1][1:] in names, (file.name, line)
+        assert not {"vamba", "modeling"} & set(get_imports(file)), file.name
+        assert set(get_relative_imports(file)) <= names, file.name
 
 
 def test_auto_map_names_every_class(checkpoint):
@@ -95,7 +94,8 @@ def test_the_model_card(checkpoint):
     assert front["pipeline_tag"] == "image-text-to-text" and front["pipeline_tag"] in SUPPORTED_TASKS
     assert front["library_name"] == "transformers"
     assert "vamba" in front["tags"] and "license" not in front and "base_model" not in front  # nobody said
-    assert "$" not in text and "freshly initialised" in text and "3 layers of width 64" in text
+    assert "{{" not in text and "freshly initialised" in text
+    assert re.search(r"\n3 layers of width 64, [\d.]+ million parameters, [\d.]+ KB of video memory", text)
     snippet = text.split("```python")[1].split("```")[0]
     compile(snippet, "README.md", "exec")
     assert 'from_pretrained("vamba"' in snippet

@@ -16,8 +16,9 @@ import torch
 from transformers import ProcessorMixin
 from transformers.image_utils import get_image_size
 
-from vamba.modeling.frame_selection import target_size
-from vamba.modeling.processing_vamba import ALIASES, check_keys, frames_asked_for
+from vamba.modeling.processing_vamba import ALIASES, check_keys
+from vamba.video import frames_asked_for
+from vamba.video.selection import target_size
 
 from .conversations import ExampleError, media_blocks, to_messages
 from .labels import refusals, template_options

@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
-from vamba.errors import UserError
-from vamba.modeling.frame_selection import VideoReadError
+from vamba.errors import UserError, VideoReadError
 
 from .conversations import ExampleError
 

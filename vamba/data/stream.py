@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vamba.errors import UserError
-from vamba.modeling.frame_selection import VideoReadError
+from vamba.errors import UserError, VideoReadError
 
 from .collator import Collator, fill_packs
 from .conversations import ExampleError
@@ -93,7 +92,7 @@ class TrainingStream(IterableDataset):
     position: dict | None = None
 
     def __post_init__(self):
-        self.position = self.position or {"next": 0, "shards": {}}
+        self.start = self.position or {"next": 0, "shards": {}}
         self.window = WINDOW if self.rows is None else self.rows * max(1, WINDOW // self.rows)
         streaming = any(source.streaming for source in self.mixture.sources)
         self.epoch = None if streaming else len(self.mixture)  # in draws
@@ -103,7 +102,7 @@ class TrainingStream(IterableDataset):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         # the loader asks worker 0 first, and it is another shard's turn where the last run ended elsewhere
-        shard = self.rank * workers + (worker + self.position["next"]) % workers
+        shard = self.rank * workers + (worker + self.start["next"]) % workers
         return self._batches(shard, workers * self.world_size)
 
     def loader(self, num_workers: int = 0, **options: Any) -> DataLoader:
@@ -124,7 +123,7 @@ class TrainingStream(IterableDataset):
         return max(1, batches) * self.epoch / draws
 
     def _batches(self, shard: int, shards: int) -> Iterator[dict[str, Any]]:
-        first, done = self.position["shards"].get(str(shard), (0, 0))
+        first, done = self.start["shards"].get(str(shard), (0, 0))
         skipped: list[str] = []
         try:
             for window, plans, unplanned in self._windows(shard, shards, first):
@@ -147,7 +146,9 @@ class TrainingStream(IterableDataset):
         draws = islice(self.mixture.draws(), first * shards + shard, None, shards)
         window = first
         while True:
-            plans, skipped, count = [], [], self.window
+            plans: list[tuple[str, Plan]] = []
+            skipped: list[str] = []
+            count = self.window
             if self.epoch:
                 count = min(count, -(-(self.epoch - (window * shards + shard) % self.epoch) // shards))
             for source, draw in islice(draws, count):
@@ -202,9 +203,9 @@ class Position:
 
     def __init__(self, stream: TrainingStream, workers: int):
         self.layout = {"workers": workers, "world_size": stream.world_size, "order": stream.order, "data": stream.data}
-        self.shards = dict(stream.position["shards"])
-        self.next = stream.position["next"]
-        self.skipped, self.rows = (stream.position.get(name, 0) for name in ("skipped", "rows"))
+        self.shards = dict(stream.start["shards"])
+        self.next = stream.start["next"]
+        self.skipped, self.rows = (stream.start.get(name, 0) for name in ("skipped", "rows"))
 
     def advance(self, about: About) -> None:
         workers = self.layout["workers"]

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -31,7 +31,8 @@ def agreed(function: Callable[[], T], *, decided_by_main: bool = False) -> T:
     Raises:
         Whatever it raises, on the process where it does; RecipeError with the same message on the others.
     """
-    result, error = None, None
+    result: Any = None
+    error: Exception | None = None
     if PartialState().is_main_process or not decided_by_main:
         try:
             result = function()

@@ -92,7 +92,7 @@ class DatasetArguments:
 class DataArguments:
     """What is learnt from.
 
-    datasets: paths, or mappings with the keys of `DatasetArguments`.
+    datasets: paths, or mappings with the keys of `DatasetArguments`; `sources` are those.
     fps, max_frames, min_pixels, max_pixels: how videos are sampled where an example does not say; see
         `vamba.data.ConversationEncoder`.
     max_video_tokens, max_length: video and text tokens of an example.
@@ -100,7 +100,7 @@ class DataArguments:
     on_error: what a broken example does.
     """
 
-    datasets: list[str]
+    datasets: list[str] = field(repr=False)
     streaming: bool = False
     shuffle: bool = True
     fps: float | None = None
@@ -113,9 +113,10 @@ class DataArguments:
     batch_video_tokens: int | None = None
     batch_text_tokens: int | None = None
     on_error: Literal["skip", "raise"] = "skip"
+    sources: list[DatasetArguments] = field(init=False)
 
     def __post_init__(self):
-        self.datasets = [_dataset(entry, f"datasets[{index}]: ") for index, entry in enumerate(self.datasets)]
+        self.sources = [_dataset(entry, f"datasets[{index}]: ") for index, entry in enumerate(self.datasets)]
 
 
 @dataclass
@@ -132,6 +133,7 @@ class VambaTrainingArguments(TrainingArguments):
 
     report_to: None | str | list[str] = "none"
     remove_unused_columns: bool = False
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = None
     ignore_data_skip: bool = True  # the place in the data is always restored
     logging_nan_inf_filter: bool = False  # such a loss stops the run
     ddp_find_unused_parameters: bool | None = True
@@ -338,11 +340,11 @@ def _mistakes(
 
 def _data_mistakes(data: DataArguments, training: TrainingArguments, given: dict[str, Any]) -> Iterator[str]:
     numbers = {key: given.get(key) for key in _POSITIVE}
-    numbers |= {f"datasets[{index}].weight": entry.weight for index, entry in enumerate(data.datasets)}
+    numbers |= {f"datasets[{index}].weight": entry.weight for index, entry in enumerate(data.sources)}
     for key, value in numbers.items():
         if value is not None and not value > 0:
             yield f"{key} is {value}; accepted: a number above 0"
-    weights = [entry.weight is None for entry in data.datasets]
+    weights = [entry.weight is None for entry in data.sources]
     if any(weights) and (not all(weights) or (data.streaming and len(weights) > 1)):
         which = "streamed datasets, which have no size" if all(weights) else "all datasets or none"
         yield f"datasets[{weights.index(True)}].weight is missing; accepted: a weight for {which}"

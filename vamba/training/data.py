@@ -81,7 +81,7 @@ def open_data(recipe: Recipe, encoder: ConversationEncoder, checkpoint: Path | N
 
 def _open_sources(data: DataArguments, seed: int) -> Mixture:
     sources = []
-    for index, entry in enumerate(data.datasets):
+    for index, entry in enumerate(data.sources):
         if entry.media_root is not None and not Path(entry.media_root).is_dir():
             raise RecipeError(
                 f"datasets[{index}].media_root is {entry.media_root}, no folder; accepted: a folder of media"
@@ -91,8 +91,8 @@ def _open_sources(data: DataArguments, seed: int) -> Mixture:
             sources.append(Source(**options, streaming=data.streaming, shuffle=data.shuffle, seed=seed))
         except (OSError, ValueError) as error:
             raise RecipeError(f"datasets[{index}]: {' '.join(str(error).split())}") from error
-    weights = [entry.weight for entry in data.datasets]
-    return Mixture(sources, None if None in weights else weights)
+    weights = [entry.weight for entry in data.sources if entry.weight is not None]  # of all or none
+    return Mixture(sources, weights or None)
 
 
 def _check_source(key: str, source: Source, encoder: ConversationEncoder) -> None:

@@ -28,7 +28,7 @@ class Distillation:
     def __init__(self, teacher: PreTrainedModel, config: PreTrainedConfig, *, weight: float, temperature: float):
         self.teacher, self.config = teacher.eval().requires_grad_(False), config
         self.weight, self.temperature = weight, temperature
-        self._teacher_logits: Tensor | None = None
+        self._teacher_logits = torch.empty(0)
 
     def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Asks the teacher, and makes the student return logits where something is to be predicted only."""
@@ -65,7 +65,8 @@ class Distillation:
 
     def _teacher_inputs(self, ids_N: Tensor, types_N: Tensor, inputs: dict[str, Any], used: dict) -> tuple:
         """One sample as the teacher reads it, what of the media is used then, and where the student's tokens went."""
-        repeats_N, placeholders = torch.ones_like(ids_N), {}
+        repeats_N = torch.ones_like(ids_N)
+        placeholders: dict[int, tuple[int, int]] = {}
         sample: dict[str, Any] = {}
         for kind, (token, pixels, grid) in _KINDS.items():
             starts = ((ids_N == self.config.vision_start_token_id) & (types_N == kind)).nonzero()[:, 0]

@@ -136,8 +136,8 @@ def _mistakes(recipe: Recipe, skeleton: PreTrainedModel) -> Iterator[str]:
         if kind == "video_ma2mba" and getattr(data, key) is not None:
             yield f"{key} is {getattr(data, key)}, but a {kind} has frames of one size; leave it out"
     names = [name for name, _ in skeleton.named_parameters()]
-    known = "names under " + ", ".join(sorted({".".join(name.split(".")[:2]) for name in names}))
-    known = {"trainable": f"{', '.join(PRESETS)}, lora or {known}", "learning_rates": known}
+    parts = "names under " + ", ".join(sorted({".".join(name.split(".")[:2]) for name in names}))
+    known = {"trainable": f"{', '.join(PRESETS)}, lora or {parts}", "learning_rates": parts}
     patterns = {"trainable": trainable_patterns(chosen), "learning_rates": recipe.training.learning_rates or ()}
     for key, pattern in ((key, pattern) for key, all_ in patterns.items() for pattern in all_):
         try:

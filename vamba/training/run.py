@@ -61,17 +61,17 @@ def finetune(
         checkpoints are whole. OSError, RuntimeError: the trained model could not be finished; names where it is.
     """
     prepared = prepare(load_recipe(recipe, overrides), resume)
-    recipe, checkpoint = prepared.recipe, prepared.checkpoint
-    state = agreed(lambda: finished_state(checkpoint, recipe.training.max_steps), decided_by_main=True)
+    arguments, checkpoint = prepared.recipe.training, prepared.checkpoint
+    state = agreed(lambda: finished_state(checkpoint, arguments.max_steps), decided_by_main=True)
     if state is not None:
-        folder = Path(recipe.training.output_dir) / FINAL
-        if recipe.training.should_save:
-            upload(folder, recipe)
-        return Result(folder, state.global_step, _losses(state), trained=False)
+        final = Path(arguments.output_dir) / FINAL
+        if arguments.should_save:
+            upload(final, prepared.recipe)
+        return Result(final, state.global_step, _losses(state), trained=False)
     with ending_together():
         trainer = make_trainer(prepared)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        folder = None if trainer.stopped else save(trainer, recipe)
+        folder = None if trainer.stopped else save(trainer, prepared.recipe)
     return Result(folder, trainer.state.global_step, _losses(trainer.state))
 
 

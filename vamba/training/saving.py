@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 
 from vamba.errors import UserError, check_writable
+from vamba.files import publish
 from vamba.hub import inherited_metadata, push_to_hub, write_model_card
 
 from .arguments import Recipe, RecipeError
@@ -82,28 +83,6 @@ def finished_state(checkpoint: Path | None, max_steps: int) -> TrainerState | No
     return state if done.global_step == state.global_step >= max_steps else None
 
 
-def publish(folder: Path, final: Path) -> None:
-    """Makes a folder that was written elsewhere appear as `final` at once, its contents on the disk before its name.
-
-    What was there before is deleted last: at every moment one of the two is whole, the old one as `.replaced` for the
-    moment between two renames.
-    """
-    for file in (file for file in folder.rglob("*") if file.is_file()):
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-    replaced = final.with_name(f"{final.name}.replaced")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    try:
-        folder.rename(final)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def save(trainer: Trainer, recipe: Recipe) -> Path:
     """Writes `<output_dir>/final` and, if asked to, uploads it.
 
@@ -141,8 +120,9 @@ def upload(folder: Path, recipe: Recipe) -> None:
     given = recipe.given
     if given.get("push_to_hub"):
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
-        options = {"private": given.get("hub_private_repo"), "token": given.get("hub_token")}
-        push_to_hub(model, AutoProcessor.from_pretrained(folder), **options, **_card(recipe))
+        processor = AutoProcessor.from_pretrained(folder)
+        private, token = given.get("hub_private_repo"), given.get("hub_token")
+        push_to_hub(model, processor, private=private, token=token, **_card(recipe))
 
 
 def _finish(folder: Path, recipe: Recipe, processor) -> None:
@@ -161,7 +141,7 @@ def _finish(folder: Path, recipe: Recipe, processor) -> None:
         write_model_card(folder, **_card(recipe))
     values = {key: value for key, value in recipe.given.items() if key != "hub_token"}
     values = json.loads(json.dumps(values))  # which makes texts of enumerations
-    values["datasets"] = [vars(entry) for entry in data.datasets]
+    values["datasets"] = [vars(entry) for entry in data.sources]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 

@@ -26,10 +26,11 @@ from transformers.utils import logging
 
 from vamba.data import ABOUT, About, ExampleError, Position, TrainingStream
 from vamba.errors import DiskFullError, UserError, is_disk_full
+from vamba.files import publish
 
 from .distillation import Distillation
 from .flops import FlopsModel, peak_flops
-from .saving import POSITION_FILE, STAGING, publish
+from .saving import POSITION_FILE, STAGING
 
 
 logger = logging.get_logger(__name__)
@@ -261,9 +262,10 @@ class AfterEachStep(TrainerCallback):
 def _outlive_sigterm(worker: int) -> None:
     """Ignores a SIGTERM sent to a whole job, as the step under way needs its data, but not one from the process that
     trains: it sends one when it ends in an error, and waits until its workers are gone."""
-    if hasattr(signal, "sigwaitinfo"):
+    trainer = parent_process()
+    if trainer is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_with, args=(parent_process().pid,), daemon=True).start()
+        threading.Thread(target=_end_with, args=(trainer.pid,), daemon=True).start()
 
 
 def _end_with(process: int) -> None:

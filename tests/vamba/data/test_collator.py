@@ -11,7 +11,7 @@ from vamba.data import (
     Source,
     fill_packs,
 )
-from vamba.modeling import shared_model
+from vamba.modeling import video_model
 
 from training_data import example, video
 
@@ -117,7 +117,7 @@ def test_trls_own_collator_is_warned_of(checkpoint, tmp_path, monkeypatch):
     """It knows images only: the text keeps the marks of the videos, and the model is not given them."""
     trl = pytest.importorskip("trl")
     told = []
-    monkeypatch.setattr(shared_model.logger, "warning_once", told.append)
+    monkeypatch.setattr(video_model.logger, "warning_once", told.append)
     turns = [
         {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What happens?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},

@@ -24,7 +24,7 @@ assert main(["finetune", recipe]) == 0
 sys.path.append(tests)
 from tiny_vamba import media, prompt, tiny_model
 from torch.distributed.fsdp import fully_shard
-import vamba.modeling.chunked_loss as chunked_loss
+import vamba.modeling.video_model as chunked_loss
 chunked_loss.LOGITS_AT_ONCE = 3 * 96  # three targets at once
 mesh, rank = dist.device_mesh.init_device_mesh("cpu", (2,)), dist.get_rank()
 

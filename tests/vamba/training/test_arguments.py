@@ -53,12 +53,12 @@ def test_overrides_and_numbers(values, tmp_path):
     recipe = load_recipe(path, "--learning_rate 1e-5 --fps=2 --lora-r 4 --trainable lora --save_total_limit 1".split())
     assert recipe.training.learning_rate == 1e-5 and recipe.data.fps == 2.0 and recipe.model.lora_r == 4
     assert recipe.training.weight_decay == 0.01 and recipe.training.save_strategy == "no"  # as YAML 1.1 reads them
-    assert recipe.data.datasets == [DatasetArguments(values["datasets"][0])]
+    assert recipe.data.sources == [DatasetArguments(values["datasets"][0])]
     assert load_recipe(values | {"trainable": "lora"}).model.lora_r == 64
     recipe.training.set_up()
     assert recipe.training.lr_scheduler_kwargs == {"a": 1}
     several = load_recipe(values, ["--datasets", "a.jsonl", '{"path": "b.jsonl", "split": "test"}']).data
-    assert [(entry.path, entry.split) for entry in several.datasets] == [("a.jsonl", "train"), ("b.jsonl", "test")]
+    assert [(entry.path, entry.split) for entry in several.sources] == [("a.jsonl", "train"), ("b.jsonl", "test")]
 
 
 def test_every_field_of_trainers_arguments_is_a_key(values):

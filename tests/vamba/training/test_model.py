@@ -6,7 +6,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText
 
-from vamba.modeling.decoder_layer import VambaMLP
+from vamba.modeling.kernels_elementwise import VambaMLP
 from vamba.modeling.mamba2 import Mamba2Mixer
 from vamba.training import finetune, load_recipe, make_trainer, prepare
 from vamba.training.model import PRESETS
@@ -35,7 +35,7 @@ def test_only_the_stage_trains(values, checkpoint):
         trained = any(part in name for part in ("cross_attn", "video_encoder", "alpha"))
         assert trained or torch.equal(before[name], after[name]), name
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert any("cross_attn.k_proj" in name for name in moved) and any("A_log" in name for name in moved)
+    assert any("levels.0.k_proj" in name for name in moved) and any("A_log" in name for name in moved)
 
 
 def test_half_precision_trains_float32_weights(values, checkpoint):
@@ -51,7 +51,7 @@ def test_half_precision_trains_float32_weights(values, checkpoint):
     assert all(abs(result.losses[step] - exact.losses[step]) < 0.1 for step in (1, 4, 8))
     saved = AutoModelForImageTextToText.from_pretrained(result.folder, dtype="auto").state_dict()
     assert {value.dtype for name, value in saved.items() if "A_log" not in name} >= {torch.bfloat16}
-    assert saved["model.language_model.layers.0.cross_attn.k_proj.weight"].dtype == torch.bfloat16
+    assert saved["model.video_encoder.levels.0.k_proj.weight"].dtype == torch.bfloat16
 
 
 def test_checkpointing_changes_nothing_but_memory(values, tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_an_adapter_on_out_proj_acts_in_training_and_inference_alike(checkpoint,
     gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
     for block in range(2):  # of two Mamba blocks
         assert any(
-            f"layers.{block}.mixer.out_proj.lora_B" in name and g.abs().max() > 0 for name, g in gradients.items()
+            f"levels.{block}.block.mixer.out_proj.lora_B" in name and g.abs().max() > 0 for name, g in gradients.items()
         )
     torch.manual_seed(0)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 
 from vamba import VideoChat
 from vamba.cli import main
-from vamba.demo.tiny_mamba2 import tiny_neox_tokenizer
+from vamba.demo.tiny_checkpoints import tiny_neox_tokenizer
 from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
 from vamba.training import VambaTrainer, finetune, load_recipe
 from vamba.training.saving import last_checkpoint

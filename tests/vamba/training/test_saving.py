@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.cli import main
 from vamba.training import load_recipe, make_trainer, prepare, save
-from vamba.training.saving import last_checkpoint, publish
+from vamba.training.saving import last_checkpoint
 
 from training_data import run, weights
 
@@ -81,19 +81,6 @@ def test_what_is_trained_is_kept_whatever_goes_wrong_after(values, checkpoint, t
     shutil.rmtree(final)
     with pytest.raises(ValueError, match="which holds final.unfinished, a trained model"):
         run(values)
-
-
-def test_what_is_published_replaces_or_leaves_all_as_it_was(tmp_path):
-    for name in ("old", "new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    publish(tmp_path / "old", tmp_path / "final")
-    with pytest.raises(FileNotFoundError):
-        publish(tmp_path / "gone", tmp_path / "final")
-    assert [path.name for path in (tmp_path / "final").iterdir()] == ["old"]
-    publish(tmp_path / "new", tmp_path / "final")
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
-    assert [path.name for path in (tmp_path / "final").iterdir()] == ["new"]
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path):

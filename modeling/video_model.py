@@ -1,0 +1,297 @@
+"""What the two models have in common: embeddings, positions of text, the tower's passes over frames, logits and loss.
+
+What is unusual: only positions with a label pass the language model head, a chunk of them at a time, and a chunk's
+logits are computed again in the backward pass (`chunked_causal_lm_loss`). Same idea as Liger's fused linear
+cross-entropy, in PyTorch alone: the head is called as a module, so adapters on it, FSDP and ZeRO work as ever.
+
+Shapes: B batch, N text tokens, T targets, D hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from itertools import accumulate
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .media import MAX_CHUNK_FRAMES, MediaItem, chunk_patches, load_ahead, normalized, split_frames, to_device
+from .ranks import agree_on_calls, calls_are_shared, largest_of_ranks, weights_are_sharded
+from .weights_fingerprint import WeightsFingerprint, are_same_weights
+
+
+logger = logging.get_logger(__name__)
+
+LOGITS_AT_ONCE = 2**26  # numbers in one chunk of logits: 256 MiB in float32
+
+
+class VideoModelMixin:
+    """For a `PreTrainedModel` with a `visual` tower and a `language_model` that embeds tokens."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, N), True at each `<|vision_start|>`; recognised by its embedding where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.vision_start_token_id
+        token = torch.tensor(self.config.vision_start_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def check_weights(self, memory: Cache) -> str | None:
+        """The fingerprint of the weights that make a memory of video; None for a new memory in training, where weights
+        change with every step, and while torch compiles or exports.
+
+        Raises:
+            ValueError: the memory was made by others.
+        """
+        made_by = getattr(memory, "made_by", None)
+        if torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled():  # after a step of an optimizer that counts up no version
+            self._forget_fingerprint()
+        if self.training and made_by is None:
+            return None
+        fingerprint = vars(self).setdefault("_fingerprint", WeightsFingerprint()).of(self.modules_that_make_memories())
+        if made_by is not None and not are_same_weights(made_by, fingerprint):
+            raise ValueError(
+                "The memory was made with other weights than the model has now (another checkpoint, another adapter, "
+                "or training since): encode the video again with the model that is asked."
+            )
+        return fingerprint
+
+    def _forget_fingerprint(self) -> None:
+        vars(self).pop("_fingerprint", None)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self._forget_fingerprint()
+        return super().train(mode)
+
+    def shares_calls(self, tokens: int) -> bool:
+        """`ranks.calls_are_shared`; for a single token what it was before, as that looks at all parameters."""
+        if tokens > 1 or "_shares_calls" not in vars(self):
+            self._shares_calls = calls_are_shared(self)
+        return self._shares_calls
+
+    def warn_of_unseen_media(self, input_ids: Tensor | None, seen: bool) -> None:
+        """Where text has marks of media and nothing was seen: others' collators leave media out and keep the marks.
+
+        Single tokens, as in decoding, are not looked at, as that would wait for the device.
+        """
+        if seen or input_ids is None or input_ids.shape[1] < 2 or input_ids.is_meta or torch.compiler.is_compiling():
+            return
+        starts, ends = (input_ids == getattr(self.config, f"vision_{side}_token_id") for side in ("start", "end"))
+        if (starts[:, :-1] & ends[:, 1:]).any():
+            logger.warning_once(
+                "The text holds <|vision_start|><|vision_end|>, but neither images, videos nor a memory were given: "
+                "the model sees nothing there. Pass on all that the processor returns; in training, a collator that "
+                "knows videos, as vamba.data.Collator does."
+            )
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):
+        """`get_video_features` of images, each of which is one frame: (1, height, width) in patches."""
+        return self.get_video_features(pixel_values, image_grid_thw, return_dict=True, **kwargs)
+
+    @property
+    def tower_trains(self) -> bool:
+        """Whether gradients have to go through the tower; to its merger, which comes last, they come without."""
+        return any(p.requires_grad for name, p in self.visual.named_parameters() if not name.startswith("merger."))
+
+    def enable_input_require_grads(self) -> None:
+        """Of the embeddings of text, of frames where the tower trains, and of media where checkpoints are reentrant.
+
+        transformers' own asks for those of frames always: through a frozen tower a graph would be kept for nothing.
+        Gradients of the media's embeddings, which nobody reads, would take as much memory as the embeddings.
+        """
+
+        def frames(module, args, output):
+            output.requires_grad_(output.requires_grad or self.tower_trains)
+
+        def media(module, args, output):
+            if self._checkpoints_are_reentrant:
+                output.pooler_output.requires_grad_()
+
+        self.disable_input_require_grads()
+        self._require_grads_hooks = [
+            self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_()),
+            self.visual.get_input_embeddings().register_forward_hook(frames),
+            self.visual.register_forward_hook(media),
+        ]
+
+    @property
+    def _checkpoints_are_reentrant(self) -> bool:
+        """Whether a layer is checkpointed only if something that enters it wants a gradient: torch's default."""
+        layers = (module for module in self.modules() if getattr(module, "gradient_checkpointing", False))
+        functions = (getattr(layer, "_gradient_checkpointing_func", None) for layer in layers)
+        return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions)
+
+    @property
+    def pass_frames(self) -> int:
+        """Temporal patches that the tower takes at once."""
+        return MAX_CHUNK_FRAMES // self.config.vision_config.temporal_patch_size
+
+    def media_tokens(
+        self, chunks: list[list[MediaItem]], pixels: dict[str, Tensor], whole: bool
+    ) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+        """The tokens of each chunk's items, in order, wherever they are cut, while the next chunk is being loaded.
+
+        Beside them comes zero for the frames that only other ranks have (see `ranks`), to be added to something that
+        backward goes through, or None; at the end by itself for each chunk that only they have.
+
+        Args:
+            pixels: the patches of all images and of all videos, by kind.
+            whole: nothing was cut into chunks; patches are then copied to the device pass by pass.
+        """
+        needed = [ceil(sum(item.t for item in items) / self.pass_frames) for items in chunks]
+        passes, device = agree_on_calls(self, needed, self.visual.device), self.visual.device
+
+        def load(items: list[MediaItem]) -> list[Tensor]:
+            return [part if whole else to_device(part, device) for part in chunk_patches([items], pixels)]
+
+        loaded = load_ahead(chunks, load, device)
+        for index, called in enumerate(passes):
+            items, patches = next(loaded, ([], []))
+            tokens = [part for taken in self._tower_passes(items, patches) for part in self._tower_pass(*taken)]
+            yield tokens, self.black_passes(called - (needed[index] if index < len(needed) else 0))
+
+    def black_passes(self, count: int) -> Tensor | None:
+        """Zero, after so many passes of the smallest frame, in black, through the tower; None for none."""
+        vision, side = self.config.vision_config, self.smallest_side
+        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        black = torch.zeros(side**2, numbers, device=self.visual.device, dtype=self.visual.dtype)
+        grid = torch.tensor([[1, side, side]])
+        return sum(0 * self._tower_pass(black, grid)[0].sum() for _ in range(count)) if count > 0 else None
+
+    def _tower_passes(self, items: list[MediaItem], parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Patches and grid, on the CPU, of what the tower takes at once; `parts` are the items' patches in order.
+
+        A chunk may be of any size where gradients are recorded: the tower, mostly frozen then, takes it in passes.
+        """
+        if not items:
+            return
+        if len({part.dtype for part in parts}) > 1:
+            parts = [normalized(part, self.config) for part in parts]
+        patches, start = parts[0] if len(parts) == 1 else torch.cat(parts), 0
+        for (taken,) in split_frames([items], self.pass_frames):
+            end = start + sum(item.num_patches for item in taken)
+            yield patches[start:end], torch.tensor([[item.t, item.h, item.w] for item in taken])
+            start = end
+
+
+class VideoHeadMixin:
+    """For a `PreTrainedModel` whose `model` has a `VideoModelMixin`, with an `lm_head`."""
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.FloatTensor, video_grid_thw: torch.LongTensor, **kwargs):
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    def enable_input_require_grads(self) -> None:
+        self.model.enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        self.model.disable_input_require_grads()
+
+    def _logits_and_loss(
+        self, hidden_BND: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor, skip_logits: bool, **kwargs
+    ) -> dict[str, Tensor | None]:
+        """`logits` and `loss` as forward returns them: with `skip_logits` and labels no logits but the loss."""
+        vocab_size = self.config.text_config.vocab_size
+        if skip_logits and labels is not None:
+            items = kwargs.get("num_items_in_batch")
+            loss = chunked_causal_lm_loss(self.lm_head, hidden_BND, labels, vocab_size, items)
+            return {"logits": None, "loss": loss}
+        logits, loss = self.lm_head(slice_logits_to_keep(hidden_BND, logits_to_keep)), None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return {"logits": logits, "loss": loss}
+
+
+# --- positions of text ------------------------------------------------------------------------------------------------
+
+
+def text_position_ids(
+    position_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor, past_length: int
+) -> Tensor:
+    """(3, B, N) positions for M-RoPE: text counts text only, padding on the left not counted.
+
+    `position_ids` may be given as (B, N) or, as for Qwen2-VL, (3, B, N), or (4, B, N) with those of the text first.
+    """
+    B, N = inputs_embeds.shape[:2]
+    if position_ids is None:
+        if attention_mask is not None and not isinstance(attention_mask, dict) and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -N:]
+        else:
+            position_ids = (torch.arange(N, device=inputs_embeds.device) + past_length).unsqueeze(0)
+    if position_ids.dim() == 2:
+        position_ids = position_ids.unsqueeze(0)
+    return position_ids[-3:].expand(3, B, -1).to(inputs_embeds.device)
+
+
+def positions_in_samples(lengths: list[int], device: torch.device) -> Tensor:
+    """(1, N) positions of the tokens of samples packed into one row, each counted from zero."""
+    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+
+
+def varlen_kwargs(lengths: list[int], device: torch.device) -> dict[str, Tensor | int]:
+    """What keeps packed samples apart in flash attention, which takes no mask."""
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts) | dict.fromkeys(
+        ("max_length_q", "max_length_k"), max(lengths)
+    )
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+def chunked_causal_lm_loss(
+    lm_head: nn.Module,
+    hidden_BND: Tensor,
+    labels_BN: Tensor,
+    vocab_size: int,
+    num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """The loss of transformers' `ForCausalLMLoss(lm_head(hidden_BND), labels_BN, ...)`, gradients included.
+
+    Args:
+        lm_head: maps (n, D) to logits (n, vocab_size).
+        hidden_BND: what the head would be given. labels_BN: int64, `ignore_index` where nothing is to be predicted;
+            the label of position n + 1 is the target of position n.
+        num_items_in_batch: what the sum is divided by (targets of all batches of an optimizer step); None divides by
+            this batch's own number of targets.
+        chunk_tokens: targets whose logits exist at once; None for as many as make 2**26 numbers.
+
+    Returns:
+        A scalar, float32 for half-precision inputs.
+
+    Source: `transformers.loss.loss_utils.ForCausalLMLoss`.
+    """
+    targets_BN = nn.functional.pad(labels_BN[:, 1:], (0, 1), value=ignore_index).to(hidden_BND.device)
+    chosen_BN = targets_BN != ignore_index
+    hidden_TD, targets_T = hidden_BND[chosen_BN], targets_BN[chosen_BN]
+    size = chunk_tokens or max(1, LOGITS_AT_ONCE // vocab_size)
+    chunks = list(zip(hidden_TD.split(size), targets_T.split(size)))  # an empty one where there is no target at all
+    if weights_are_sharded(lm_head):
+        (most,) = largest_of_ranks([len(chunks)], hidden_TD.device)
+        chunks += [(hidden_TD[:0], targets_T[:0])] * (most - len(chunks))
+    total = sum(checkpoint(_chunk_loss, lm_head, *chunk, use_reentrant=False) for chunk in chunks)
+    if num_items_in_batch is None:
+        return total / targets_T.numel() if targets_T.numel() else total / total.new_zeros(())
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+
+def _chunk_loss(lm_head: nn.Module, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+    logits_TV = lm_head(hidden_TD)
+    logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    return nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum")

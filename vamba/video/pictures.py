@@ -1,0 +1,207 @@
+"""Decoded frames, images and arrays to RGB of the size that is wanted; images and arrays as a video.
+
+A kept frame goes to its final size in one step of swscale (bicubic over the whole footprint, as PIL and torchvision
+with antialias), rotated upright, transparency over white as in qwen-vl-utils, and interlaced frames by their top field,
+which needs no neighbours and so no state.
+"""
+
+import contextlib
+import copy
+import math
+import os
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageOps
+
+from vamba.errors import VideoReadError
+
+from .pyav_versions import quarter_turns, reformat
+
+
+MAX_SIDE = 16384
+MAX_PIXELS = 2**28
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What is known of a video before it is read. Sizes are those of the upright (rotated) picture."""
+
+    name: str
+    duration: float | None
+    fps: float | None
+    width: int
+    height: int
+    codec: str
+    rotation: int = 0
+    total_frames: int | None = None
+
+
+def check_picture_size(width, height):
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise VideoReadError(
+            f"pictures of {width}x{height} pixels are too large (limit {MAX_SIDE} a side); scale the video down"
+        )
+
+
+def to_rgb(reformatter, frame, height, width, threads=0):
+    """A PyAV frame upright as uint8 RGB (3, height, width); `reformatter` keeps swscale's tables between frames."""
+    turns = quarter_turns(frame)
+    if turns % 2:
+        height, width = width, height
+    if frame.interlaced_frame:
+        frame = _top_field(frame)
+    if any(component.is_alpha for component in frame.format.components):
+        frame = _over_white(frame)
+    planar = reformat(reformatter, frame, width, height, "gbrp", threads)
+    green, blue, red = (
+        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, :width] for plane in planar.planes
+    )
+    pixels = np.stack([red, green, blue])
+    return np.ascontiguousarray(np.rot90(pixels, turns, axes=(1, 2))) if turns else pixels
+
+
+def _top_field(frame):
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base or Fraction(1, 1000)
+    )
+    field, sink = graph.add("field", "type=top"), graph.add("buffersink")
+    source.link_to(field)
+    field.link_to(sink)
+    graph.configure()
+    graph.push(frame)
+    return graph.pull()
+
+
+def _over_white(frame):
+    rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
+    color, alpha = rgba[..., :3], rgba[..., 3:]
+    blended = (color * alpha + 255 * (255 - alpha) + 127) // 255
+    return av.VideoFrame.from_ndarray(blended.astype(np.uint8), format="rgb24")
+
+
+class ArrayClip:
+    """What clips share whose pictures come as RGB arrays: nothing of them is lost, and a clip is its own stream."""
+
+    damaged = lost = packets = 0
+    tolerance = 1e-6
+    end_time = None
+
+    def open(self):
+        stream = copy.copy(self)
+        stream._reformatter = VideoReformatter()
+        return stream
+
+    def array(self, picture):
+        """uint8 (H, W, 3) of what `pictures` has given."""
+        raise NotImplementedError
+
+    def render(self, picture, height, width):
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(self.array(picture)), format="rgb24")
+        return to_rgb(self._reformatter, frame, height, width)
+
+    def missing_from_end(self):
+        return 0.0
+
+    def close(self):
+        pass
+
+
+class StillClip(ArrayClip):
+    """Images or arrays as a video whose n-th frame stands at n / source_fps; images are loaded when rendered."""
+
+    def __init__(self, name, stills, source_fps):
+        if not len(stills):
+            raise VideoReadError("holds no frames; give at least one")
+        self._stills, self._rate, self._index = stills, source_fps, 0
+        height, width = self.array(0).shape[:2]
+        check_picture_size(width, height)
+        count = len(stills)
+        self.info = VideoInfo(name, count / source_fps, source_fps, width, height, "images", 0, count)
+
+    def last_time(self):
+        return (len(self._stills) - 1) / self._rate
+
+    def pictures(self):
+        while self._index < len(self._stills):
+            index = self._index
+            self._index += 1
+            self.end_time = (index + 1) / self._rate
+            yield index / self._rate, index
+
+    def skip_to(self, target):
+        last = min(math.floor((target + self.tolerance) * self._rate), len(self._stills) - 1)
+        self._index = max(self._index, last)
+
+    def array(self, picture):
+        still = self._stills[picture]
+        return still if isinstance(still, np.ndarray) else _image_array(still)
+
+
+def _image_array(item):
+    """An image file or PIL image as uint8 (H, W, 3), upright and over white."""
+    in_memory = hasattr(item, "convert")
+    try:
+        with contextlib.nullcontext(item) if in_memory else Image.open(item) as image:
+            check_picture_size(*image.size)
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+    except Exception as error:  # PIL meets broken files with errors of many types
+        which = "an item" if in_memory else item
+        raise VideoReadError(f"{which} cannot be read as an image ({error})") from error
+
+
+def images_of_folder(folder):
+    """The image files of a folder, frame9 before frame10."""
+    try:
+        files = [entry for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+    except OSError as error:
+        raise VideoReadError(f"the folder cannot be listed ({error.strerror}); check its permissions") from error
+    if not files:
+        raise VideoReadError(f"the folder holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted(files, key=lambda path: natural_key(path.name))
+
+
+def natural_key(name):
+    """Sort key under which frame10 follows frame9."""
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", str(name))]
+
+
+def stills_of_list(items):
+    """A list of image paths and PIL images as it is; one of arrays or tensors (frames one by one) as one array."""
+    if items and all(getattr(item, "ndim", None) == 3 for item in items):
+        if len({tuple(item.shape) for item in items}) > 1:
+            raise VideoReadError("the frames differ in shape; resize them alike or pass PIL images")
+        return channels_last((torch.stack if torch.is_tensor(items[0]) else np.stack)(list(items)))
+    for index, item in enumerate(items):
+        if not isinstance(item, (str, os.PathLike)) and not hasattr(item, "convert"):
+            kind = type(item).__name__
+            raise VideoReadError(f"item {index} is {kind}; a list holds image paths, PIL images or arrays")
+    return items
+
+
+def channels_last(array):
+    """(T, H, W, 3) uint8 out of an array or tensor, channels last or first (in doubt: as usual for its kind)."""
+    tensor = torch.is_tensor(array)
+    array = array.detach().cpu() if tensor else np.asarray(array)
+    shape = tuple(array.shape)
+    axes = [axis for axis in ((1, 3) if tensor else (3, 1)) if len(shape) == 4 and shape[axis] == 3]
+    if not axes or min(shape[1:]) == 0:
+        raise VideoReadError(f"shape {shape} is no video; give (T, H, W, 3) or (T, 3, H, W)")
+    if tensor:
+        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+    if array.dtype.kind == "f":
+        if not (array.min(initial=0) >= 0 and array.max(initial=0) <= 1):
+            raise VideoReadError("float frames must lie in [0, 1]; pass uint8 for 0 to 255")
+        array = np.round(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise VideoReadError(f"frames are {array.dtype}; give uint8, or floats in [0, 1]")
+    return array if axes[0] == 3 else array.transpose(0, 2, 3, 1)

@@ -100,7 +100,7 @@ class DataArguments:
     on_error: what a broken example does.
     """
 
-    datasets: list[str] = field(repr=False)
+    datasets: list[str] = field(repr=False, compare=False)
     streaming: bool = False
     shuffle: bool = True
     fps: float | None = None

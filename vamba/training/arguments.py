@@ -212,7 +212,7 @@ _NO_EVALUATION = ("eval_", "batch_eval", "per_device_eval", "load_best", "metric
 
 
 class _Parser(HfArgumentParser):
-    """Reads a mapping, and words of a command line that come before it. Says a mistake in one line, by its key."""
+    """Reads a mapping, and words of a command line that override it. Says a mistake in one line, by its key."""
 
     def __init__(self, *kinds: type, where: str = ""):
         super().__init__(kinds, add_help=False, allow_abbrev=False)
@@ -264,8 +264,8 @@ def load_recipe(recipe: str | os.PathLike | Mapping[str, Any], overrides: Sequen
     values = dict(recipe) if isinstance(recipe, Mapping) else _read(os.fspath(recipe))
     if nested := [key for key in ("model", "data", "train") if isinstance(values.get(key), Mapping)]:
         raise RecipeError(
-            f"the recipe has the sections of an earlier format ({', '.join(nested)}); its keys stand on one level now, "
-            "with their names in the documentation of training: model.path is model_name_or_path, train.X is X"
+            f"the recipe has the sections of an earlier format ({', '.join(nested)}); its keys stand on one level "
+            "now (docs/training.md): model.path is model_name_or_path, data.train is datasets, train.X is X"
         )
     checked = Recipe(*_Parser(ModelArguments, DataArguments, VambaTrainingArguments).parse(values, overrides))
     if mistake := next(_mistakes(*checked), None):

@@ -9,7 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last whole checkpoint in the output folder"
     )
-    parser.epilog = "All keys of a recipe are options too, which come before what it says: --learning_rate 1e-5"
+    parser.epilog = "Every key of a recipe is an option too, which overrides it: --learning_rate 1e-5"
     parser.set_defaults(overrides=[])  # what this parser does not know
 
 

@@ -5,7 +5,6 @@ Weights that train are float32 whatever `dtype` says (small steps would be lost 
 are loaded; `bf16` computes in bfloat16 all the same.
 """
 
-import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -130,7 +129,7 @@ def _mistakes(recipe: Recipe, skeleton: PreTrainedModel) -> Iterator[str]:
     if kind != "vamba" and chosen.trainable[0] in ("stage1", "stage2"):
         accepted = "lora, all, or regular expressions of parameter names"
         yield f"trainable is {chosen.trainable[0]}, made for a vamba and not a {kind}; accepted: {accepted}"
-    if data.packing and "packed_lengths" not in inspect.signature(skeleton.forward).parameters:
+    if kind != "vamba" and data.packing:
         yield f"packing is true, which a {kind} cannot; accepted: false"
     for key in ("min_pixels", "max_pixels"):
         if kind == "video_ma2mba" and getattr(data, key) is not None:

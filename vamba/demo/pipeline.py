@@ -21,8 +21,7 @@ from vamba.conversion import convert
 from vamba.errors import OccupiedPathError, check_writable
 from vamba.files import staged_folder
 from vamba.hub import write_model_card
-from vamba.training.finetune import Result, finetune
-from vamba.training.recipe import parse_recipe
+from vamba.training import Result, finetune
 
 from .evaluation import ask_about_videos, ask_without_video, scores
 from .report import draw_report, last_line, print_examples, shown
@@ -172,24 +171,24 @@ def make_checkpoint(folder: Path, seed: int, kind: str = "vamba") -> Path:
 def train(checkpoint: Path, data: Path, output: Path, settings: dict) -> Result:
     """What `vamba finetune` does with this recipe; the trained model is in `folder` of what is returned."""
     recipe = {
-        "model": {"path": str(checkpoint), "dtype": "float32"},
-        "data": {"train": str(data), "fps": FPS},
-        "train": {
-            "output_dir": str(output),
-            "max_steps": settings["steps"],
-            "per_device_train_batch_size": settings["batch_size"],
-            "learning_rate": settings["learning_rate"],
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": settings["steps"] // 20,
-            "weight_decay": 0.01,
-            "logging_steps": max(1, settings["steps"] // 10),
-            "save_strategy": "no",
-            "dataloader_num_workers": min(4, os.cpu_count() or 1),  # reading a batch takes longer than training on it
-            "use_cpu": not torch.cuda.is_available(),
-            "seed": settings["seed"],
-        },
+        "model_name_or_path": checkpoint,
+        "dtype": "float32",
+        "datasets": data,
+        "fps": FPS,
+        "output_dir": output,
+        "max_steps": settings["steps"],
+        "per_device_train_batch_size": settings["batch_size"],
+        "learning_rate": settings["learning_rate"],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": settings["steps"] // 20,
+        "weight_decay": 0.01,
+        "logging_steps": max(1, settings["steps"] // 10),
+        "save_strategy": "no",
+        "dataloader_num_workers": min(4, os.cpu_count() or 1),  # reading a batch takes longer than training on it
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": settings["seed"],
     }
-    return finetune(parse_recipe(recipe))
+    return finetune(recipe)
 
 
 @contextmanager

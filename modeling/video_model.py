@@ -20,8 +20,8 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .media import MAX_CHUNK_FRAMES, MediaItem, chunk_patches, load_ahead, normalized, split_frames, to_device
+from .memory_files import WeightsFingerprint, are_same_weights
 from .ranks import agree_on_calls, calls_are_shared, largest_of_ranks, weights_are_sharded
-from .weights_fingerprint import WeightsFingerprint, are_same_weights
 
 
 logger = logging.get_logger(__name__)

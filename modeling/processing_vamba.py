@@ -11,7 +11,7 @@ import io
 import os
 import re
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,6 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 from transformers.video_utils import VideoInput, VideoMetadata, load_video
 
-
-try:
-    from vamba import video as vamba_video
-    from vamba.errors import VideoReadError
-except ImportError:
-    vamba_video, VideoReadError = None, ValueError
 
 logger = logging.get_logger(__name__)
 
@@ -303,8 +297,8 @@ class VambaProcessor(Qwen2VLProcessor):
         if _is_frames(source) and (metadata is not None or not asks):
             return self.video_processor([source], video_metadata=[metadata] if metadata else None, **kwargs)
         options = self._reader_options(source, options, kwargs)
-        if vamba_video is not None and options.keys() & {"min_frames", "max_frames"}:
-            options, _, _ = vamba_video.frames_asked_for(source, options)
+        if vamba_video() is not None and options.keys() & {"min_frames", "max_frames"}:
+            options, _, _ = vamba_video().frames_asked_for(source, options)
         frames, metadata = self.read_frames(source, **options)
         kwargs |= {"do_resize": False, "do_sample_frames": False, "video_metadata": [metadata]}
         return self.video_processor([frames], **kwargs)
@@ -351,17 +345,17 @@ class VambaProcessor(Qwen2VLProcessor):
 
     def read_frames(self, source, **options) -> tuple[torch.Tensor, VideoMetadata]:
         """All frames (T, 3, H, W) uint8 that `vamba.read_video(source, **options)` chooses, and what they are."""
-        if vamba_video is None:
+        if vamba_video() is None:
             return _read_by_transformers(source, **options)
-        frames, _, metadata = vamba_video.load_with_metadata(source, **options)
+        frames, _, metadata = vamba_video().load_with_metadata(source, **options)
         return frames, VideoMetadata(**metadata)
 
     def video_reader(self, source, **options):
         """`vamba.read_video` with this processor's frame sizes and sampling, for reading a video chunk by chunk."""
-        if vamba_video is None:
+        if vamba_video() is None:
             raise ImportError("Reading a video chunk by chunk needs the package vamba; pip install vamba.")
         sampling = {} if options.keys() & {"fps", "num_frames"} else self._default_sampling(options)
-        return vamba_video.read_video(source, **(self._frame_size({}) | sampling | options))
+        return vamba_video().read_video(source, **(self._frame_size({}) | sampling | options))
 
     # --- chat -------------------------------------------------------------------------------------------------------
 
@@ -525,7 +519,17 @@ def _explicit_size(height, width, factor: int) -> tuple[int, int]:
     return smart_resize(int(height), int(width), factor, 4 * factor**2, 16384 * factor**2)
 
 
-# --- without the package vamba --------------------------------------------------------------------------------------
+# --- with the package vamba or without it ---------------------------------------------------------------------------
+
+
+@cache
+def vamba_video():
+    """`vamba.video`, or None; imported when a video is read, as importing vamba changes what the Auto classes load."""
+    try:
+        from vamba import video
+    except ImportError:
+        return None
+    return video
 
 
 def _read_by_transformers(source, **options) -> tuple[torch.Tensor, VideoMetadata]:

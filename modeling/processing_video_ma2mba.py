@@ -14,7 +14,7 @@ from transformers import BatchFeature, Qwen2VLImageProcessor, Qwen2VLVideoProces
 from transformers.processing_utils import MultiModalData
 
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .processing_vamba import VambaProcessor, VideoReadError, _factor, _is_frames
+from .processing_vamba import VambaProcessor, _factor, _is_frames, vamba_video
 
 
 # In this order after GPT-NeoX's own, from id 50,277 on.
@@ -81,7 +81,8 @@ class VideoMa2mbaProcessor(VambaProcessor):
         """`read_video` at this processor's frame size and sampling. Raises VideoReadError for another size."""
         if asked := _SIZES & options.keys():
             size = self._frame_size({})
-            raise VideoReadError(
+            error = getattr(vamba_video(), "VideoReadError", ValueError)
+            raise error(
                 f"{', '.join(sorted(asked))}: this model takes frames of {size['resized_width']} x "
                 f"{size['resized_height']} pixels only; leave it out."
             )

@@ -10,6 +10,8 @@ from vamba.modeling import graphed_decoding
 from vamba.modeling import media as media_module
 from vamba.modeling.graphed_decoding import GraphedDecoding
 
+import tiny_vamba
+import tiny_video_ma2mba
 from tiny_vamba import media, prompt, tiny_model
 
 
@@ -92,6 +94,13 @@ def test_hooks_keep_a_model_from_being_recorded_but_not_those_of_transformers():
         assert not model._valid_auto_compile_criteria({"past_key_values": fork}, config)
         handle.remove()
         assert model._valid_auto_compile_criteria({"past_key_values": fork}, config)
+
+
+@pytest.mark.parametrize("tiny", [tiny_vamba, tiny_video_ma2mba], ids=["vamba", "video-ma2mba"])
+def test_both_models_decode_with_a_graph(tiny, monkeypatch):
+    """On a GPU, unless a configuration for `torch.compile` is given."""
+    monkeypatch.setattr(GraphedDecoding, "suits", staticmethod(lambda model: True))
+    assert isinstance(tiny.tiny_model().get_compiled_call(None), GraphedDecoding)
 
 
 class TestGpu:

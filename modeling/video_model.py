@@ -86,7 +86,7 @@ class VideoModelMixin:
 
     def shares_calls(self, tokens: int) -> bool:
         """`ranks.calls_are_shared`; for a single token what it was before, as that looks at all parameters."""
-        if tokens > 1 or "_shares_calls" not in vars(self):
+        if tokens > 1 or getattr(self, "_shares_calls", None) is None:
             self._shares_calls = calls_are_shared(self)
         return self._shares_calls
 

@@ -454,7 +454,10 @@ class _OnCPU:
         self.device, self.pieces = tensor.device, []
         self._loaded, self._arriving = False, None
         dense = tensor if tensor.stride() == self.like.stride() else tensor.clone()  # as empty_like lays it out
-        with _beside(self.device, wait=True) as stream:
+        stream = self.stream = side_stream(self.device, "copy") if tensor.is_cuda else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
             for part in self._flat(dense):
                 piece = torch.empty_like(part, device="cpu", pin_memory=tensor.is_cuda)
                 self.pieces.append(piece.copy_(part, non_blocking=True))
@@ -482,28 +485,15 @@ class _OnCPU:
     @torch.no_grad()
     def _fetch(self) -> tuple[Tensor, torch.cuda.Event | None]:
         """A copy under way, in memory of the copying stream, and the event that it has arrived."""
-        with _beside(self.device) as stream:
+        with torch.cuda.stream(self.stream):
             tensor = torch.empty_like(self.like, device=self.device)
             for part, piece in zip(self._flat(tensor), self.pieces):
                 part.copy_(piece, non_blocking=True)
-            return tensor, None if stream is None else stream.record_event()
+            return tensor, None if self.stream is None else self.stream.record_event()
 
     def _flat(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The tensor's numbers as they lie in memory, in pieces."""
         return tensor.as_strided((tensor.numel(),), (1,)).split(self.piece_bytes // tensor.itemsize)
-
-
-@contextlib.contextmanager
-def _beside(device: torch.device, wait: bool = False):
-    """On a GPU, within, its copying stream, after all that the current one was given so far if it is to `wait`."""
-    if device.type != "cuda":
-        yield None
-        return
-    stream = side_stream(device, "copy")
-    if wait:
-        stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield stream
 
 
 # --- switching it on --------------------------------------------------------------------------------------------------

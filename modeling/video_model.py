@@ -30,8 +30,8 @@ from .media import (
     split_frames,
     to_device,
 )
+from .memory_files import WeightsFingerprint, are_same_weights
 from .ranks import agree_on_calls, calls_are_shared, largest_of_ranks, weights_are_sharded
-from .weights_fingerprint import WeightsFingerprint, are_same_weights
 
 
 logger = logging.get_logger(__name__)

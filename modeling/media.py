@@ -157,7 +157,8 @@ def media_of_rows(
     """`assign_media` where the order matters: raises ValueError if images and videos are mixed and it is not told."""
     rows = assign_media(images, videos, starts_BN, mm_token_type_ids)
     if _in_text_order(images, videos, starts_BN, mm_token_type_ids) is None:
-        told = None if mm_token_type_ids is None else mm_token_type_ids[starts_BN.to(mm_token_type_ids.device)].tolist()
+        fits = mm_token_type_ids is not None and mm_token_type_ids.shape == starts_BN.shape
+        told = mm_token_type_ids[starts_BN.to(mm_token_type_ids.device)].tolist() if fits else None
         raise ValueError(
             f"In which order do the {len(images)} images and {len(videos)} videos come? mm_token_type_ids, as the "
             f"processor returns them, should be 1 and 2 at their <|vision_start|> tokens, and are {told}."

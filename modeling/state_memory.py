@@ -40,7 +40,7 @@ class StateMemory(Cache):
         text_tokens_B: tokens of text that each row has seen, padding not counted, int64 (B,); None before the first.
         is_ragged: whether some row has seen more text than `text_length` says.
         is_written_into: whether the states are buffers that decoding may write into (`GraphedStateDecoding`).
-        made_by: the fingerprint of the weights that read the media, see `weights_fingerprint`; None if unknown.
+        made_by: the fingerprint of the weights that read the media, see `WeightsFingerprint`; None if unknown.
         seconds: of video watched; None if unknown. Whoever reads the video sets it.
     """
 

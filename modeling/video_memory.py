@@ -215,7 +215,7 @@ class VideoMemory(Cache):
         states: one `Mamba2State` or None per Mamba-2 block, the state after the last video token of each video row.
         media: for each video row the items seen, `[kind, t, h, w]` in patches as in `grid_thw`, in order.
         video_rows: for each text row the index of its video row; None if they coincide or there is only one.
-        made_by: the fingerprint of the weights that encoded the video, see `weights_fingerprint`; None if unknown.
+        made_by: the fingerprint of the weights that encoded the video, see `WeightsFingerprint`; None if unknown.
         seconds: of video encoded; None if unknown. Whoever reads the video sets it.
         temporal_patch_size: frames in one of the `t` of a video in `media`.
     """

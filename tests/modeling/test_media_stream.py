@@ -84,5 +84,6 @@ def test_images_and_videos_keep_their_order():
     starts = torch.tensor([[True, True]])
     rows = media_of_rows(IMAGES, VIDEOS[:1], starts, torch.tensor([[2, 1]]))
     assert [item.kind for item in rows[0]] == ["video", "image"]
-    with pytest.raises(ValueError, match="In which order do the 1 images and 1 videos come"):
-        media_of_rows(IMAGES, VIDEOS[:1], starts, None)
+    for types in (None, torch.tensor([[1, 1]]), torch.tensor([[2]])):
+        with pytest.raises(ValueError, match="In which order do the 1 images and 1 videos come"):
+            media_of_rows(IMAGES, VIDEOS[:1], starts, types)

@@ -158,13 +158,8 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         """After the prompt every row reads every token: padding is behind it, and no mask has to grow any more."""
         if not is_first_iteration:
             kwargs.pop("read_hidden_states", None)
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
+        kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
+        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
         if next_sequence_length == 1 and not is_first_iteration:
             inputs.pop("attention_mask", None)
         return inputs

@@ -111,7 +111,12 @@ def load_video(source, **options):
 
 
 def load_with_metadata(source, **options):
-    """`load_video`, and third the fields of transformers' `VideoMetadata`, which qwen-vl-utils knows as well."""
+    """`load_video`, and third the fields of transformers' `VideoMetadata`, which qwen-vl-utils knows as well.
+
+    Understands `min_frames` and `max_frames` besides the options of `read_video`; see `frames_asked_for`.
+    """
+    if options.keys() & {"min_frames", "max_frames"}:
+        options, _, _ = frames_asked_for(source, options)
     with read_video(source, **options) as reader:
         chunks, about = list(reader), reader.metadata
     frames = torch.cat([chunk.frames for chunk in chunks])

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-av lint format wheel clean
+.PHONY: setup demo test test-floor test-av lint types format wheel clean
 
 setup: $(VENV)/.ready
 
@@ -20,6 +20,19 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# What a representative part of the tests finds with the lowest versions that pyproject.toml allows, in an environment of
+# its own in build/floor. `make test-floor LATEST=transformers` leaves the named package at its newest.
+FLOOR := build/floor
+FLOOR_TESTS := tests/modeling/test_golden.py tests/modeling/test_modeling_vamba.py tests/modeling/test_video_memory.py \
+	tests/modeling/test_processing_vamba.py tests/vamba/test_registration.py tests/vamba/training/test_run.py
+test-floor:
+	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --upgrade pip packaging
+	$(FLOOR)/bin/python -m pip install --quiet --no-deps -e .
+	$(FLOOR)/bin/python .ci/floor_requirements.py $(LATEST) > $(FLOOR)/requirements.txt
+	$(FLOOR)/bin/python -m pip install --quiet -r $(FLOOR)/requirements.txt pytest pytest-timeout tensorboard
+	$(FLOOR)/bin/python -m pytest $(FLOOR_TESTS)
+
 # The reader's tests with every PyAV that pyproject.toml allows, each in a folder beside .venv.
 test-av: setup
 	for version in 14.0 14 15 16 17 18; do \
@@ -27,9 +40,12 @@ test-av: setup
 		&& PYTHONPATH=build/av-$$version $(BIN)/python -m pytest tests/vamba/video || exit 1; \
 	done
 
-lint: setup
+lint: setup types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
+	.ci/check_types
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -16,13 +16,13 @@ assert "torch" not in sys.modules, "import vamba must not import torch"
 from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
 
 from vamba.conversion import convert  # noqa: E402
-from vamba.demo.tiny_checkpoint import make_tiny_qwen2_vl  # noqa: E402
+from vamba.demo.tiny_checkpoints import MIXER, make_tiny_qwen2_vl  # noqa: E402
 
 
 with tempfile.TemporaryDirectory() as folder:
     qwen, converted = Path(folder) / "qwen", Path(folder) / "vamba"
     make_tiny_qwen2_vl(qwen)
-    convert(qwen, converted, mamba_config={"head_dim": 16, "state_size": 16}, progress=False)
+    convert(qwen, converted, mamba_config=MIXER, progress=False)
     assert "image-text-to-text" in (converted / "README.md").read_text(), "the model card is missing"
     model = AutoModelForImageTextToText.from_pretrained(converted)
     processor = AutoProcessor.from_pretrained(converted)

@@ -14,36 +14,24 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from transformers import CompileConfig
 
-from vamba.bench.models import load_ours
+from vamba.bench.clock import GIB, allocated, default_device, machine, measure_rates, now, peak, reset_peak
+from vamba.bench.models import decode_bytes, load_ours
+from vamba.chat import load_chat
+from vamba.demo.videos import QUESTIONS
 from vamba.modeling import VideoMemory
 from vamba.modeling.kernels_attention import split_key_attention
 from vamba.modeling.video_memory import FP8, VideoLevel
 
 
+DEVICE = default_device()
 PROMPT, SHORT, LONG = 128, 8, 72
 TOKENS_PER_FRAME = 149.5  # 640x360
-MATRIX_RATE = 784e12  # bf16 FLOP/s of a large product on an H200
-
-
-def copy_rate() -> float:
-    """Bytes a second, read and written, of a large copy on the GPU."""
-    source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(6):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * source.nbytes / min(times)
 
 
 def random_memory(model, tokens: int) -> VideoMemory:
@@ -56,29 +44,21 @@ def random_memory(model, tokens: int) -> VideoMemory:
     return memory
 
 
-def answer(model, memory, rows: int, tokens: int, static: bool, **options) -> tuple[float, torch.Tensor]:
-    ids = torch.randint(1000, 2000, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).to(model.device)
+def answer(model, memory, rows: int, tokens: int, static: bool, **options) -> float:
+    """Seconds of an answer."""
+    ids = torch.randint(1000, 2000, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     fork = memory.fork(max_cache_len=PROMPT + LONG) if static else memory.fork()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=fork,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        **options,
-    )
-    torch.cuda.synchronize()
-    return time.perf_counter() - start, output[:, PROMPT:]
+    length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    start = now(DEVICE)
+    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=fork, **length, **options)
+    return now(DEVICE) - start
 
 
 def rate(model, memory, rows: int = 1, static: bool = True, **options) -> dict:
     """Milliseconds a token, and seconds of the first tokens (prompt and recording of the graph included)."""
     answer(model, memory, rows, SHORT, static, **options)
     short, long = (
-        statistics.median(answer(model, memory, rows, tokens, static, **options)[0] for _ in range(3))
+        statistics.median(answer(model, memory, rows, tokens, static, **options) for _ in range(3))
         for tokens in (SHORT, LONG)
     )
     ms = (long - short) / (LONG - SHORT) * 1e3
@@ -86,22 +66,15 @@ def rate(model, memory, rows: int = 1, static: bool = True, **options) -> dict:
 
 
 def measure(model, frames: int, args, bytes_per_second: float) -> list[dict]:
-    memory = random_memory(model, int(frames * TOKENS_PER_FRAME))
-    language = model.model.language_model
-    unread = {id(m.weight) for layer in language.layers for m in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)}
-    unread.add(id(language.embed_tokens.weight))
-    read = [p for p in [*language.parameters(), *model.lm_head.parameters()] if id(p) not in unread]
-    weights = sum(p.nbytes for p in read)
-    rows = []
+    memory, rows = random_memory(model, int(frames * TOKENS_PER_FRAME)), []
 
     def row(name, **options):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = rate(model, memory, **options)
-        floor = (weights + memory.video_nbytes) / bytes_per_second * 1e3
-        extra = (torch.cuda.max_memory_allocated() - before) / 2**30
-        row = {"frames": frames, "memory": name, "memory_GiB": round(memory.video_nbytes / 2**30, 2), **result}
-        rows.append(row | {"floor_ms": round(floor, 2), "peak_GiB_beside": round(extra, 2)})
+        reset_peak(DEVICE)
+        before = allocated(DEVICE)
+        row = {"frames": frames, "memory": name, "memory_GiB": round(memory.video_nbytes / GIB, 2)}
+        row |= rate(model, memory, **options)
+        floor = decode_bytes(model, memory.video_nbytes) / bytes_per_second * 1e3
+        rows.append(row | {"floor_ms": round(floor, 2), "peak_GiB_beside": round(peak(DEVICE, before) / GIB, 2)})
         print(rows[-1], flush=True)
 
     row("bf16, CUDA graph")
@@ -121,18 +94,18 @@ def measure(model, frames: int, args, bytes_per_second: float) -> list[dict]:
     return rows
 
 
-def attention_kernels(frames: list[int], bytes_per_second: float) -> list[dict]:
+def attention_kernels(frames: list[int], rates: dict) -> list[dict]:
     """One layer's cross-attention at the 7B's sizes: torch's, ours, ours over fp8."""
     rows = []
     for M in (int(f * TOKENS_PER_FRAME) for f in frames):
         keys, values = (torch.randn(1, 4, M, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         for N in (1, 8, 128):
-            rows.append(attention_row(VideoLevel(keys, values), N, bytes_per_second))
+            rows.append(attention_row(VideoLevel(keys, values), N, rates))
             print(rows[-1], flush=True)
     return rows
 
 
-def attention_row(level: VideoLevel, N: int, bytes_per_second: float) -> dict:
+def attention_row(level: VideoLevel, N: int, rates: dict) -> dict:
     from triton.testing import do_bench
 
     (keys, values, *_), fp8, M, scale = level, level.stored_as(FP8), level.keys_BHMP.shape[2], 128**-0.5
@@ -148,16 +121,13 @@ def attention_row(level: VideoLevel, N: int, bytes_per_second: float) -> dict:
     error = (calls["split_ms"]().float() - reference).norm() / reference.norm()
     if not error < 1e-2:
         sys.exit(f"split-key attention is wrong by {error:.1e} at {M} keys and {N} queries")
-    flops = 4 * 28 * N * M * 128 / MATRIX_RATE * 1e3
-    return row | {"floor_ms": round(max((keys.nbytes + values.nbytes) / bytes_per_second * 1e3, flops), 4)}
+    read = (keys.nbytes + values.nbytes) / rates["copied_bytes_per_s"]
+    return row | {"floor_ms": round(1e3 * max(read, 4 * 28 * N * M * 128 / rates["matrix_per_s"]), 4)}
 
 
 @torch.no_grad()
 def fp8_error(folder: str) -> dict:
     """KL(bf16 memory || fp8 memory) of the next token, over the demo's held-out videos and questions."""
-    from vamba.chat import load_chat
-    from vamba.demo.videos import QUESTIONS
-
     chat = load_chat(folder)
     divergences, agree = [], []
     for video, question in itertools.product(sorted(Path(folder, "videos").glob("*.mp4")), QUESTIONS.values()):
@@ -188,19 +158,15 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="time torch.compile too; it takes a minute to compile")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    summary = {"command": " ".join(sys.argv)}
+    summary = machine(DEVICE)
     if args.trained:
         summary["fp8_error"] = fp8_error(args.trained)
         print(summary["fp8_error"], flush=True)
-    if torch.cuda.is_available():
-        speed = copy_rate()
-        summary |= {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "copy_TB_s": round(speed / 1e12, 2),
-        }
-        summary["attention"] = attention_kernels(args.frames, speed)
-        model = load_ours(args.model, torch.device("cuda"))
+    if DEVICE.type == "cuda":
+        rates = measure_rates(DEVICE, torch.bfloat16)
+        summary |= {"copy_TB_s": round(rates["copied_bytes_per_s"] / 1e12, 2)}
+        summary["attention"] = attention_kernels(args.frames, rates)
+        model, speed = load_ours(args.model, DEVICE), rates["copied_bytes_per_s"]
         summary["decoding"] = [row for frames in args.frames for row in measure(model, frames, args, speed)]
     if args.out:
         args.out.write_text(json.dumps(summary, indent=1) + "\n")

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from training import GRID, TRAINED, choose_trainable, sample
+from training import TRAINED, choose_trainable, sample, video_tokens
 
-from vamba.bench.measure import now, peak, reset_peak
+from vamba.bench.clock import GIB, now, peak, reset_peak
 from vamba.bench.models import load_ours
 from vamba.modeling.decoder_layer import VambaDecoderLayer
 from vamba.modeling.mamba2 import Mamba2Block
@@ -73,11 +73,10 @@ def main() -> None:
         dist.all_reduce(total)
         losses.append(total.item() / world)
         times.append(now(device) - start)
-    tokens = len(mine) * (args.frames // 2) * GRID[0] * GRID[1] // 4
-    seconds = statistics.median(times[1:])
+    tokens, seconds = len(mine) * video_tokens(args.frames), statistics.median(times[1:])
     row = {"gpus": world, "stage": args.stage, "frames": args.frames, "samples": args.samples, "losses": losses}
     row |= {"seconds": seconds, "video_tokens_per_s_per_gpu": tokens / seconds}
-    row["peak_GiB"] = None if not cuda else peak(device, 0) / 2**30
+    row["peak_GiB"] = peak(device) / GIB if cuda else None
     if dist.get_rank() == 0:
         print(json.dumps(row), flush=True)
         if args.out:

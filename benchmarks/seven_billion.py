@@ -9,55 +9,60 @@ of each step. Random weights give random words: this measures, it does not answe
 
 import argparse
 import json
-import platform
 import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLVideoProcessor,
+)
 
-from vamba.bench.models import SEVEN_BILLION
+from vamba import load_video
+from vamba.bench.clock import GIB, machine, now, peak, reset_peak
+from vamba.bench.models import SEVEN_BILLION, random_model
+from vamba.demo.tiny_checkpoints import tiny_tokenizer
 
 
-class Report:
-    """Seconds and peak GPU memory of named steps, printed as they end."""
+DEVICE, STEPS = torch.device("cuda"), []
 
-    def __init__(self):
-        self.rows = []
 
-    def measure(self, name, function):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        result = function()
-        torch.cuda.synchronize()
-        row = {
-            "step": name,
-            "seconds": round(time.perf_counter() - start, 2),
-            "gpu_peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-            "host_peak_GiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        }
-        self.rows.append(row)
-        print(row, flush=True)
-        return result
+def measure(name: str, function, process: int = resource.RUSAGE_SELF):
+    """Calls `function`; notes and prints its seconds, the GPU's peak and that of `process` so far."""
+    reset_peak(DEVICE)
+    start = now(DEVICE)
+    result = function()
+    seconds, host = now(DEVICE) - start, resource.getrusage(process).ru_maxrss * 1024
+    row = {"step": name, "seconds": round(seconds, 2), "gpu_peak_GiB": round(peak(DEVICE) / GIB, 2)}
+    STEPS.append(row | {"host_peak_GiB": round(host / GIB, 2)})
+    print(STEPS[-1], flush=True)
+    return result
 
 
 def write_random_checkpoint(folder: Path, layers: int) -> None:
     """Qwen2-VL with random bfloat16 weights, made on the GPU and saved by transformers."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
     config = Qwen2VLConfig(**SEVEN_BILLION, dtype="bfloat16")
     config.text_config.num_hidden_layers = layers
     config.text_config.layer_types = config.text_config.layer_types[:layers]
-    with torch.device("cuda"):
-        model = Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    model = random_model(Qwen2VLForConditionalGeneration, config, DEVICE, torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="5GB")
-    from vamba.demo.tiny_checkpoint import tiny_tokenizer  # the words are random anyway
+    tiny_tokenizer(["What happens in this video?"]).save_pretrained(folder)  # the words are random anyway
 
-    tiny_tokenizer(["What happens in this video?"]).save_pretrained(folder)
+
+def frames(args, model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches of 640x360 frames, of a file through the reader or random."""
+    if args.video:
+        clip, _ = load_video(args.video, num_frames=args.frames, max_pixels=640 * 364)
+    else:
+        clip = torch.randint(0, 256, (args.frames, 3, 364, 644), dtype=torch.uint8)
+    processor = Qwen2VLVideoProcessor(cap_pixels_per_frame=False)
+    inputs = processor([clip], do_resize=False, return_tensors="pt", device=DEVICE)
+    return inputs["pixel_values_videos"].to(model.dtype).cuda(), inputs["video_grid_thw"].cuda()
 
 
 def main() -> None:
@@ -68,63 +73,36 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    from transformers import AutoModelForImageTextToText
-
-    report = Report()
-    report.measure("write random Qwen2-VL-7B", lambda: write_random_checkpoint(args.work / "qwen", args.layers))
+    qwen, vamba = args.work / "qwen", args.work / "vamba"
+    measure("write random Qwen2-VL-7B", lambda: write_random_checkpoint(qwen, args.layers))
     torch.cuda.empty_cache()
     # in a process of its own, so that its peak memory is its own
-    command = [sys.executable, "-m", "vamba.conversion", args.work / "qwen", args.work / "vamba", "--no-progress"]
-    report.measure("convert", lambda: subprocess.run(command, check=True))
-    report.rows[-1]["host_peak_GiB"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2)
-    shutil.rmtree(args.work / "qwen")
-    model = report.measure(
-        "load",
-        lambda: AutoModelForImageTextToText.from_pretrained(args.work / "vamba", dtype="bfloat16", device_map="cuda"),
-    )
-    weights = torch.cuda.memory_allocated() / 2**30
+    command = [sys.executable, "-m", "vamba.conversion", qwen, vamba, "--no-progress"]
+    measure("convert", lambda: subprocess.run(command, check=True), resource.RUSAGE_CHILDREN)
+    shutil.rmtree(qwen)
+    options = {"dtype": "bfloat16", "device_map": "cuda"}
+    model = measure("load", lambda: AutoModelForImageTextToText.from_pretrained(vamba, **options))
+    weights = torch.cuda.memory_allocated()
     pixels, grid = frames(args, model)
-    ids = torch.randint(1000, 2000, (1, 128), device="cuda")
+    ids = torch.randint(1000, 2000, (1, 128), device=DEVICE)
     greedy = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
     video = {"pixel_values_videos": pixels, "video_grid_thw": grid}
     for call in ("first call", "again"):
         name = f"generate 32 tokens from {args.frames} frames, {call}"
-        report.measure(name, lambda: model.generate(ids, **video, **greedy))
-    memory = report.measure(f"encode {args.frames} frames", lambda: model.encode_video(pixels, grid))
+        measure(name, lambda: model.generate(ids, **video, **greedy))
+    memory = measure(f"encode {args.frames} frames", lambda: model.encode_video(pixels, grid))
     name = "answer from the memory, 32 tokens"
-    report.measure(name, lambda: model.generate(ids, past_key_values=memory.fork(), **greedy))
-    import transformers
-
-    summary = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+    measure(name, lambda: model.generate(ids, past_key_values=memory.fork(), **greedy))
+    summary = machine(DEVICE) | {
         "parameters": model.num_parameters(),
-        "weights_GiB": round(weights, 2),
+        "weights_GiB": round(weights / GIB, 2),
         "video_tokens": memory.video_length,
-        "video_memory_GiB": round(memory.video_nbytes / 2**30, 3),
-        "steps": report.rows,
+        "video_memory_GiB": round(memory.video_nbytes / GIB, 3),
+        "steps": STEPS,
     }
     print(json.dumps(summary, indent=1))
     if args.out:
         args.out.write_text(json.dumps(summary, indent=1))
-
-
-def frames(args, model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patches of 640x360 frames, of a file through the reader or random."""
-    from transformers import Qwen2VLVideoProcessor
-
-    if args.video:
-        from vamba import load_video
-
-        clip, _ = load_video(args.video, num_frames=args.frames, max_pixels=640 * 364)
-    else:
-        clip = torch.randint(0, 256, (args.frames, 3, 364, 644), dtype=torch.uint8)
-    inputs = Qwen2VLVideoProcessor(cap_pixels_per_frame=False)(
-        [clip], do_resize=False, return_tensors="pt", device="cuda"
-    )
-    return inputs["pixel_values_videos"].to(model.dtype).cuda(), inputs["video_grid_thw"].cuda()
 
 
 if __name__ == "__main__":

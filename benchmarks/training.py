@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from vamba.bench.measure import allocated, now, peak, release, reset_peak
+from vamba.bench.clock import GIB, default_device, machine, now, peak, release, reset_peak, seconds_of_steps
 from vamba.bench.models import SEVEN_BILLION, load_ours, load_peer
-from vamba.bench.report import table
+from vamba.bench.report import Line, draw, table
 from vamba.modeling import VambaConfig
 from vamba.training.flops import FlopsModel, peak_flops
 
@@ -32,8 +32,9 @@ TRAINED = {
     "stage1": ("video_encoder.", "cross_attn.", ".alpha"),
     "stage2": ("video_encoder.", "language_model.", "lm_head.", "merger."),
 }
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = default_device()
 MODES = ("plain", "layer", "multi_axis", "offload")
+LIMIT = 600  # seconds for the steps of one length
 
 
 def sample(model, frames: int, seed: int = 0) -> dict:
@@ -52,6 +53,10 @@ def sample(model, frames: int, seed: int = 0) -> dict:
     }
 
 
+def video_tokens(frames: int) -> int:
+    return frames // 2 * GRID[0] * GRID[1] // 4
+
+
 def choose_trainable(model, stage: str) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in TRAINED[stage]))
@@ -67,27 +72,20 @@ def choose_checkpointing(model, mode: str) -> None:
         model.enable_multi_axis_checkpointing(offload=mode == "offload")
 
 
-def measure(model, step, frames: int) -> dict:
-    """Median seconds and the peak over weights of `step()`, which leaves no gradients behind."""
-    device = model.device
-    release(device)
-    before = allocated(device)
-    reset_peak(device)
-    times = []
-    try:
-        while len(times) < 2 or (len(times) < 4 and sum(times) < 40):
-            start = now(device)
-            step()
-            model.zero_grad(set_to_none=True)
-            times.append(now(device) - start)
-    except torch.OutOfMemoryError:
+def measure(model, inputs: dict, frames: int) -> dict:
+    """Seconds of a step and its peak over the weights."""
+
+    def step():
+        model(**inputs).loss.backward()
         model.zero_grad(set_to_none=True)
-        return {"status": "out of memory"}
-    seconds = statistics.median(times[1:])
-    tokens = frames // 2 * GRID[0] * GRID[1] // 4
-    row = {"seconds": round(seconds, 3), "video_tokens_per_s": round(tokens / seconds)}
-    over = peak(device, before)
-    return row if over is None else row | {"peak_GiB": round(over / 2**30, 2)}
+
+    measured = seconds_of_steps(step, DEVICE, LIMIT)
+    if measured["status"] != "ok":
+        model.zero_grad(set_to_none=True)
+        return measured
+    seconds, over = measured["seconds"], measured["over"]
+    row = {"seconds": round(seconds, 3), "video_tokens_per_s": round(video_tokens(frames) / seconds)}
+    return row if over is None else row | {"peak_GiB": round(over / GIB, 2)}
 
 
 def ours(args) -> list[dict]:
@@ -101,7 +99,7 @@ def ours(args) -> list[dict]:
             for mode in args.modes:
                 choose_checkpointing(model, mode)
                 row = {"model": "vamba", "stage": stage, "frames": frames, "checkpointing": mode}
-                row |= measure(model, lambda inputs=inputs: model(**inputs).loss.backward(), frames)
+                row |= measure(model, inputs, frames)
                 if "seconds" in row and DEVICE.type == "cuda":
                     useful = flops.step([(TEXT, TEXT - 1, [(frames // 2, *GRID)])])
                     row["MFU"] = round(useful / row["seconds"] / peak_flops(DEVICE), 3)
@@ -120,8 +118,7 @@ def lora(model, frames: int, steps: int = 4) -> dict:
     choose_checkpointing(model, "multi_axis")
     targets = r".*(language_model|video_encoder).*([qkvo]|in|out|gate|up|down)_proj"
     adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-4)
     inputs, losses, times = sample(model, frames), [], []
     reset_peak(DEVICE)
     for _ in range(steps):
@@ -134,7 +131,7 @@ def lora(model, frames: int, steps: int = 4) -> dict:
         times.append(now(DEVICE) - start)
     row = {"model": "vamba", "stage": "LoRA with AdamW", "frames": frames, "checkpointing": "multi_axis"}
     row |= {"seconds": round(statistics.median(times[1:]), 3), "losses": losses}
-    row["peak_GiB_with_weights"] = round((peak(DEVICE, 0) or 0) / 2**30, 2)
+    row["peak_GiB_with_weights"] = round((peak(DEVICE) or 0) / GIB, 2)
     print(row, flush=True)
     if not losses[-1] < losses[0]:
         sys.exit(f"the loss does not fall: {losses}")
@@ -151,50 +148,36 @@ def peer(args) -> list[dict]:
     rows = []
     for frames in args.peer:
         inputs = sample(model, frames)
-        tokens = frames // 2 * GRID[0] * GRID[1] // 4
-        video = torch.full((1, tokens), config.video_token_id, device=DEVICE)
+        video = torch.full((1, video_tokens(frames)), config.video_token_id, device=DEVICE)
         ids = torch.cat([video, inputs["input_ids"]], 1)
         inputs["labels"] = torch.cat([torch.full_like(video, -100), inputs["labels"]], 1)
         inputs["input_ids"], inputs["mm_token_type_ids"] = ids, 2 * (ids == config.video_token_id).int()
         pixels = inputs["pixel_values_videos"].to(DEVICE, torch.bfloat16) / 255
         inputs |= {"pixel_values_videos": pixels, "video_grid_thw": inputs["video_grid_thw"].to(DEVICE)}
         row = {"model": "qwen2-vl", "stage": "stage2", "frames": frames, "checkpointing": "layer"}
-        rows.append(row | measure(model, lambda inputs=inputs: model(**inputs).loss.backward(), frames))
+        rows.append(row | measure(model, inputs, frames))
         print(rows[-1], flush=True)
     return rows
 
 
 def report(files: list[Path], out: Path) -> None:
-    """`out` with ".md" and ".png": the steps of several runs."""
+    """`out` with ".md" and ".png": the steps of several runs, a line for each model and way of checkpointing."""
     runs = [json.loads(path.read_text()) for path in files]
     rows = [row for run in runs for row in run["steps"]]
-    lines = ["# A training step against the length of the video\n", __doc__.partition("\n\n")[2].partition("\n\n")[2]]
-    lines += [f"`{run['command']}`: {run['gpu']}, PyTorch {run['torch']}\n" for run in runs]
-    lines.append(table(rows, {name: name for name in dict.fromkeys(name for row in rows for name in row)}))
-    draw(rows, out.with_name(f"{out.name}.png"))
-    out.with_name(f"{out.name}.md").write_text("\n".join([*lines, f"\n![steps]({out.name}.png)\n"]))
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """Seconds and GiB of a step against frames, a line for each model and way of checkpointing."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    ways = dict.fromkeys((row["model"], row["stage"], row["checkpointing"]) for row in rows)
-    lengths = sorted({row["frames"] for row in rows})
-    labels = {"seconds": "seconds", "peak_GiB": "peak over weights, GiB"}
-    for plot, (quantity, label) in zip(figure.subplots(1, 2), labels.items()):
+    ways, panels = list(dict.fromkeys((row["model"], row["stage"], row["checkpointing"]) for row in rows)), []
+    for quantity, label in (("seconds", "seconds"), ("peak_GiB", "peak over weights, GiB")):
+        lines = []
         for number, way in enumerate(ways):
             mine = [row for row in rows if (row["model"], row["stage"], row["checkpointing"]) == way]
             points = sorted((row["frames"], row[quantity]) for row in mine if quantity in row)
-            if points:
-                plot.plot(*zip(*points), "o-", color=f"C{number}", label=", ".join(way))
-        plot.set(xscale="log", yscale="log", xlabel="frames", ylabel=label)
-        plot.set_xticks(lengths, lengths, rotation=45)
-        plot.set_xticks([], minor=True)
-        plot.grid(alpha=0.3, which="both")
-        plot.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+            lines += [Line(", ".join(way), points, f"C{number}")] if points else []
+        panels.append((label, lines))
+    plot = draw(out.with_name(f"{out.name}.png"), panels, "frames", sorted({row["frames"] for row in rows}))
+    text = ["# A training step against the length of the video\n", __doc__.partition("\n\n")[2].partition("\n\n")[2]]
+    for run in runs:
+        facts = ", ".join(f"{name} {value}" for name, value in run.items() if name not in ("command", "steps"))
+        text.append(f"`{run['command']}`: {facts}\n")
+    out.with_name(f"{out.name}.md").write_text("\n".join([*text, table(rows), f"\n![steps]({plot.name})\n"]))
 
 
 def main() -> None:
@@ -217,12 +200,7 @@ def main() -> None:
     release(DEVICE)
     rows += peer(args) if args.peer else []
     if args.out:
-        facts = {
-            "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "none",
-            "torch": torch.__version__,
-            "command": " ".join(sys.argv),
-        }
-        args.out.write_text(json.dumps(facts | {"steps": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps(machine(DEVICE) | {"steps": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

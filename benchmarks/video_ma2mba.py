@@ -13,23 +13,34 @@ take near the least memory, those of "auto" are what training chooses, `--cells 
 
 import argparse
 import csv
-import dataclasses
 import math
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from vamba.bench.measure import Clock, Stopwatch, allocated, last_to_first, now, peak, release, reset_peak
+from vamba.bench.clock import (
+    Stopwatch,
+    TokenClock,
+    allocated,
+    default_device,
+    last_to_first,
+    machine,
+    now,
+    peak,
+    release,
+    reset_peak,
+    seconds_of_steps,
+)
 from vamba.bench.models import random_model
+from vamba.bench.report import Line, draw, read_table, table, write_table
+from vamba.errors import UserError
 from vamba.modeling import StateMemory, VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from vamba.modeling.configuration_video_ma2mba import SIZES
 from vamba.modeling.media import default_chunk_frames
 from vamba.modeling.multi_axis import (
-    MemoryCosts,
     choose_intervals,
     cpu_memory_budget,
     mamba2_costs,
@@ -39,7 +50,7 @@ from vamba.modeling.multi_axis import (
 from vamba.modeling.video_model import chunked_causal_lm_loss
 
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = default_device()
 DTYPE = torch.bfloat16
 TEXT = 128  # tokens of text at the end of a stream
 MODES = ("none", "layer", "sqrt", "multi_axis", "auto", "offload")
@@ -59,6 +70,7 @@ PAPER_MEASURED = {
     "2.7b": [0.7, 1.1, 1.8, 2.7, 4.2, 6.9, 10.5, 17.2, 25.9, 42.2],
 }
 PAPER_TOKENS_PER_S = 7914  # 2.7b on an A100
+LEGEND = "dashed: our model, dotted: the paper's"
 
 
 def config_of(size: str, residual: str = "float32") -> VideoMa2mbaConfig:
@@ -79,56 +91,44 @@ def load(size: str, residual: str = "float32") -> VideoMa2mbaForConditionalGener
 
 
 def append(path: Path, columns: tuple[str, ...], row: dict) -> None:
-    name = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "CPU"
-    row = {"device": name, "date": time.strftime("%Y-%m-%d")} | row
+    """Adds a row to a table on disk, so that what was measured is there whatever happens next."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
+    if not path.exists():
+        write_table(path, [], columns)
+    facts = machine(DEVICE)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+        csv.DictWriter(file, columns).writerow({name: facts[name] for name in ("device", "date")} | row)
     print({name: value for name, value in row.items() if value is not None}, flush=True)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Plan:
+class Plan(NamedTuple):
     """Layers and tokens of a cell, the whole being one cell where nothing is checkpointed."""
 
     layers: int
     tokens: int
-    offload: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        mode: str,
-        cells: list[int] | None,
-        costs: MemoryCosts,
-        num_layers: int,
-        tokens: int,
-        args: argparse.Namespace,
-    ) -> "Plan":
-        if mode in ("none", "layer", "sqrt"):
-            layers = {"none": num_layers, "layer": 1, "sqrt": round(math.sqrt(num_layers))}[mode]
-            return cls(layers, tokens)
-        offload = mode == "offload"
-        if cells:
-            return cls(min(cells[0], num_layers), min(cells[1], tokens), offload)
-        budget, waiting = memory_budget(DEVICE) if mode == "auto" else 0, int(cpu_budget(args, 0.7))
-        return cls(*choose_intervals(costs, num_layers, tokens, budget, offload=offload, cpu_budget=waiting), offload)
 
-    def switch(self, model: VideoMa2mbaForConditionalGeneration, mode: str) -> None:
-        model.train()
-        model.disable_multi_axis_checkpointing()
-        model.gradient_checkpointing_disable()
-        if mode == "layer":
-            model.gradient_checkpointing_enable()
-        elif mode != "none":
-            model.enable_multi_axis_checkpointing(self.layers, self.tokens, offload=self.offload)
+def plan(mode: str, cells: list[int] | None, costs, num_layers: int, tokens: int, args: argparse.Namespace) -> Plan:
+    if mode in ("none", "layer", "sqrt"):
+        return Plan({"none": num_layers, "layer": 1, "sqrt": round(math.sqrt(num_layers))}[mode], tokens)
+    if cells:
+        return Plan(min(cells[0], num_layers), min(cells[1], tokens))
+    budget, waiting = memory_budget(DEVICE) if mode == "auto" else 0, int(cpu_budget(args, 0.7))
+    offload = mode == "offload"
+    return Plan(*choose_intervals(costs, num_layers, tokens, budget, offload=offload, cpu_budget=waiting))
+
+
+def switch(model: VideoMa2mbaForConditionalGeneration, mode: str, cell: Plan) -> None:
+    model.train()
+    model.disable_multi_axis_checkpointing()
+    model.gradient_checkpointing_disable()
+    if mode == "layer":
+        model.gradient_checkpointing_enable()
+    elif mode != "none":
+        model.enable_multi_axis_checkpointing(*cell, offload=mode == "offload")
 
 
 def cpu_budget(args: argparse.Namespace, share: float) -> float:
@@ -150,30 +150,15 @@ def step(model: VideoMa2mbaForConditionalGeneration, tokens: int) -> None:
 
 
 def measure_step(model, tokens: int, limit: float) -> dict:
-    """Median seconds of up to three steps, and the peak of memory over weights and gradients, which stay.
-
-    The first one is left out, but where it takes a quarter of the time: then it is the only one.
-    """
-
-    def timed() -> float:
-        start = now(DEVICE)
-        step(model, tokens)
-        return now(DEVICE) - start
-
+    """Seconds of a step, and the peak of memory over weights and gradients, which stay."""
     release(DEVICE)
     before = allocated(DEVICE)
-    reset_peak(DEVICE)
-    try:
-        times = [timed()]
-        while times[0] < limit / 4 and len(times) < 4 and sum(times) + times[-1] < limit:
-            times.append(timed())
-    except RuntimeError as error:  # of the GPU's memory, or of what can be pinned of the CPU's
-        if "out of memory" not in str(error).lower():
-            raise
-        return {"status": "out of memory"}
-    times = times[1:] or times
-    seconds, over = statistics.median(times), peak(DEVICE, before)
-    row = {"status": "ok", "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds), "runs": len(times)}
+    measured = seconds_of_steps(lambda: step(model, tokens), DEVICE, limit)
+    if measured["status"] != "ok":
+        return measured
+    seconds, over = measured["seconds"], measured["over"]
+    row = {"status": "ok", "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds)}
+    row["runs"] = measured["runs"]
     return row if over is None else row | {"over_GB": over / 1e9, "total_GB": (over + before) / 1e9}
 
 
@@ -183,7 +168,7 @@ def train(args: argparse.Namespace) -> None:
         model.model.visual.requires_grad_(False)
         model.model.projector.requires_grad_(False)
         for mode, tokens in (("layer", 300), ("layer", 512), ("multi_axis", 1024)):
-            Plan(2, 256).switch(model, mode)
+            switch(model, mode, Plan(2, 256))
             step(model, tokens)  # kernels are compiled, gradients made
         for mode in args.modes:
             for cells in args.cells if mode in ("multi_axis", "offload") and args.cells else [None]:
@@ -194,26 +179,23 @@ def train(args: argparse.Namespace) -> None:
 
 def train_mode(model, size: str, mode: str, cells: list[int] | None, args: argparse.Namespace) -> None:
     """Rising lengths until one does not fit or would take too long."""
-    text = model.config.text_config
-    wide = torch.float32 if text.residual_in_fp32 else DTYPE
+    text, speed, offload = model.config.text_config, None, mode == "offload"
+    wide, layers = torch.float32 if text.residual_in_fp32 else DTYPE, text.num_hidden_layers
     ours, theirs = mamba2_costs(text, DTYPE, residual_dtype=wide), paper_costs(text, DTYPE)
-    speed = None
-    for exponent in range(args.exponents[0], args.exponents[-1] + 1):
-        tokens, layers = 2**exponent, text.num_hidden_layers
-        plan = Plan.of(mode, cells, ours, layers, tokens, args)
-        taken = (plan.layers, plan.tokens)
-        waiting = ours.offloaded(layers, tokens, *taken) if plan.offload else 0
+    for tokens in (2**exponent for exponent in range(args.exponents[0], args.exponents[-1] + 1)):
+        cell = plan(mode, cells, ours, layers, tokens, args)
+        waiting = ours.offloaded(layers, tokens, *cell) if offload else 0
         row = {"size": size, "residual": args.residual, "mode": mode, "tokens": tokens}
-        row |= {"layer_interval": plan.layers, "sequence_interval": plan.tokens, "cpu_GB": round(waiting / 1e9, 1)}
-        row |= {"ours_GB": round(ours.total(layers, tokens, *taken, plan.offload) / 1e9, 2)}
-        row |= {"paper_GB": round(theirs.total(layers, tokens, *taken, plan.offload) / 1e9, 2)}
+        row |= {"layer_interval": cell.layers, "sequence_interval": cell.tokens, "cpu_GB": round(waiting / 1e9, 1)}
+        row |= {"ours_GB": round(ours.total(layers, tokens, *cell, offload) / 1e9, 2)}
+        row |= {"paper_GB": round(theirs.total(layers, tokens, *cell, offload) / 1e9, 2)}
         expected = tokens / speed if speed else 0.0
         if expected > args.limit:
             row["status"] = f"not tried: about {expected:.0f} s"
         elif waiting > cpu_budget(args, 0.95):
             row["status"] = "not tried: more than the CPU memory"
         else:
-            plan.switch(model, mode)
+            switch(model, mode, cell)
             row |= measure_step(model, tokens, args.limit)
             release(DEVICE)
         append(args.out / "training.csv", TRAINING, row)
@@ -273,7 +255,7 @@ def watch(model, frames: int, chunk: int, memory: StateMemory | None, mark: Call
 
 def decode(model, memory: StateMemory, new_tokens: int, **options) -> float:
     """Tokens per second of an answer, its first two not counted."""
-    config, clock = model.config, Clock(DEVICE)
+    config, clock = model.config, TokenClock(DEVICE)
     ids = torch.randint(1000, 2000, (1, 34))
     ids[0, :2] = torch.tensor([config.vision_start_token_id, config.vision_end_token_id])
     length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
@@ -294,71 +276,45 @@ def report(args: argparse.Namespace) -> None:
     parts, tables = ["# Video-Ma2mba: training and inference against the length of the stream", __doc__.strip()], {}
     for name, columns in (("training", TRAINING), ("inference", INFERENCE)):
         files = [path for folder in args.folders if (path := folder / f"{name}.csv").exists()]
-        tables[name] = [row for path in files for row in csv.DictReader(path.open(newline=""))]
+        tables[name] = [row for path in files for row in read_table(path)]
         if tables[name]:
-            with stem.with_name(f"{stem.name}_{name}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(tables[name])
-            parts.append(f"## {name.capitalize()}\n\n{markdown(tables[name], columns)}")
+            write_table(stem.with_name(f"{stem.name}_{name}.csv"), tables[name], columns)
+            parts.append(f"## {name.capitalize()}\n\n{table(tables[name])}")
     if not any(tables.values()):
         raise SystemExit(f"there is no training.csv or inference.csv in {', '.join(map(str, args.folders))}")
     if tables["training"]:
-        draw(tables["training"], stem.with_suffix(".png"))
+        try:
+            plot = draw(stem.with_suffix(".png"), panels(tables["training"]), "tokens", title=LEGEND)
+        except UserError as error:
+            raise SystemExit(f"{error}; then run the report again, the tables are written") from error
         parts.append(
-            f"![memory]({stem.name}.png)\n\nThe paper's 2.7b trains {PAPER_TOKENS_PER_S:,} tokens/s on an A100 "
+            f"![memory]({plot.name})\n\nThe paper's 2.7b trains {PAPER_TOKENS_PER_S:,} tokens/s on an A100 "
             "(312 TFLOP/s in bf16, to the H200's 989)."
         )
     stem.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print(stem.with_suffix(".md"))
 
 
-def markdown(rows: list[dict], columns: tuple[str, ...]) -> str:
-    """A table of the columns that say something, numbers rounded."""
-
-    def short(text: str) -> str:
-        try:
-            value = float(text)
-        except ValueError:
-            return text
-        return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
-
-    shown = [column for column in columns if any(row[column] for row in rows)]
-    lines = [shown, ["---"] * len(shown), *([short(row[column]) for column in shown] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """Memory against tokens for each size: measured (points), ours (dashed), the paper's model (dotted).
+def panels(rows: list[dict]) -> list[tuple[str, list[Line]]]:
+    """Memory against tokens for each size: measured, ours, the paper's model.
 
     Of several cells for one length the leanest that were measured are drawn.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SystemExit(
-            "the figure needs matplotlib: pip install matplotlib, then run the report again; the tables are written"
-        ) from error
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
-    figure = Figure(figsize=(6 * len(sizes), 5), layout="constrained")
-    for plot, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes):
-        curves = {}
-        for row in sorted(rows, key=lambda row: (int(row["tokens"]), bool(row["over_GB"]), -float(row["ours_GB"]))):
+    found = []
+    for size in dict.fromkeys(row["size"] for row in rows):
+        curves, lines = {}, []
+        for row in sorted(rows, key=lambda row: (row["tokens"], bool(row["over_GB"]), -row["ours_GB"])):
             if row["size"] == size:
-                curves.setdefault((row["mode"], row["residual"]), {})[int(row["tokens"])] = row
-        for number, ((mode, residual), by_tokens) in enumerate(curves.items()):
-            color, tokens, curve = f"C{number % 10}", list(by_tokens), by_tokens.values()
-            measured = [(int(row["tokens"]), float(row["over_GB"])) for row in curve if row["over_GB"]]
-            label = f"{mode}, {residual}"
-            plot.plot(*zip(*measured), "o-", color=color, label=label) if measured else plot.plot([], label=label)
-            plot.plot(tokens, [float(row["ours_GB"]) for row in curve], "--", color=color, linewidth=0.8)
-            plot.plot(tokens, [float(row["paper_GB"]) for row in curve], ":", color=color, linewidth=0.8)
+                curves.setdefault(f"{row['mode']}, {row['residual']}", {})[row["tokens"]] = row
+        for number, (way, by_tokens) in enumerate(curves.items()):
+            for label, column, style in ((way, "over_GB", "o-"), (None, "ours_GB", "--"), (None, "paper_GB", ":")):
+                points = [(tokens, row[column]) for tokens, row in by_tokens.items() if row[column] is not None]
+                lines.append(Line(label, points, f"C{number % 10}", style))
         if known := PAPER_MEASURED.get(size):
-            plot.plot([2**n for n in range(10, 10 + len(known))], known, "kx", label="the paper's, A100")
-        plot.set(xscale="log", yscale="log", title=size, xlabel="tokens", ylabel="GB over weights and gradients")
-        plot.set_xscale("log", base=2)
-        plot.legend(title="dashed: our model, dotted: the paper's")
-    figure.savefig(path, dpi=120)
+            points = [(2 ** (10 + number), value) for number, value in enumerate(known)]
+            lines.append(Line("the paper's, A100", points, "k", "x"))
+        found.append((f"{size}: GB over weights and gradients", lines))
+    return found
 
 
 def main() -> None:
@@ -391,4 +347,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

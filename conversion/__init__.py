@@ -9,6 +9,7 @@ from importlib import import_module
 _LAZY = {
     "convert": "checkpoint",
     "ConversionError": "table",
+    "is_earlier_format": "vamba_family",
     "plan": "table",
     "add_arguments": "command_line",
     "run": "command_line",

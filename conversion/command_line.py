@@ -16,27 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the checkpoint in DST once the new is complete"
     )
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Converts as `args` say and prints the folder written.
 
     Raises UserError, with one line to show, for a user's mistake.
     """
     from .checkpoint import convert
 
-    destination = convert(
-        args.source,
-        args.destination,
-        dtype=args.dtype,
-        to=args.to,
-        seed=args.seed,
-        max_shard_size=args.max_shard_size,
-        overwrite=args.overwrite,
-        progress=not args.no_progress,
-        vision=args.vision,
-        tokenizer=args.tokenizer,
-    )
-    print(destination)
-    return 0
+    kept_by_cli = ("run", "debug", "overrides")
+    options = {name: value for name, value in vars(args).items() if name not in kept_by_cli}
+    print(convert(options.pop("source"), options.pop("destination"), **options))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vamba.modeling.configuration_vamba import AUTO_MAP, VambaConfig
 
-from .configs import MAMBA2, QWEN2_VL, STATE_SPACES, read_json
+from .formats import MAMBA2, QWEN2_VL, STATE_SPACES, read_json
 
 
 VERBATIM = (
@@ -81,7 +81,7 @@ def write_hub_files(source: Path, folder: Path, config: VambaConfig, kind: str, 
 
     Args:
         source: the folder converted from; its card says under which license and of what it was made.
-        folder: the folder being written, under its temporary name. name: the name it will have.
+        folder: the folder being written, under its temporary name; `name` is what it will have.
         kind: what the source is; a Qwen2-VL or a Mamba-2 has to be trained before it is of use with video.
     """
     from vamba.hub import inherited_metadata, write_model_card, write_remote_code
@@ -110,22 +110,15 @@ def generation_config(config: VambaConfig) -> dict:
 
 
 def _adapt(content: dict, name: str, processor_class: str) -> dict:
-    content = dict(content)
-    template = content.get("chat_template")
-    if isinstance(template, str):
-        content["chat_template"] = strip_pads(template)
-    elif isinstance(template, list):  # several, each with its name
-        content["chat_template"] = [item | {"template": strip_pads(item["template"])} for item in template]
-    elif isinstance(template, dict):
-        content["chat_template"] = {key: strip_pads(value) for key, value in template.items()}
+    if "chat_template" in content:  # one, several in a list, or several by name
+        content["chat_template"] = json.loads(strip_pads(json.dumps(content["chat_template"])))
     if name in WITH_PROCESSOR_CLASS:
         content["processor_class"] = processor_class
-        content.pop("auto_map", None)  # names code beside the source, which is not copied
-        for part in ("image_processor", "video_processor"):
-            if isinstance(content.get(part), dict):
-                content[part] = {key: value for key, value in content[part].items() if key != "auto_map"}
-                if "processor_class" in content[part]:
-                    content[part]["processor_class"] = processor_class
+        parts = [content.get(part) for part in ("image_processor", "video_processor")]
+        for part in (content, *(part for part in parts if isinstance(part, dict))):
+            part.pop("auto_map", None)  # names code beside the source, which is not copied
+            if "processor_class" in part:
+                part["processor_class"] = processor_class
     return content
 
 

@@ -1,12 +1,13 @@
-"""config.json of each format: which one it is, and its translation to `VambaConfig` and back.
+"""config.json of the Vamba family: its translation to `VambaConfig` and back.
 
 The unusual: the original calls itself `qwen2_vl` and keeps the language model's fields flat at the top; options of its
 Mamba blocks that our model does not have are refused by name rather than ignored.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Qwen2VLConfig
@@ -16,16 +17,6 @@ from vamba.modeling.configuration_vamba import VambaConfig, VambaMamba2Config
 
 from .table import ConversionError
 
-
-QWEN2_VL, ORIGINAL, VAMBA = "a Qwen2-VL checkpoint", "an original Vamba checkpoint", "a Vamba checkpoint"
-STATE_SPACES, MAMBA2 = "a state-spaces Mamba-2 checkpoint", "a transformers Mamba-2 checkpoint"
-VIDEO_MA2MBA = "a Video-Ma2mba checkpoint"
-SUPPORTED = (
-    "Supported: a Qwen2-VL checkpoint (model_type qwen2_vl) to vamba, an original Vamba checkpoint (model_type "
-    "qwen2_vl with vision_mamba_mixer_config) to vamba, and a Vamba checkpoint (model_type vamba) to original "
-    "or, for another dtype or sharding, to vamba; a Mamba-2 language model (model_type mamba2, or with ssm_cfg as "
-    "state-spaces has it) and a CLIP to video_ma2mba."
-)
 
 # Ours → the original's, in vision_mamba_mixer_config.
 MAMBA_FIELDS = {
@@ -50,46 +41,6 @@ SWITCHES = ("use_alpha_balancing", "cross_attn_use_layer_norm", "cross_attn_use_
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def read_config(folder: Path) -> dict:
-    """The source's config.json. Raises ConversionError if there is none or it is no JSON object."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"{folder} holds no config.json; the source is the folder of a checkpoint.")
-    return read_json(path)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ConversionError if it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} is not a JSON object.")
-    return content
-
-
-def format_of(config: dict) -> str:
-    """One of the formats named above. Raises ConversionError naming the values that fit none of them."""
-    if config.get("quantization_config"):
-        raise ConversionError("The source has a quantization_config; convert the unquantized checkpoint.")
-    model_type, mixer = config.get("model_type"), config.get("vision_mamba_mixer_config")
-    if model_type in (known := {"vamba": VAMBA, "mamba2": MAMBA2, "video_ma2mba": VIDEO_MA2MBA}):
-        return known[model_type]
-    if isinstance(config.get("ssm_cfg"), dict):
-        return STATE_SPACES
-    if model_type == "qwen2_vl" and mixer is None:
-        return QWEN2_VL
-    if model_type == "qwen2_vl" and isinstance(mixer, dict) and mixer.get("enable", True):
-        return ORIGINAL
-    if model_type == "qwen2_vl":
-        raise ConversionError(
-            "The source's vision_mamba_mixer_config.enable is false: a Vamba without Mamba blocks is not supported. "
-            + SUPPORTED
-        )
-    raise ConversionError(f"The source's model_type is {model_type!r}. " + SUPPORTED)
-
-
 def config_from_qwen2_vl(source: dict, mamba_config: dict | None = None) -> VambaConfig:
     """`VambaConfig` for a Qwen2-VL config.json, flat (on the Hub) or nested (saved by transformers 5).
 
@@ -100,9 +51,8 @@ def config_from_qwen2_vl(source: dict, mamba_config: dict | None = None) -> Vamb
     Raises:
         ConversionError: on an unknown name in `mamba_config`, or sizes that do not divide.
     """
-    sizes = {field.name for field in _own_fields(VambaMamba2Config)}
-    unknown = sorted(set(mamba_config or ()) - sizes)
-    if unknown:
+    sizes = own_fields(VambaMamba2Config)
+    if unknown := sorted(set(mamba_config or ()).difference(sizes)):
         raise ConversionError(f"mamba_config has no {', '.join(unknown)}; it has {', '.join(sorted(sizes))}.")
     qwen = _qwen2_vl(source)
     mamba = {
@@ -138,14 +88,6 @@ def config_from_original(source: dict) -> VambaConfig:
     return _vamba_config(qwen, mamba, {key: source[key] for key in SWITCHES})
 
 
-def config_from_vamba(folder: Path) -> VambaConfig:
-    """`VambaConfig` of one of our checkpoints."""
-    try:
-        return VambaConfig.from_pretrained(folder, local_files_only=True)
-    except StrictDataclassError as error:
-        raise ConversionError(f"The source's config.json: {_one_line(error)}") from error
-
-
 def config_to_original(config: VambaConfig) -> dict:
     """config.json of the original: flat, and `qwen2_vl` by name.
 
@@ -161,7 +103,10 @@ def config_to_original(config: VambaConfig) -> dict:
     refused = [f"{name} = {have!r}, must be {must!r}" for name, (have, must) in fixed.items() if have != must]
     if refused:
         raise ConversionError("The original's format cannot hold this model: " + "; ".join(refused) + ".")
-    flat = {key: value for key, value in own_values(text).items() if key not in ("layer_types", "rope_parameters")}
+    flat, tower = own_values(text), own_values(vision)
+    for part, name in ((flat, "layer_types"), (flat, "rope_parameters"), (tower, "rope_parameters")):
+        del part[name]
+    tower.pop("initializer_range", None)
     rope = dict(text.rope_parameters)
     mixer = {theirs: getattr(mamba, ours) for ours, theirs in MAMBA_FIELDS.items()}
     mixer |= {key: list(mixer[key]) for key in ("dt_limit", "A_init_range")}
@@ -173,29 +118,22 @@ def config_to_original(config: VambaConfig) -> dict:
         "rope_scaling": {**rope, "type": rope["rope_type"]},
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": str(dtype).removeprefix("torch.") if dtype is not None else None,
-        "vision_config": {
-            key: value
-            for key, value in own_values(vision).items()
-            if key not in ("rope_parameters", "initializer_range")
-        }
-        | {"model_type": "qwen2_vl"},
+        "vision_config": tower | {"model_type": "qwen2_vl"},
         "vision_mamba_mixer_config": {"enable": True, "model_type": "qwen2_vl"} | mixer | MAMBA_FIXED,
         **{key: getattr(config, key) for key in TOKENS},
     }
 
 
 def _qwen2_vl(source: dict) -> Qwen2VLConfig:
-    try:
+    with naming_bad_values():
         return Qwen2VLConfig.from_dict(json.loads(json.dumps(source)))  # its constructor writes into nested dicts
-    except StrictDataclassError as error:
-        raise ConversionError(f"The source's config.json: {_one_line(error)}") from error
 
 
 def _vamba_config(qwen: Qwen2VLConfig, mamba: dict, switches: dict) -> VambaConfig:
     text = own_values(qwen.text_config)
     text["rope_parameters"] = {key: value for key, value in text["rope_parameters"].items() if key != "type"}
-    vision = {key: getattr(qwen.vision_config, key) for key in (f.name for f in _own_fields(Qwen2VLVisionConfig))}
-    try:
+    vision = {key: getattr(qwen.vision_config, key) for key in own_fields(Qwen2VLVisionConfig)}
+    with naming_bad_values(""):  # which may be one of `mamba_config`
         return VambaConfig(
             architectures=["VambaForConditionalGeneration"],
             text_config=text | switches,
@@ -205,20 +143,23 @@ def _vamba_config(qwen: Qwen2VLConfig, mamba: dict, switches: dict) -> VambaConf
             initializer_range=qwen.text_config.initializer_range,
             **{key: getattr(qwen, key) for key in TOKENS},
         )
-    except StrictDataclassError as error:
-        raise ConversionError(_one_line(error)) from error
 
 
-def _own_fields(kind: type[PreTrainedConfig]):
+def own_fields(kind: type[PreTrainedConfig]) -> list[str]:
     """The fields that a configuration class and its parents add to `PreTrainedConfig`'s."""
     common = {field.name for field in fields(PreTrainedConfig)}
-    return [field for field in fields(kind) if field.name not in common]
+    return [field.name for field in fields(kind) if field.name not in common]
 
 
 def own_values(config: PreTrainedConfig) -> dict:
-    """The values of `_own_fields`."""
-    return {field.name: getattr(config, field.name) for field in _own_fields(type(config))}
+    """The values of `own_fields`."""
+    return {name: getattr(config, name) for name in own_fields(type(config))}
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+@contextmanager
+def naming_bad_values(where: str = "The source's config.json: ") -> Iterator[None]:
+    """Makes what transformers says of a configuration's value a ConversionError, in one line."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ConversionError(f"{where}{' '.join(str(error).split())}") from error

@@ -8,34 +8,30 @@ weight stays as it is. CLIP's last layer, whose output is not read, is dropped.
 
 from pathlib import Path
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, CLIPVisionConfig, GenerationConfig, Mamba2Config
 
 from vamba.modeling.configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaVisionConfig
-from vamba.modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from vamba.modeling.processing_video_ma2mba import VideoMa2mbaProcessor
 
-from .companions import write_hub_files
-from .configs import MAMBA2, MAMBA_FIELDS, MAMBA_FIXED, STATE_SPACES, VIDEO_MA2MBA, own_values, read_config
-from .initialization import seeded
+from .configs import MAMBA_FIELDS, MAMBA_FIXED, naming_bad_values, own_values
+from .formats import STATE_SPACES, VIDEO_MA2MBA, Conversion, read_config, rules_for
 from .safetensors_io import open_checkpoint
-from .table import TO_VAMBA, ConversionError, Step, Table, dominant_dtype, drop_tied_head, plan, rename
+from .table import DROPPED, UNCHANGED, ConversionError, Table
 
 
-EMBEDDING, HEAD, PROJECTOR = "model.language_model.embed_tokens.weight", "lm_head.weight", "model.projector."
 FROM_MAMBA2: Table = (
-    (r"backbone\.embeddings?\.weight", (EMBEDDING,)),  # state-spaces and old transformers have it in the singular
+    # state-spaces and old transformers have it in the singular
+    (r"backbone\.embeddings?\.weight", ("model.language_model.embed_tokens.weight",)),
     (r"backbone\.norm_f\.weight", ("model.language_model.norm.weight",)),
     (r"backbone\.layers\.(\d+)\.(norm\.weight|mixer\..+)", (r"model.language_model.layers.\1.\2",)),
-    (r"lm_head\.weight", (HEAD,)),
+    (r"lm_head\.weight", ("lm_head.weight",)),
 )
 TO_MAMBA2: Table = (
     (r"model\.language_model\.embed_tokens\.weight", ("backbone.embeddings.weight",)),
     (r"model\.language_model\.norm\.weight", ("backbone.norm_f.weight",)),
     (r"model\.language_model\.(layers\..+)", (r"backbone.\1",)),
     (r"model\.visual\.(.+)", (r"vision_model.\1",)),
-    (r"lm_head\.weight", (HEAD,)),
+    (r"lm_head\.weight", ("lm_head.weight",)),
 )
 # What a state-spaces config.json must say for the model that we have.
 FIXED = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}
@@ -45,34 +41,21 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 def from_clip(num_layers: int) -> Table:
     """The table of a CLIP with so many layers; its last, and all that has to do with text, is dropped."""
     return (
-        (r".*\bposition_ids", ()),  # a buffer that old checkpoints store
-        (r"text_model\..+|(?:text|visual)_projection\.weight|logit_scale", ()),
-        (rf"(?:vision_model\.)?(?:encoder\.layers\.{num_layers - 1}|post_layernorm)\..+", ()),
+        (r".*\bposition_ids", DROPPED),  # a buffer that old checkpoints store
+        (r"text_model\..+|(?:text|visual)_projection\.weight|logit_scale", DROPPED),
+        (rf"(?:vision_model\.)?(?:encoder\.layers\.{num_layers - 1}|post_layernorm)\..+", DROPPED),
         (r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder)\..+)", (r"model.visual.\1",)),
     )
 
 
-def convert_video_ma2mba(
-    kind: str,
-    source: Path,
-    destination: Path,
-    *,
-    vision: str | Path | None,
-    tokenizer: str | Path | None,
-    dtype: torch.dtype | None,
-    seed: int,
-    max_shard_size: int | str,
-    progress: bool,
-) -> None:
+def prepare(kind: str, source: Path, vision: str | Path | None, tokenizer: str | Path | None) -> Conversion:
     """See `convert`; `kind` is STATE_SPACES, MAMBA2 or VIDEO_MA2MBA."""
-    from .checkpoint import cast, write_checkpoint
-
     if kind == VIDEO_MA2MBA:
         if vision or tokenizer:
             raise ConversionError("The source is a Video-Ma2mba, with a vision tower and a tokenizer of its own.")
         config = VideoMa2mbaConfig.from_pretrained(source, local_files_only=True)
         processor = VideoMa2mbaProcessor.from_pretrained(source, local_files_only=True)
-        readers, table = [open_checkpoint(source)], TO_VAMBA
+        readers, rules = [open_checkpoint(source)], rules_for(config, UNCHANGED, UNCHANGED)
     else:
         if vision is None:
             raise ConversionError(
@@ -88,27 +71,15 @@ def convert_video_ma2mba(
         processor = _processor(config, source if tokenizer is None else Path(tokenizer).expanduser().resolve())
         readers = [open_checkpoint(source), open_checkpoint(vision)]
         table = FROM_MAMBA2 + from_clip(config.vision_config.num_hidden_layers)
-    specs = {key: spec for reader in readers for key, spec in reader.specs.items()}
-    home = {key: reader for reader in readers for key in reader.specs}
-    if config.tie_word_embeddings:
-        _check_tied_head(table, home)
-        table = drop_tied_head(table)
-    inverse = TO_VAMBA if kind == VIDEO_MA2MBA else TO_MAMBA2
-    steps = plan(specs, _expected(config), table, inverse=inverse, is_fresh=_is_fresh(kind), dtype=dtype)
-    config.dtype = dtype or dominant_dtype(specs.values())
+        rules = rules_for(config, table, TO_MAMBA2, fresh=r"model\.projector\..+")
 
-    def produce(step: Step) -> torch.Tensor:
-        if step.source is None:
-            return _fresh_projector(step, seed)
-        return cast(home[step.source].read(step.source), step)
-
-    def companions(folder: Path) -> None:
-        config.save_pretrained(folder)
+    def write_companions(folder: Path) -> None:
+        text, end = config.text_config, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        tokens = {"bos_token_id": text.bos_token_id, "pad_token_id": text.pad_token_id}
+        GenerationConfig(**tokens, eos_token_id=[end, text.eos_token_id], do_sample=False).save_pretrained(folder)
         processor.save_pretrained(folder)
-        _generation_config(config, processor).save_pretrained(folder)
-        write_hub_files(source, folder, config, kind, destination.name)
 
-    write_checkpoint(destination, steps, produce, companions, max_shard_size, progress)
+    return Conversion(kind, config, readers, rules, write_companions)
 
 
 def _from_state_spaces(source: Path) -> dict:
@@ -123,16 +94,12 @@ def _from_state_spaces(source: Path) -> dict:
         for key, value in mixer.items()
         if key not in ours and MAMBA_FIXED.get(key) != value
     ]
-    absent = [key for key in ("d_model", "n_layer", "vocab_size") if key not in raw]
-    if refused or absent:
+    if refused:
         raise ConversionError(
-            "The source's config.json: "
-            + "; ".join(
-                [f"{', '.join(refused)} is not supported, as this model has Mamba-2 blocks only"] * bool(refused)
-            )
-            + f"{', '.join(absent)} is missing" * bool(absent)
-            + "."
+            f"The source's config.json: {', '.join(refused)} is not supported, as this model has Mamba-2 blocks only."
         )
+    if absent := [key for key in ("d_model", "n_layer", "vocab_size") if key not in raw]:
+        raise ConversionError(f"The source's config.json: {', '.join(absent)} is missing.")
     multiple = raw.get("pad_vocab_size_multiple", 8)
     text = {
         "hidden_size": raw["d_model"],
@@ -146,10 +113,8 @@ def _from_state_spaces(source: Path) -> dict:
 
 def _from_mamba2(source: Path) -> dict:
     """Fields of `VideoMa2mbaConfig` from a config.json of transformers' `mamba2`."""
-    try:
+    with naming_bad_values():
         theirs = Mamba2Config.from_pretrained(source, local_files_only=True)
-    except StrictDataclassError as error:
-        raise ConversionError(f"The source's config.json: {' '.join(str(error).split())}") from error
     if theirs.hidden_act not in ("silu", "swish"):
         raise ConversionError(f"The source has hidden_act {theirs.hidden_act!r}; Mamba-2's is 'silu'.")
     names = (set(MAMBA_FIELDS) - {"A_init_bounds"}) | {
@@ -187,45 +152,3 @@ def _processor(config: VideoMa2mbaConfig, folder: Path) -> VideoMa2mbaProcessor:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config.text_config, name, getattr(tokenizer, name))
     return processor
-
-
-def _generation_config(config: VideoMa2mbaConfig, processor: VideoMa2mbaProcessor) -> GenerationConfig:
-    text = config.text_config
-    end = [processor.tokenizer.convert_tokens_to_ids("<|im_end|>"), text.eos_token_id]
-    return GenerationConfig(
-        bos_token_id=text.bos_token_id, pad_token_id=text.pad_token_id, eos_token_id=end, do_sample=False
-    )
-
-
-def _expected(config: VideoMa2mbaConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = VideoMa2mbaForConditionalGeneration(config)
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes[HEAD]
-    return shapes
-
-
-def _is_fresh(kind: str):
-    return lambda key: kind in (STATE_SPACES, MAMBA2) and key.startswith(PROJECTOR)
-
-
-def _fresh_projector(step: Step, seed: int) -> torch.Tensor:
-    """As `VideoMa2mbaPreTrainedModel` initialises it."""
-    tensor = torch.zeros(step.shape)
-    if step.key.endswith("weight"):
-        bound = step.shape[1] ** -0.5
-        tensor.uniform_(-bound, bound, generator=seeded(step.key, seed))
-    return tensor.to(step.dtype)
-
-
-def _check_tied_head(table: Table, home: dict) -> None:
-    """A head stored beside tied embeddings is dropped; one that differs would be lost."""
-    stored = {target: key for key in home for target in rename(key, table) or () if target in (EMBEDDING, HEAD)}
-    if len(stored) == 2:
-        left, right = (home[key].read(key) for key in stored.values())
-        if left.dtype != right.dtype or not torch.equal(left, right):
-            raise ConversionError(
-                f"config.json says that {' and '.join(stored.values())} are tied, but they differ; set "
-                "tie_word_embeddings (tie_embeddings for state-spaces) to false to keep both."
-            )

@@ -94,19 +94,19 @@ def convolution_gradients(x_BSC, weight_CW, bias_C, state_BTC, dy_BSC, dx_BSC):
 
 
 if triton is not None:
-    from .kernels import load_float32, sigmoid
+    from .kernels import sigmoid
 
     @triton.jit
     def _load_token(x, t, c, S, C, stride_s):
         """Row t in float32; zero outside the sequence."""
-        return load_float32(x + t * stride_s + c, c < tl.where((t >= 0) & (t < S), C, 0))
+        return tl.load(x + t * stride_s + c, mask=c < tl.where((t >= 0) & (t < S), C, 0), other=0.0).to(tl.float32)
 
     @triton.jit
     def _load_row(x, state, t, c, S, C, stride_s, W: tl.constexpr):
         """Input t of the sequence, which begins with the state at -T; zero outside."""
         row = _load_token(x, t, c, S, C, stride_s)
         before = c < tl.where((t < 0) & (t >= 1 - W), C, 0)
-        return row + load_float32(state + (t + W - 1) * C + c, before)
+        return row + tl.load(state + (t + W - 1) * C + c, mask=before, other=0.0).to(tl.float32)
 
     @triton.jit
     def _load_three(x, state, t, c, S, C, stride_s, W: tl.constexpr):
@@ -122,7 +122,7 @@ if triton is not None:
         index: tl.constexpr = TAP + W - 4
         tap = tl.zeros_like(c).to(tl.float32)
         if index >= 0:
-            tap += load_float32(weight + c * W + index, c < C)
+            tap += tl.load(weight + c * W + index, mask=c < C, other=0.0).to(tl.float32)
         return tap
 
     @triton.jit
@@ -132,7 +132,7 @@ if triton is not None:
         w2, w3 = _load_tap(weight, c, C, W, 2), _load_tap(weight, c, C, W, 3)
         value = tl.zeros_like(c).to(tl.float32)
         if HAS_BIAS:
-            value += load_float32(bias + c, c < C)
+            value += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
         return w0, w1, w2, w3, value
 
     @triton.jit

@@ -202,7 +202,7 @@ if triton is not None:
             )
             acc = tl.dot(rows, tokens, acc)
         if b is not None:
-            acc += load_float32(b + o, o < O)[:, None]
+            acc += tl.load(b + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
         tl.store(y + r[None, :] * O + o[:, None], acc.to(y.dtype.element_ty), mask=(o < O)[:, None] & (r < R)[None, :])
 
     @triton.jit

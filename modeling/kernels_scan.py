@@ -380,9 +380,11 @@ if triton is not None:
         decay = tl.load(dA_cumsum + row + q)
         step = tl.load(dt + row + q)
         whole = tl.load(dA_cumsum + row + Q - 1)
-        x_at = x + tl.cast(h, tl.int64) * stride_xh + q[:, None] * stride_xs + p[None, :]
-        dy_at = dy + tl.cast(h, tl.int64) * stride_dyh + q[:, None] * stride_dys + p[None, :]
-        return decay, step, whole, tl.load(x_at, mask=ok, other=0.0), tl.load(dy_at, mask=ok, other=0.0)
+        x += tl.cast(h, tl.int64) * stride_xh
+        x_tile = tl.load(x + q[:, None] * stride_xs + p[None, :], mask=ok, other=0.0)
+        dy += tl.cast(h, tl.int64) * stride_dyh
+        dy_tile = tl.load(dy + q[:, None] * stride_dys + p[None, :], mask=ok, other=0.0)
+        return decay, step, whole, x_tile, dy_tile
 
     @triton.jit(do_not_specialize=["S", "chunks"])
     def _chunk_scan_backward_kernel(

@@ -9,6 +9,7 @@ Shapes: B batch, M video tokens, N text tokens, S video tokens of one chunk, D h
 """
 
 import contextlib
+import re
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -83,6 +84,15 @@ class VambaPreTrainedModel(MultiAxisCheckpointingMixin, PreTrainedModel):
                 init.constant_(module.alpha, 0.5)
         else:
             super()._init_weights(module)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        earlier = re.compile(r"cross_attn\.[kv]_proj\.|video_encoder\.layers\.")
+        if any(map(earlier.search, loading_info.unexpected_keys)):
+            raise ValueError(
+                "This checkpoint is in Vamba's earlier format, with the video's keys and values in the decoder layers: "
+                "bring it into the present one with `vamba convert OLD NEW`."
+            )
 
 
 # Beyond as many queries, text rows that share a video counted together, flash attention fills the GPU by itself.
@@ -276,6 +286,7 @@ class VambaCrossAttention(Qwen2VLAttention):
         return output.unflatten(1, (share, N)).flatten(0, 1), weights
 
     def _attention(self, queries: Tensor, level: VideoLevel, mask_BM: Tensor | None, **kwargs):
+        mask_BM = None if mask_BM is None else mask_BM.to(queries.device)  # layers may be on several
         if self.splits_keys(queries, queries.shape[2]):
             fp8 = level.key_scales_BHM is not None and queries.shape[2] <= MAX_FP8_QUERIES and reads_fp8(queries.device)
             keys, values, *scales = level if fp8 else level.stored_as(queries.dtype)
@@ -464,7 +475,7 @@ class VambaTextModel(VambaPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         query_positions = position_embeddings if self.config.cross_attn_use_position_embeddings else None
         masked = self.layers[0].cross_attn.takes_masks(inputs_embeds)
-        reads = [video.reads(B, tokens, masked) for tokens, video in videos or ()]
+        reads = [video.reads(inputs_embeds, tokens, masked) for tokens, video in videos or ()]
         hidden_states = inputs_embeds
         for index, layer in enumerate(self.layers):
             device = layer.device_for(inputs_embeds)
@@ -614,90 +625,10 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
         )
 
 
-@auto_docstring
 class VambaForConditionalGeneration(VideoHeadMixin, VambaPreTrainedModel, VambaGenerationMixin, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
+    """Vamba with a language model head; `forward` is `VideoHeadMixin`'s, `generate` GenerationMixin's."""
 
-    def __init__(self, config: VambaConfig):
-        super().__init__(config)
-        self.model = VambaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
-    @torch.no_grad()
-    def encode_video(self, *args, **kwargs) -> VideoMemory:
-        """`VambaModel.encode_video` without gradients."""
-        return self.model.encode_video(*args, **kwargs)
-
-    @can_return_tuple
-    @auto_docstring
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.IntTensor | None = None,
-        packed_lengths: list[int] | torch.LongTensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        skip_logits: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | CausalLMOutputWithCrossAttentions:
-        r"""
-        mm_token_type_ids (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
-        packed_lengths (`list[int]` or `torch.LongTensor` of shape `(number of samples,)`, *optional*):
-            One row of text consists of samples of these lengths, which see neither each other nor each other's media;
-            the first label of each should be -100. Loss and gradients are those of the samples in a batch.
-        skip_logits (`bool`, *optional*, defaults to `False`):
-            With `labels`: compute the loss in chunks of positions, whose logits are never all held, and return none.
-
-        Example:
-
-        ```python
-        >>> import vamba
-        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        >>> model = AutoModelForImageTextToText.from_pretrained("path/to/vamba")
-        >>> processor = AutoProcessor.from_pretrained("path/to/vamba")
-        >>> messages = [{"role": "user", "content": [
-        ...     {"type": "video", "video": "talk.mp4", "fps": 1.0}, {"type": "text", "text": "Who speaks third?"}]}]
-        >>> inputs = processor.apply_chat_template(
-        ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-        >>> answer = model.generate(**inputs, max_new_tokens=64)
-        >>> processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        ```
-        """
-        outputs: BaseModelOutputWithPastAndCrossAttentions = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            mm_token_type_ids=mm_token_type_ids,
-            packed_lengths=packed_lengths,
-            **kwargs,
-        )
-        return CausalLMOutputWithCrossAttentions(
-            **self._logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, skip_logits, **kwargs),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
+    _model_class, _output_class = VambaModel, CausalLMOutputWithCrossAttentions
 
 
 VambaModel.register_for_auto_class("AutoModel")

@@ -32,7 +32,6 @@ from .media import (
     flattened_lengths,
     item_starts,
     list_media,
-    list_videos,
     media_of_rows,
     normalized,
     runs_of,
@@ -207,34 +206,8 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         )
         return output
 
-    def encode_video(
-        self,
-        pixel_values_videos: torch.FloatTensor,
-        video_grid_thw: torch.LongTensor,
-        memory: StateMemory | None = None,
-        *,
-        rows: list[int] | None = None,
-        continue_video: bool | None = None,
-        chunk_frames: int | None = None,
-    ) -> StateMemory:
-        """Reads video into a new `StateMemory`, or after what one has seen; any split of the frames gives the same.
-
-        The memory reads a `<|vision_start|>` before each video, and a `<|vision_end|>` between two: a prompt about it
-        begins with one `<|vision_start|><|vision_end|>` for each, as the chat template writes them.
-
-        Args:
-            pixel_values_videos: patches as the video processor makes them, (sum of t * h * w, patch size); as uint8
-                (`do_rescale=False, do_normalize=False`) they take a quarter of the memory and are normalised here.
-                They may stay on the CPU: each chunk is copied while the one before is computed.
-            video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
-            memory: what was seen before; it is extended in place and returned, unchanged if anything is raised. None
-                starts anew.
-            rows: for each video the row of the memory it belongs to; None puts all into row 0.
-            continue_video: whether the first video of a row continues its last one; None: if that was the last it saw.
-            chunk_frames: frames that go through the model at once, which bounds the activations; None means
-                128, or fewer where the GPU's free memory asks for it, or all while gradients are recorded.
-        """
-        videos = list_videos(pixel_values_videos, video_grid_thw, rows)
+    def _encode_videos(self, memory, videos, pixels, continue_video, chunk_frames) -> StateMemory:
+        """See `encode_video`: the memory reads a `<|vision_start|>` before each video, `<|vision_end|>` between two."""
         memory = StateMemory.of(memory, self.config)
         B = max([*(row for _, row in videos), memory.batch_size - 1], default=0) + 1
         by_row, marks = self._open_videos(memory, videos, B, continue_video)
@@ -245,7 +218,7 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         memory.check(self.config.text_config, B)
         embed = self.get_input_embeddings()
         inputs_embeds = embed(to_device(ids_BN, embed.weight.device))
-        self.read(memory, inputs_embeds, runs, {"video": pixel_values_videos}, chunk_frames)
+        self.read(memory, inputs_embeds, runs, pixels, chunk_frames)
         fewest, most = int(lengths.min()), int(lengths.max())
         memory.note_text(lengths.to(inputs_embeds.device), fewest, is_ragged=memory.is_ragged or fewest < most)
         return memory
@@ -454,85 +427,12 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         )
 
 
-@auto_docstring
 class VideoMa2mbaForConditionalGeneration(
     VideoHeadMixin, VideoMa2mbaPreTrainedModel, VideoMa2mbaGenerationMixin, GenerationMixin
 ):
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
+    """Video-Ma2mba with a language model head; `forward` is `VideoHeadMixin`'s, `generate` GenerationMixin's."""
 
-    def __init__(self, config: VideoMa2mbaConfig):
-        super().__init__(config)
-        self.model = VideoMa2mbaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
-    @torch.no_grad()
-    def encode_video(self, *args, **kwargs) -> StateMemory:
-        """`VideoMa2mbaModel.encode_video` without gradients."""
-        return self.model.encode_video(*args, **kwargs)
-
-    @can_return_tuple
-    @auto_docstring
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.IntTensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        skip_logits: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | CausalLMOutputWithPast:
-        r"""
-        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            0 at padding, on either side, for the tokens given or for all text since the memory's first.
-        mm_token_type_ids (`torch.IntTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a batch mixes the two.
-        skip_logits (`bool`, *optional*, defaults to `False`):
-            With `labels`: compute the loss in chunks of positions, whose logits are never all held, and return none.
-
-        Example:
-
-        ```python
-        >>> import vamba
-        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        >>> model = AutoModelForImageTextToText.from_pretrained("path/to/video-ma2mba")
-        >>> processor = AutoProcessor.from_pretrained("path/to/video-ma2mba")
-        >>> messages = [{"role": "user", "content": [
-        ...     {"type": "video", "video": "talk.mp4", "fps": 1.0}, {"type": "text", "text": "Who speaks third?"}]}]
-        >>> inputs = processor.apply_chat_template(
-        ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-        >>> answer = model.generate(**inputs, max_new_tokens=64)
-        >>> processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        ```
-        """
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            mm_token_type_ids=mm_token_type_ids,
-            **kwargs,
-        )
-        return CausalLMOutputWithPast(
-            **self._logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, skip_logits, **kwargs),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+    _model_class, _output_class = VideoMa2mbaModel, CausalLMOutputWithPast
 
 
 VideoMa2mbaModel.register_for_auto_class("AutoModel")

@@ -11,7 +11,7 @@ import io
 import os
 import re
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,6 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video, is_valid_video_frame, load_video
 
-
-try:
-    from vamba import video as vamba_video
-    from vamba.errors import VideoReadError
-except ImportError:
-    vamba_video, VideoReadError = None, ValueError
 
 logger = logging.get_logger(__name__)
 
@@ -325,17 +319,17 @@ class VambaProcessor(Qwen2VLProcessor):
 
     def read_frames(self, source, **options) -> tuple[torch.Tensor, VideoMetadata]:
         """All frames (T, 3, H, W) uint8 that `vamba.read_video(source, **options)` chooses, and what they are."""
-        if vamba_video is None:
+        if vamba_video() is None:
             return _read_by_transformers(source, **options)
-        frames, _, metadata = vamba_video.load_with_metadata(source, **options)
+        frames, _, metadata = vamba_video().load_with_metadata(source, **options)
         return frames, VideoMetadata(**metadata)
 
     def video_reader(self, source, **options):
         """`vamba.read_video` with this processor's frame sizes and sampling, for reading a video chunk by chunk."""
-        if vamba_video is None:
+        if vamba_video() is None:
             raise ImportError("Reading a video chunk by chunk needs the package vamba; pip install vamba.")
         sampling = {} if options.keys() & {"fps", "num_frames"} else self._default_sampling(options)
-        return vamba_video.read_video(source, **(self._frame_size({}) | sampling | options))
+        return vamba_video().read_video(source, **(self._frame_size({}) | sampling | options))
 
     # --- chat -------------------------------------------------------------------------------------------------------
 
@@ -471,7 +465,17 @@ def _is_image_file(source) -> bool:
     return isinstance(source, (str, os.PathLike)) and str(source).lower().endswith(_IMAGE_SUFFIXES)
 
 
-# --- without the package vamba --------------------------------------------------------------------------------------
+# --- with the package vamba or without it ---------------------------------------------------------------------------
+
+
+@cache
+def vamba_video():
+    """`vamba.video`, or None; imported when a video is read, as importing vamba changes what the Auto classes load."""
+    try:
+        from vamba import video
+    except ImportError:
+        return None
+    return video
 
 
 def _read_by_transformers(source, **options) -> tuple[torch.Tensor, VideoMetadata]:

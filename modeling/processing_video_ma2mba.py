@@ -15,7 +15,7 @@ from transformers.processing_utils import MultiModalData
 from transformers.video_utils import is_valid_video
 
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .processing_vamba import VambaProcessor, VideoReadError
+from .processing_vamba import VambaProcessor, vamba_video
 
 
 # In this order after GPT-NeoX's own, from id 50,277 on.
@@ -84,7 +84,8 @@ class VideoMa2mbaProcessor(VambaProcessor):
     def video_reader(self, source, **options):
         """`read_video` at this processor's frame size and sampling. Raises VideoReadError for another size."""
         if asked := _SIZES & options.keys():
-            raise VideoReadError(
+            error = getattr(vamba_video(), "VideoReadError", ValueError)
+            raise error(
                 f"{', '.join(sorted(asked))}: this model takes frames of {self._side} x {self._side} pixels only; "
                 "leave it out."
             )

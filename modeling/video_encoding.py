@@ -19,7 +19,6 @@ from .media import (
     assign_media,
     default_chunk_frames,
     list_media,
-    list_videos,
     media_positions,
     split_frames,
     to_device,
@@ -31,34 +30,11 @@ from .vision_tower import VambaVisionTower
 class VideoEncodingMixin:
     """For `VambaModel`: its `visual` tower and `video_encoder` extend memories."""
 
-    def encode_video(
-        self,
-        pixel_values_videos: Tensor,
-        video_grid_thw: torch.LongTensor,
-        memory: VideoMemory | None = None,
-        *,
-        rows: list[int] | None = None,
-        continue_video: bool | None = None,
-        chunk_frames: int | None = None,
-    ) -> VideoMemory:
-        """Encodes video into a new `VideoMemory`, or appends it to one; any split of the frames gives the same result.
-
-        Args:
-            pixel_values_videos: patches as the video processor makes them, (sum of t * h * w, patch size); as uint8
-                (`do_rescale=False, do_normalize=False`) they take a quarter of the memory and are normalised here.
-                They may stay on the CPU: each chunk is copied while the one before is computed.
-            video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
-            memory: what was seen before; it is extended in place and returned, unchanged if anything is raised. None
-                starts anew.
-            rows: for each video the row of the memory it belongs to; None puts all into row 0.
-            continue_video: whether the first video continues the memory's last one, frame numbers included. None: it
-                does if both have the same size. Matters only with `cross_attn_use_position_embeddings`.
-            chunk_frames: frames that go through vision tower and encoder at once, which bounds the activations; None
-                means 128, or fewer where the GPU's free memory asks for it, or all while gradients are recorded.
-        """
+    def _encode_videos(self, memory, videos, pixels, continue_video, chunk_frames) -> VideoMemory:
+        """See `encode_video`."""
         memory = VideoMemory(self.config) if memory is None else memory
         by_row: list[list[MediaItem]] = [[] for _ in range(memory.num_video_rows)]
-        for item, row in list_videos(pixel_values_videos, video_grid_thw, rows):
+        for item, row in videos:
             by_row += [[] for _ in range(row + 1 - len(by_row))]
             previous = memory.media[row][-1] if row < len(memory.media) and memory.media[row] else None
             if not by_row[row] and previous is not None and previous[0] == "video" and continue_video is not False:
@@ -67,7 +43,7 @@ class VideoEncodingMixin:
                 elif continue_video:
                     raise ValueError(f"A video of {item.h} x {item.w} patches cannot continue one of {previous[2:]}.")
             by_row[row].append(item)
-        self.encode_media([(memory, by_row)], {"video": pixel_values_videos}, chunk_frames)
+        self.encode_media([(memory, by_row)], pixels, chunk_frames)
         return memory
 
     def encode_media(
@@ -177,7 +153,8 @@ class VideoEncodingMixin:
         """Puts M-RoPE on a memory's keys or takes it off, once."""
         if not self.config.text_config.cross_attn_use_position_embeddings or memory.keys_are(rotated):
             return
-        positions_3BM = media_positions(memory.video_items(), self.config.vision_config.spatial_merge_size)
+        items = [[MediaItem(*item, start=0) for item in row] for row in memory.media]
+        positions_3BM = media_positions(items, self.config.vision_config.spatial_merge_size)
         if (mask_BM := memory.video_mask()) is not None:  # padding may stand between the chunks of a row
             valid = torch.arange(positions_3BM.shape[2]) < torch.tensor(memory.num_video_tokens).unsqueeze(1)
             spread = positions_3BM.new_zeros(3, *mask_BM.shape)

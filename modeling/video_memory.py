@@ -11,7 +11,6 @@ Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads,
 
 import contextlib
 import copy
-import functools
 import itertools
 import os
 import threading
@@ -81,17 +80,14 @@ class VideoLevel(NamedTuple):
         if all(read.video_row is None for read in reads):
             return [self] * len(reads)
         # split, not indexed: its backward joins the rows' gradients instead of padding each to all rows
-        rows = [
-            VideoLevel(*row) for row in zip(*(t.split(1) if t is not None else [None] * len(self[0]) for t in self))
-        ]
+        by_row = zip(*(itertools.repeat(None) if t is None else t.split(1) for t in self))
+        rows = [VideoLevel(*row) for row in by_row]
+        return [rows[row]._of_tokens(tokens) for _, row, tokens in reads]
 
-        def taken(t: Tensor, tokens: int | Tensor) -> Tensor:
-            return t[:, :, :tokens] if isinstance(tokens, int) else t.index_select(2, tokens.to(t.device))
-
-        return [
-            rows[row] if tokens is None else rows[row].map(functools.partial(taken, tokens=tokens))
-            for _, row, tokens in reads
-        ]
+    def _of_tokens(self, tokens: int | Tensor | None) -> "VideoLevel":
+        if isinstance(tokens, Tensor):
+            return self.map(lambda t: t.index_select(2, tokens.to(t.device)))
+        return self if tokens is None else self.map(lambda t: t[:, :, :tokens])
 
 
 def _to_fp8(t_BHSP: Tensor) -> tuple[Tensor, Tensor]:
@@ -416,21 +412,17 @@ class VideoMemory(Cache):
             self._mask = self._mask.to(device)
         return self._mask
 
-    def video_items(self) -> list[list[MediaItem]]:
-        """The items of each video row as one run of frames each."""
-        return [[MediaItem(kind, t, h, w, start=0) for kind, t, h, w in row] for row in self.media]
-
-    def reads(self, batch_size: int, tokens: tuple[int, int] | None = None, masked: bool = False) -> list[VideoRead]:
-        """Which of `batch_size` rows of text read which row of the video; `tokens` are those of the text that read.
+    def reads(self, text_BND: Tensor, tokens: tuple[int, int] | None = None, masked: bool = False) -> list[VideoRead]:
+        """Which rows of the text read which row of the video; `tokens` are those of the text that read.
 
         With `masked` padding is left to a mask where each video row is read by equally many rows of text, in order;
         otherwise every row is read by itself and without its padding. Rows without video are read by nobody.
         """
         rows, R = self.video_rows, self.num_video_rows
-        mask_BM, in_order = self.video_mask(), rows is None or repeats_in_order(rows, R)
+        mask_BM, in_order = self.video_mask(text_BND.device), rows is None or repeats_in_order(rows, R)
         if in_order and (mask_BM is None or masked):
             return [VideoRead(TextSlice(tokens=tokens, mask_BM=mask_BM))]
-        rows = [row * R // batch_size for row in range(batch_size)] if rows is None else rows
+        rows = [row * R // len(text_BND) for row in range(len(text_BND))] if rows is None else rows
         reads, stop = [], 0
         for row, same in itertools.groupby(rows):
             start, stop = stop, stop + len([*same])
@@ -450,18 +442,15 @@ class VideoMemory(Cache):
         `max_cache_len` the fork of a memory without text gets a static text cache instead, for compiled decoding.
         """
         if max_cache_len is not None:
-            if self.get_seq_length() > 0:
-                raise ValueError(
-                    f"fork({max_cache_len=}) needs a memory without text, not {self.get_seq_length()} tokens."
-                )
+            if length := self.get_seq_length():
+                raise ValueError(f"fork({max_cache_len=}) needs a memory without text, not {length} tokens.")
             fork = self.with_text(_empty_text_cache(len(self._levels), max_cache_len))
         else:
             fork = self.with_text(copy.copy(self.text))
             fork.text.layers = [_copy_layer(layer) for layer in self.layers]
         fork._levels = [store.fork() for store in self._levels]
         fork._valid, fork.states = list(self._valid), list(self.states)
-        fork.media = [[list(item) for item in row] for row in self.media]
-        fork.video_rows = None if self.video_rows is None else list(self.video_rows)
+        fork.media, fork.video_rows = copy.deepcopy(self.media), copy.copy(self.video_rows)
         return fork
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "VideoMemory":
@@ -501,10 +490,8 @@ class VideoMemory(Cache):
         self._select_rows(indices.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._repeat_rows(repeats)
-
-    def _repeat_rows(self, repeats: int) -> None:
+        if self.get_seq_length():
+            super().batch_repeat_interleave(repeats)
         self._set_rows([row for row in self._rows for _ in range(repeats)])
 
     def expand_rows(self, batch_size: int, copies: int = 1) -> None:
@@ -517,7 +504,7 @@ class VideoMemory(Cache):
         """
         if copies > 1 and not self.get_seq_length():
             if len(self._rows) == batch_size:
-                self._repeat_rows(copies)
+                self.batch_repeat_interleave(copies)
             return
         is_initialized, wanted = self.layers and self.layers[0].is_initialized, batch_size * copies
         rows = self.layers[0].keys.shape[0] if is_initialized else 0
@@ -526,9 +513,9 @@ class VideoMemory(Cache):
         if rows not in (1, batch_size):
             raise ValueError(f"The memory holds {rows} rows of text and is asked by {batch_size}; ask on a fork().")
         if not isinstance(self.layers[0], DynamicLayer):
+            several = "questions, beams or samples"
             raise ValueError(
-                "A static text cache is not repeated for questions, beams or samples: ask on a fork() "
-                "without max_cache_len."
+                f"A static text cache is not repeated for {several}: ask on a fork() without max_cache_len."
             )
         self.batch_repeat_interleave(wanted // rows)
 
@@ -543,21 +530,15 @@ class VideoMemory(Cache):
     @contextlib.contextmanager
     def unchanged_on_error(self):
         """Within, the video may be extended; if anything is raised it is as it was before."""
-        kept = {
-            "_valid": list(self._valid),
-            "states": list(self.states),
-            "media": [[list(item) for item in row] for row in self.media],
-            "expected_length": self.expected_length,
-            "made_by": self.made_by,
-            "seconds": self.seconds,
-        }
+        kept = vars(self) | {"_valid": list(self._valid), "states": list(self.states)}
+        kept |= {"media": copy.deepcopy(self.media), "_mask": None, "_fetched": {}}
         length = self.video_length
         try:
             yield
         except BaseException:
             for store in self._levels:
                 store.truncate(length)
-            self.__dict__.update(kept, _mask=None, _fetched={})
+            self.__dict__.update(kept)
             raise
 
     def reset(self) -> None:
@@ -646,12 +627,11 @@ class VideoMemory(Cache):
         if not self._levels[0].parts:  # nothing, or in cells, which made it in this very forward pass
             return
         keys = self._levels[0].parts[0].keys_BHMP
-        made_by = (len(self._levels), keys.shape[1], keys.shape[3])
-        wanted = (
-            config.num_hidden_layers,
-            config.num_key_value_heads,
+        made_by, head_dim = (
+            (len(self._levels), keys.shape[1], keys.shape[3]),
             config.hidden_size // config.num_attention_heads,
         )
+        wanted = (config.num_hidden_layers, config.num_key_value_heads, head_dim)
         if made_by != wanted:
             raise ValueError(
                 f"This video memory has (layers, key/value heads, head dim) = {made_by}, the model {wanted}: "
@@ -667,9 +647,8 @@ class VideoMemory(Cache):
 
     def _check_dtype(self, dtype: torch.dtype, of: str) -> None:
         if self._model_dtype != dtype:
-            raise ValueError(
-                f"The video memory is in {self._model_dtype}, the {of} in {dtype}: load the model in that dtype."
-            )
+            kept = f"The video memory is in {self._model_dtype}"
+            raise ValueError(f"{kept}, the {of} in {dtype}: load the model in that dtype.")
 
 
 class StaticVideoMemory(VideoMemory, StaticCache):

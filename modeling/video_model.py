@@ -14,12 +14,22 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import logging
-from transformers.utils.generic import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .media import MAX_CHUNK_FRAMES, MediaItem, chunk_patches, load_ahead, normalized, split_frames, to_device
+from .media import (
+    MAX_CHUNK_FRAMES,
+    MediaItem,
+    chunk_patches,
+    list_videos,
+    load_ahead,
+    normalized,
+    split_frames,
+    to_device,
+)
 from .ranks import agree_on_calls, calls_are_shared, largest_of_ranks, weights_are_sharded
 from .weights_fingerprint import WeightsFingerprint, are_same_weights
 
@@ -94,6 +104,41 @@ class VideoModelMixin:
                 "the model sees nothing there. Pass on all that the processor returns; in training, a collator that "
                 "knows videos, as vamba.data.Collator does."
             )
+
+    def encode_video(
+        self,
+        pixel_values_videos: Tensor,
+        video_grid_thw: torch.LongTensor,
+        memory: Cache | None = None,
+        *,
+        rows: list[int] | None = None,
+        continue_video: bool | None = None,
+        chunk_frames: int | None = None,
+    ) -> Cache:
+        """Encodes video into a new memory, or appends it to one; any split of the frames gives the same result.
+
+        A `VideoMemory` (Vamba) is read by any prompt. A `StateMemory` (Video-Ma2mba) has read one `<|vision_start|>`
+        `<|vision_end|>` for each video, with which a prompt about them begins, as the chat template writes it.
+
+        Args:
+            pixel_values_videos: patches as the video processor makes them, (sum of t * h * w, patch size); as uint8
+                (`do_rescale=False, do_normalize=False`) they take a quarter of the memory and are normalised here.
+                They may stay on the CPU: each chunk is copied while the one before is computed.
+            video_grid_thw: (t, h, w) of each video in patches, (number of videos, 3).
+            memory: what was seen before; it is extended in place and returned, unchanged if anything is raised. None
+                starts anew.
+            rows: for each video the row of the memory it belongs to; None puts all into row 0.
+            continue_video: whether the first video of a row continues its last one. None: Vamba does so if both have
+                the same size, which matters only with `cross_attn_use_position_embeddings`; Video-Ma2mba if that video
+                was the last it saw.
+            chunk_frames: frames that go through the model at once, which bounds the activations; None means 128, or
+                fewer where the GPU's free memory asks for it, or all while gradients are recorded.
+
+        Raises:
+            ValueError: patches, grid, rows and memory that do not fit each other.
+        """
+        videos = list_videos(pixel_values_videos, video_grid_thw, rows)
+        return self._encode_videos(memory, videos, {"video": pixel_values_videos}, continue_video, chunk_frames)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):
@@ -187,7 +232,16 @@ class VideoModelMixin:
 
 
 class VideoHeadMixin:
-    """For a `PreTrainedModel` whose `model` has a `VideoModelMixin`, with an `lm_head`."""
+    """For a `PreTrainedModel`: a `_model_class`, which has a `VideoModelMixin`, with an `lm_head`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.model = self._model_class(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
 
     def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
@@ -200,6 +254,88 @@ class VideoHeadMixin:
 
     def disable_input_require_grads(self) -> None:
         self.model.disable_input_require_grads()
+
+    @torch.no_grad()
+    def encode_video(self, *args, **kwargs) -> Cache:
+        """The model's `encode_video` without gradients."""
+        return self.model.encode_video(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        packed_lengths: list[int] | torch.LongTensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | ModelOutput:
+        r"""Logits for text about images and videos, and with `labels` the loss of predicting each next token.
+
+        Args:
+            input_ids: (B, N) int64; `inputs_embeds` (B, N, D) may come in their place.
+            attention_mask: (B, N), 0 at padding, for the tokens given or for all since the memory's first.
+            position_ids: (B, N), or as for Qwen2-VL (3, B, N), of text only; a state (Video-Ma2mba) knows of none.
+            past_key_values: a `VideoMemory` (Vamba) or `StateMemory` (Video-Ma2mba), or for Vamba any cache of text.
+            labels: (B, N) int64, -100 where nothing is to be predicted.
+            pixel_values, pixel_values_videos: patches of all images and of all videos, (sum of t * h * w, patch size).
+            image_grid_thw, video_grid_thw: (number of items, 3) int64, the (t, h, w) of each in patches.
+            mm_token_type_ids: (B, N), 1 at the `<|vision_start|>` of an image, 2 at that of a video; needed where a
+                batch mixes the two.
+            packed_lengths: for Vamba, one row of text consists of samples of these lengths, which see neither each
+                other nor each other's media; the first label of each should be -100. Loss and gradients are those of
+                the samples in a batch.
+            logits_to_keep: how many of the last positions get logits, or which; 0 for all.
+            skip_logits: with `labels`, compute the loss in chunks of positions, whose logits are never all held, and
+                return none.
+
+        Raises:
+            ValueError: media, text and memory that do not fit each other; the message says how.
+
+        Example:
+
+        ```python
+        >>> import vamba
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        >>> model = AutoModelForImageTextToText.from_pretrained("path/to/model")
+        >>> processor = AutoProcessor.from_pretrained("path/to/model")
+        >>> messages = [{"role": "user", "content": [
+        ...     {"type": "video", "video": "talk.mp4", "fps": 1.0}, {"type": "text", "text": "Who speaks third?"}]}]
+        >>> inputs = processor.apply_chat_template(
+        ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        >>> answer = model.generate(**inputs, max_new_tokens=64)
+        >>> processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ```
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            packed_lengths=packed_lengths,
+            **kwargs,
+        )
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        logits = self._logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, skip_logits, **kwargs)
+        return self._output_class(**logits, **rest)
 
     def _logits_and_loss(
         self, hidden_BND: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor, skip_logits: bool, **kwargs

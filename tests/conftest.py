@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vamba.conversion import convert
-from vamba.demo.tiny_checkpoint import make_tiny_qwen2_vl
+from vamba.demo.tiny_checkpoints import MIXER, make_tiny_qwen2_vl
 from vamba.modeling import VambaForConditionalGeneration
 
 from tiny_vamba import tiny_model
@@ -37,9 +37,8 @@ def footage(shared) -> Path:
 def checkpoint(tmp_path_factory) -> Path:
     """A tiny checkpoint in our format, converted by the real converter."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    make_tiny_qwen2_vl(folder / "qwen", ["What happens in the video?"], num_layers=3)
-    mixer = {"head_dim": 16, "state_size": 16, "chunk_size": 16}
-    return convert(folder / "qwen", folder / "vamba", mamba_config=mixer, progress=False)
+    make_tiny_qwen2_vl(folder / "qwen", ["What happens in the video?"])
+    return convert(folder / "qwen", folder / "vamba", mamba_config=MIXER, progress=False)
 
 
 @pytest.fixture(scope="session")

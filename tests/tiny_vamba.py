@@ -2,6 +2,7 @@
 
 import torch
 
+from vamba.demo.tiny_checkpoints import MIXER, TEXT, VISION
 from vamba.modeling import VambaConfig, VambaForConditionalGeneration
 
 
@@ -10,20 +11,9 @@ START, END = 4, 5  # <|vision_start|> and <|vision_end|> of the tiny model
 
 def tiny_config(**text) -> VambaConfig:
     return VambaConfig(
-        text_config={
-            "vocab_size": 96,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-            "bos_token_id": None,
-            "eos_token_id": None,
-            **text,
-        },
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4},
-        mamba_config={"hidden_size": 64, "state_size": 16, "head_dim": 16, "chunk_size": 16},
+        text_config=TEXT | {"vocab_size": 96, "bos_token_id": None, "eos_token_id": None} | text,
+        vision_config=VISION | {"patch_size": 4},
+        mamba_config=MIXER | {"hidden_size": 64},
         vision_start_token_id=START,
         vision_end_token_id=END,
         image_token_id=6,
@@ -32,14 +22,18 @@ def tiny_config(**text) -> VambaConfig:
 
 
 def tiny_model(**text) -> VambaForConditionalGeneration:
-    """Random weights far enough from their initial values that every part leaves its mark on the logits."""
     torch.manual_seed(0)
-    model = VambaForConditionalGeneration(tiny_config(**text)).eval()
+    return spread(VambaForConditionalGeneration(tiny_config(**text)), kept=("norm", "A_log", "dt_bias"))
+
+
+def spread(model, kept: tuple[str, ...]):
+    """Random weights far enough from their initial values that every part leaves its mark on the logits, except vectors
+    that have one of `kept` in their name."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.eval().named_parameters():
             if parameter.dim() > 1 and "mixer" not in name:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
-            elif "norm" not in name and "A_log" not in name and "dt_bias" not in name:
+            elif not any(part in name for part in kept):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 

@@ -2,7 +2,10 @@
 
 import torch
 
+from vamba.demo.tiny_checkpoints import MIXER
 from vamba.modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
+
+from tiny_vamba import spread
 
 
 START, END = 90, 91  # <|vision_start|> and <|vision_end|> of the tiny model
@@ -15,10 +18,8 @@ def tiny_config(**text) -> VideoMa2mbaConfig:
             "vocab_size": 96,
             "hidden_size": 32,
             "num_hidden_layers": 3,
-            "state_size": 16,
-            "head_dim": 16,
-            "chunk_size": 16,
             "eos_token_id": None,
+            **MIXER,
             **text,
         },
         vision_config={
@@ -37,16 +38,8 @@ def tiny_config(**text) -> VideoMa2mbaConfig:
 
 
 def tiny_model(**text) -> VideoMa2mbaForConditionalGeneration:
-    """Random weights far enough from their initial values that every part leaves its mark on the logits."""
     torch.manual_seed(0)
-    model = VideoMa2mbaForConditionalGeneration(tiny_config(**text)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "mixer" not in name:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-            elif "A_log" not in name and "dt_bias" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return spread(VideoMa2mbaForConditionalGeneration(tiny_config(**text)), kept=("A_log", "dt_bias"))
 
 
 def video(*frames: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -1,78 +1,49 @@
 """Makes transformers' Auto classes, pipelines and `transformers serve` know Vamba and Video-Ma2mba.
 
-What is unusual: `AutoModel.register` wants the classes themselves, which would import torch on `import vamba` (three
-seconds). transformers' own models are listed by name instead and imported when asked for, from
+What is unusual: every `Auto*.register` wants a class of ours, and the smallest of them would import torch on `import
+vamba` (three seconds). transformers' own models are listed by name instead and imported when asked for, from
 `transformers.models.<type>`; we enter our names in the same dictionaries, which pipelines and `transformers serve` read
 too, and `vamba.modeling` answers under that address. Where transformers' auto modules are not imported yet, the names
 are entered right after they are.
 """
 
-import importlib.abc
-import importlib.machinery
 import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 
 from . import modeling
 
 
 _AUTO = "transformers.models.auto."
 _ADDRESS = "transformers.models.vamba"
+_PREFIXES = {"vamba": "Vamba", "video_ma2mba": "VideoMa2mba"}
 
-# auto module -> (dictionary of names, mapping that reads it, {model type: class name})
-_MODELS = {"vamba": "VambaForConditionalGeneration", "video_ma2mba": "VideoMa2mbaForConditionalGeneration"}
+
+def _each(suffix: str) -> dict[str, str]:
+    return {model_type: prefix + suffix for model_type, prefix in _PREFIXES.items()}
+
+
+_CONFIGS = _each("Config") | {
+    "vamba_text": "VambaTextConfig",
+    "vamba_mamba2": "VambaMamba2Config",
+    "video_ma2mba_text": "VideoMa2mbaTextConfig",
+    "video_ma2mba_vision": "VideoMa2mbaVisionConfig",
+}
 _IMAGE_PROCESSORS = {"torchvision": "Qwen2VLImageProcessor", "pil": "Qwen2VLImageProcessorPil"}
-_VIDEO_PROCESSORS = {"torchvision": "Qwen2VLVideoProcessor"}
+# auto module -> mapping -> {model type: class name}; the names of a MAPPING stand in its MAPPING_NAMES
 _ENTRIES = {
-    "configuration_auto": [
-        (
-            "CONFIG_MAPPING_NAMES",
-            "CONFIG_MAPPING",
-            {
-                "vamba": "VambaConfig",
-                "vamba_text": "VambaTextConfig",
-                "vamba_mamba2": "VambaMamba2Config",
-                "video_ma2mba": "VideoMa2mbaConfig",
-                "video_ma2mba_text": "VideoMa2mbaTextConfig",
-                "video_ma2mba_vision": "VideoMa2mbaVisionConfig",
-            },
-        ),
-    ],
-    "modeling_auto": [
-        (
-            "MODEL_MAPPING_NAMES",
-            "MODEL_MAPPING",
-            {"vamba": "VambaModel", "vamba_text": "VambaTextModel", "video_ma2mba": "VideoMa2mbaModel"},
-        ),
-        ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", _MODELS),
-        ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING", _MODELS),
-    ],
-    "processing_auto": [
-        (
-            "PROCESSOR_MAPPING_NAMES",
-            "PROCESSOR_MAPPING",
-            {"vamba": "VambaProcessor", "video_ma2mba": "VideoMa2mbaProcessor"},
-        )
-    ],
-    "tokenization_auto": [
-        (
-            "TOKENIZER_MAPPING_NAMES",
-            "TOKENIZER_MAPPING",
-            {"vamba": "Qwen2Tokenizer", "video_ma2mba": "GPTNeoXTokenizer"},
-        )
-    ],
-    "image_processing_auto": [
-        (
-            "IMAGE_PROCESSOR_MAPPING_NAMES",
-            "IMAGE_PROCESSOR_MAPPING",
-            {"vamba": _IMAGE_PROCESSORS, "video_ma2mba": _IMAGE_PROCESSORS},
-        )
-    ],
-    "video_processing_auto": [
-        (
-            "VIDEO_PROCESSOR_MAPPING_NAMES",
-            "VIDEO_PROCESSOR_MAPPING",
-            {"vamba": _VIDEO_PROCESSORS, "video_ma2mba": _VIDEO_PROCESSORS},
-        )
-    ],
+    "configuration_auto": {"CONFIG_MAPPING": _CONFIGS},
+    "modeling_auto": {
+        "MODEL_MAPPING": _each("Model") | {"vamba_text": "VambaTextModel"},
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": _each("ForConditionalGeneration"),
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING": _each("ForConditionalGeneration"),
+    },
+    "processing_auto": {"PROCESSOR_MAPPING": _each("Processor")},
+    "tokenization_auto": {"TOKENIZER_MAPPING": {"vamba": "Qwen2Tokenizer", "video_ma2mba": "GPTNeoXTokenizer"}},
+    "image_processing_auto": {"IMAGE_PROCESSOR_MAPPING": dict.fromkeys(_PREFIXES, _IMAGE_PROCESSORS)},
+    "video_processing_auto": {
+        "VIDEO_PROCESSOR_MAPPING": dict.fromkeys(_PREFIXES, {"torchvision": "Qwen2VLVideoProcessor"})
+    },
 }
 
 
@@ -87,34 +58,28 @@ def register_with_transformers() -> None:
 
 
 def _register(name: str, module) -> None:
-    configs = _ENTRIES["configuration_auto"][0][2]
     if name == "configuration_auto":
-        module.SPECIAL_MODEL_TYPE_TO_MODULE_NAME.update(dict.fromkeys(configs, "vamba"))
-    for names, mapping, entries in _ENTRIES[name]:
-        getattr(module, names).update(entries)
-        mapping = getattr(module, mapping)
-        if hasattr(mapping, "_reverse_config_mapping"):
-            mapping._reverse_config_mapping.update({configs[kind]: kind for kind in entries})
+        module.SPECIAL_MODEL_TYPE_TO_MODULE_NAME.update(dict.fromkeys(_CONFIGS, "vamba"))
+    for mapping, entries in _ENTRIES[name].items():
+        getattr(module, f"{mapping}_NAMES").update(entries)
+        if hasattr(mapping := getattr(module, mapping), "_reverse_config_mapping"):
+            mapping._reverse_config_mapping.update({_CONFIGS[kind]: kind for kind in entries})
 
 
-class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _RegisterAfterImport(MetaPathFinder):
     """Lets an auto module be imported as ever, then registers with it."""
 
     def find_spec(self, fullname, path, target=None):
         name = fullname.removeprefix(_AUTO)
         if name == fullname or name not in _ENTRIES:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            self._wrap(spec.loader, name)
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                _register(name, module)
+
+            spec.loader.exec_module = exec_module
         return spec
-
-    @staticmethod
-    def _wrap(loader, name: str) -> None:
-        execute = loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            _register(name, module)
-
-        loader.exec_module = exec_module

@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    ProcessorMixin,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteriaList, TextIteratorStreamer
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
 from .errors import UserError, VideoReadError, opening
@@ -184,7 +178,11 @@ class VideoChat:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
         abandoned = threading.Event()
-        stop = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", ()), _StopWhen(abandoned)])
+
+        def is_abandoned(input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), abandoned.is_set(), device=input_ids.device)
+
+        stop = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", ()), is_abandoned])
 
         def generate():
             try:
@@ -213,16 +211,6 @@ def _setting(generate_kwargs: dict, name: str) -> Any:
     return getattr(generate_kwargs.get("generation_config"), name, None) if value is None else value
 
 
-class _StopWhen(StoppingCriteria):
-    """Ends generation once an event is set."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
 def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> VideoChat:
     """A `VideoChat` from a checkpoint folder or Hub id, on `device` or wherever accelerate puts it.
 
@@ -239,7 +227,7 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
         raise UserError(f"{device=} is no device of PyTorch; give 'cpu' or e.g. 'cuda:0'.") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
-    check_kind(base := base_of(path), MEMORIES)
+    check_kind(base := base_of(path))
     device_map = device or ("auto" if torch.cuda.is_available() else None)
     own_processor = base == path or (checkpoint_folder(path) / "processor_config.json").is_file()
     source = path if own_processor else base
@@ -254,9 +242,16 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
     with opening(base):
         model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, device_map=device_map)
     if base != path:
-        from peft import PeftModel
+        from peft import PeftModel, load_peft_weights
+
+        from .conversion import is_earlier_format
 
         with opening(path):
+            if is_earlier_format(load_peft_weights(path, device="cpu")):
+                raise UserError(
+                    f"{path} is an adapter of a Vamba in the earlier format: merge it with the version of vamba that "
+                    "made it, and give what `vamba convert` makes of the merged model."
+                )
             model = PeftModel.from_pretrained(model, path).merge_and_unload()
     return VideoChat(model.eval(), processor)
 

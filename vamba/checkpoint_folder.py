@@ -11,6 +11,7 @@ from pathlib import Path
 from .errors import UserError, opening
 
 
+KINDS = ("vamba", "video_ma2mba")  # the model types that we have
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 
 
@@ -97,9 +98,9 @@ def kind_of(path: str) -> str | None:
     return _read(folder / CONFIG).get("model_type")
 
 
-def check_kind(path: str, kinds) -> str:
-    """The model type of a whole checkpoint. Raises UserError where it is none of `kinds`."""
-    if (kind := kind_of(path)) not in kinds:
+def check_kind(path: str) -> str:
+    """The model type of a whole checkpoint. Raises UserError where it is none of ours."""
+    if (kind := kind_of(path)) not in KINDS:
         raise UserError(
             f"{path} is a {kind} checkpoint, not a Vamba; `vamba convert` makes one of a Qwen2-VL or a Mamba-2."
         )

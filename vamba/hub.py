@@ -11,11 +11,12 @@ import shutil
 import tempfile
 from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file, logging
+from yaml import YAMLError
 
 from . import modeling
 from .checkpoint_folder import adapter_config, base_of, check_kind, checkpoint_folder
@@ -24,14 +25,13 @@ from .modeling.configuration_vamba import VambaConfig
 from .modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 
 
-_CONFIGS = {"vamba": VambaConfig, "video_ma2mba": VideoMa2mbaConfig}
 METADATA = ("license", "license_name", "license_link", "base_model")  # of a card, that models made of a model share
 _FRESH = {"vamba": "Mamba-2 blocks are", "video_ma2mba": "projector is"}
-logger = logging.get_logger(__name__)
 _LIMITS = {
-    "converted": "The $fresh freshly initialised: this checkpoint has to be trained before it is of use.",
+    "converted": "The {fresh} freshly initialised: this checkpoint has to be trained before it is of use.",
     "trained": "What the model was trained on bounds what it knows; check its answers where they matter.",
 }
+logger = logging.get_logger(__name__)
 
 
 def write_remote_code(folder: str | os.PathLike, model_type: str = "vamba") -> list[Path]:
@@ -52,46 +52,41 @@ def write_model_card(
     config: VambaConfig | VideoMa2mbaConfig | None = None,
     *,
     repo_id: str | None = None,
-    base_model: str | list[str] | None = None,
-    license: str | None = None,
-    license_name: str | None = None,
-    license_link: str | None = None,
     origin: str = "",
     state: str = "trained",
+    **metadata: str | list[str] | None,
 ) -> Path:
     """Writes README.md for the checkpoint in `folder` from the template of its kind in model_cards/.
 
     Args:
         config: of the model; read from the folder if None.
         repo_id: named in the snippet; the folder's name if None.
-        base_model, license, license_name, license_link: metadata of the card, left out where None; see
-            `inherited_metadata`.
         origin: a sentence on where the weights come from.
         state: "trained", or "converted" for a checkpoint with parts that never were; says what to expect.
+        metadata: of the card, such as base_model and license, left out where None; see `inherited_metadata`.
     """
     folder = Path(folder)
     config = read_config(folder) if config is None else config
-    told = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
-    told = {name: value for name, value in told.items() if value is not None}
-    text, template = config.text_config, f"{config.model_type}.md"
-    card = Template(resources.files("vamba.model_cards").joinpath(template).read_text(encoding="utf-8"))
+    model_type, text = config.model_type, config.text_config
+    repo_id = repo_id or folder.resolve().name
+    tags = [model_type.replace("_", "-"), "video", "mamba-2", "state-space-model", "custom_code"]
+    data = ModelCardData(library_name="transformers", pipeline_tag="image-text-to-text", tags=tags, **metadata)
     values = {
-        "name": (repo_id or folder.resolve().name).split("/")[-1],
-        "repo_id": repo_id or folder.resolve().name,
-        "metadata": yaml.safe_dump(told, sort_keys=False) if told else "",
+        "name": repo_id.split("/")[-1],
+        "repo_id": repo_id,
         "origin": origin,
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "parameters": _count_parameters(config),
-        "limits": Template(_LIMITS[state]).substitute(fresh=_FRESH[config.model_type]),
+        "limits": _LIMITS[state].format(fresh=_FRESH[model_type]) + "\n",  # the last, which jinja would take away
     }
-    if config.model_type == "vamba":
+    if model_type == "vamba":
         values["bytes_per_token"] = f"{bytes_per_token(config) / 1e3:.1f}"
     else:
         values["megabytes_of_state"] = f"{state_bytes(config) / 1e6:.1f}"
         values["tokens_per_frame"] = config.tokens_per_frame
-    path = folder / "README.md"
-    path.write_text(card.substitute(values), encoding="utf-8")
+    template = resources.files("vamba.model_cards").joinpath(f"{model_type}.md").read_text(encoding="utf-8")
+    ModelCard.from_template(data, template_str=template, **values).save(path := folder / "README.md")
     return path
 
 
@@ -105,12 +100,11 @@ def inherited_metadata(source: str | os.PathLike) -> dict[str, Any]:
     quiet = ("gated_repo", "missing_entries", "connection_errors")
     card = cached_file(source, "README.md", **{f"_raise_exceptions_for_{kind}": False for kind in quiet})
     text = Path(card).read_text(encoding="utf-8", errors="replace") if card else ""
-    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
-        said = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
-        said = None
-    metadata = {name: said[name] for name in METADATA if said.get(name)} if isinstance(said, dict) else {}
+        said = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}
+    except (YAMLError, ValueError, TypeError):
+        said = {}
+    metadata = {name: said[name] for name in METADATA if said.get(name)}
     known, config = f"{source}", Path(source) / "config.json"
     if Path(source).is_dir():
         known = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path") or "" if config.is_file() else ""
@@ -139,12 +133,12 @@ def read_config(folder: str | os.PathLike) -> VambaConfig | VideoMa2mbaConfig:
     Raises:
         UserError: no checkpoint, or another kind of one.
     """
-    return _CONFIGS[check_kind(os.fspath(folder), _CONFIGS)].from_pretrained(folder)
+    check_kind(os.fspath(folder))
+    return AutoConfig.from_pretrained(folder)
 
 
 def _count_parameters(config: VambaConfig | VideoMa2mbaConfig) -> str:
     import torch
-    from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
         count = AutoModelForImageTextToText.from_config(config).num_parameters()
@@ -188,13 +182,12 @@ def describe(path: str | os.PathLike) -> dict:
         except UserError as error:
             return about | {"of its base model": f"unknown: {error}"}
     config = read_config(path)
-    text = config.text_config
-    index = Path(path) / "model.safetensors.index.json"
-    size = None
+    text, weights, size = config.text_config, path / "model.safetensors", None
+    index = weights.with_name("model.safetensors.index.json")
     if index.exists():
         size = json.loads(index.read_text())["metadata"].get("total_size")
-    elif (Path(path) / "model.safetensors").exists():
-        size = (Path(path) / "model.safetensors").stat().st_size
+    elif weights.exists():
+        size = weights.stat().st_size
     about = {
         "model_type": config.model_type,
         "parameters": _count_parameters(config),

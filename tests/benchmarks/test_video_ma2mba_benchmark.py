@@ -1,28 +1,15 @@
 """The benchmark of Video-Ma2mba runs from end to end on a tiny model, and its tables hold what it measured."""
 
 import csv
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "video_ma2mba.py"
-
-
 @pytest.fixture
-def run(monkeypatch):
-    spec = importlib.util.spec_from_file_location("benchmark_of_video_ma2mba", SCRIPT)
-    benchmark = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, benchmark)
-    spec.loader.exec_module(benchmark)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["video_ma2mba.py", *map(str, arguments)])
-        benchmark.main()
-
-    return run
+def run(run_script):
+    return lambda *arguments: run_script("video_ma2mba.py", *arguments)
 
 
 def table(path: Path) -> list[dict]:
@@ -63,3 +50,14 @@ def test_what_is_offloaded_must_fit_the_cpu(run, tmp_path):
 def test_a_report_of_nothing_is_refused(run, tmp_path):
     with pytest.raises(SystemExit, match=r"no training.csv or inference.csv"):
         run("report", tmp_path, "--out", tmp_path / "r")
+
+
+def test_without_matplotlib_the_tables_are_written(run, tmp_path, monkeypatch):
+    row = {"size": "tiny", "residual": "float32", "mode": "layer", "tokens": 256, "status": "ok", "ours_GB": 1.5}
+    (tmp_path / "training.csv").write_text(
+        ",".join([*row, "paper_GB", "over_GB"]) + "\n" + ",".join(map(str, row.values())) + ",2,\n"
+    )
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        run("report", tmp_path, "--out", tmp_path / "r")
+    assert len(list((tmp_path / "r").glob("*_training.csv"))) == 1

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
-from vamba.conversion import ConversionError, checkpoint, convert
-from vamba.conversion.checkpoint import expected_shapes
+from vamba.conversion import ConversionError, convert
+from vamba.conversion.formats import expected_shapes
+from vamba.conversion.safetensors_io import CheckpointReader
 from vamba.modeling.configuration_vamba import VambaConfig
 
 from tiny_checkpoints import tiny_qwen2_vl
@@ -54,11 +55,14 @@ def test_qwen2_vl(qwen2_vl, convert_qwen, tmp_path):
         for key in (key.removeprefix(theirs) for key in source if key.startswith(theirs)):
             assert torch.equal(ours[f"{TEXT}layers.{layer}.{key}"], source[theirs + key]), key
             if key.startswith("self_attn"):
-                cross = key.replace("self", "cross", 1)
-                assert torch.equal(ours[f"{TEXT}layers.{layer}.{cross}"], source[theirs + key]), key
+                copy = f"{TEXT}layers.{layer}.{key.replace('self', 'cross', 1)}"
+                if key.startswith(("self_attn.k_proj", "self_attn.v_proj")):
+                    copy = f"{VIDEO}levels.{layer}.{key.removeprefix('self_attn.')}"
+                assert torch.equal(ours[copy], source[theirs + key]), key
         assert ours[f"{TEXT}layers.{layer}.alpha"].tolist() == [0.5]
-    assert {key.split(".")[3] for key in ours if key.startswith(VIDEO)} == {"0", "1"}
-    assert (ours[VIDEO + "layers.0.mixer.D"] == 1).all() and ours[VIDEO + "layers.1.mixer.in_proj.weight"].std() > 0.01
+    assert {key.split(".")[3] for key in ours if key.startswith(VIDEO) and ".block." in key} == {"0", "1"}
+    block = VIDEO + "levels.{}.block.mixer."
+    assert (ours[block.format(0) + "D"] == 1).all() and ours[block.format(1) + "in_proj.weight"].std() > 0.01
 
 
 def test_both_generations_of_key_names(qwen2_vl, convert_qwen):
@@ -88,7 +92,7 @@ def test_original_there_and_back(golden, tmp_path):
     source, returned = tensors_of(golden), tensors_of(back)
     unread = "model.layers.2.vision_mixer."
     assert any(key.startswith(unread) for key in source) and not any(
-        ".layers.2.mixer" in key for key in tensors_of(ours)
+        ".levels.2.block." in key for key in tensors_of(ours)
     )
     assert source.keys() == returned.keys()
     assert {key: list(tensor.shape) for key, tensor in source.items()} == {
@@ -141,8 +145,8 @@ def test_source_dtype_is_kept_tensor_by_tensor(qwen2_vl, convert_qwen):
     save_file(tensors, qwen2_vl / "model.safetensors")
     folder = convert_qwen()
     dtypes = {key: tensor.dtype for key, tensor in tensors_of(folder).items()}
-    assert dtypes[TEXT + "norm.weight"] == dtypes[VIDEO + "layers.0.mixer.A_log"] == torch.float32
-    assert dtypes[TEXT + "layers.0.alpha"] == dtypes[VIDEO + "layers.0.mixer.in_proj.weight"] == torch.bfloat16
+    assert dtypes[TEXT + "norm.weight"] == dtypes[VIDEO + "levels.0.block.mixer.A_log"] == torch.float32
+    assert dtypes[TEXT + "layers.0.alpha"] == dtypes[VIDEO + "levels.0.block.mixer.in_proj.weight"] == torch.bfloat16
     assert VambaConfig.from_pretrained(folder).dtype == torch.bfloat16
 
 
@@ -258,7 +262,7 @@ def test_original_without_the_unread_mixer_is_complete(golden_copy, tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_run_leaves_nothing_and_keeps_the_old(qwen2_vl, convert_qwen, tmp_path, monkeypatch, error):
     old = tensors_of(convert_qwen())
-    read, count = checkpoint.CheckpointReader.read, []
+    read, count = CheckpointReader.read, []
 
     def interrupted(self, key):
         count.append(key)
@@ -267,7 +271,7 @@ def test_interrupted_run_leaves_nothing_and_keeps_the_old(qwen2_vl, convert_qwen
             raise error
         return read(self, key)
 
-    monkeypatch.setattr(checkpoint.CheckpointReader, "read", interrupted)
+    monkeypatch.setattr(CheckpointReader, "read", interrupted)
     with pytest.raises(error):
         convert_qwen(overwrite=True, seed=5)
     assert len(count) == 20
@@ -316,12 +320,13 @@ def test_one_layer_has_no_mamba_block(tmp_path):
     config.text_config.layer_types = ["full_attention"]
     Qwen2VLForConditionalGeneration(config).save_pretrained(tmp_path / "one")
     ours = quietly(tmp_path / "one", tmp_path / "ours", mamba_config=MAMBA)
-    assert not any(key.startswith(VIDEO) for key in tensors_of(ours))
+    assert not any(".block." in key for key in tensors_of(ours))
     back = tensors_of(quietly(ours, tmp_path / "back", to="original"))
     assert sum("layers.0.vision_mixer." in key for key in back) == 9
 
 
 def test_expected_shapes_allocate_nothing_and_are_the_models():
     shapes = expected_shapes(VambaConfig())
-    assert shapes["model.video_encoder.layers.26.mixer.in_proj.weight"] == (14704, 3584)
-    assert "model.video_encoder.layers.27.norm.weight" not in shapes
+    assert shapes["model.video_encoder.levels.26.block.mixer.in_proj.weight"] == (14704, 3584)
+    assert "model.video_encoder.levels.27.block.norm.weight" not in shapes
+    assert shapes["model.video_encoder.levels.27.k_proj.weight"] == (512, 3584)

@@ -6,15 +6,11 @@ import pytest
 
 from vamba.conversion.configs import (
     MAMBA_FIELDS,
-    ORIGINAL,
-    QWEN2_VL,
-    VAMBA,
     config_from_original,
     config_from_qwen2_vl,
     config_to_original,
-    format_of,
-    read_config,
 )
+from vamba.conversion.formats import ORIGINAL, QWEN2_VL, VAMBA, format_of, read_config
 from vamba.conversion.table import ConversionError
 
 

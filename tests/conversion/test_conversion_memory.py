@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from vamba.conversion import convert
-from vamba.conversion.checkpoint import expected_shapes
 from vamba.conversion.configs import config_from_qwen2_vl
-from vamba.conversion.safetensors_io import size_of, write_file
+from vamba.conversion.formats import expected_shapes
+from vamba.conversion.safetensors_io import write_files
 from vamba.conversion.table import Step
 
 def memory(name):
@@ -33,7 +33,7 @@ names = {key: key.replace("model.language_model.", "model.").replace("model.visu
 steps = [Step(names[key], tuple(tensor.shape), torch.float32, None) for key, tensor in state.items()]
 (folder / "source").mkdir()
 config.save_pretrained(folder / "source")
-write_file(folder / "source" / "model.safetensors", steps, lambda step: torch.ones(step.shape), lambda size: None)
+write_files(folder / "source", steps, lambda step: torch.ones(step.shape))
 expected_shapes(config_from_qwen2_vl(json.loads((folder / "source" / "config.json").read_text())))  # imports the model
 
 for dtype, shard in ((None, "5GB"), ("bfloat16", "20MB")):
@@ -42,8 +42,8 @@ for dtype, shard in ((None, "5GB"), ("bfloat16", "20MB")):
     ours = convert(folder / "source", folder / shard, dtype=dtype, max_shard_size=shard, progress=False)
     print(json.dumps(dict(
         peak=memory("VmHWM") - before,
-        largest=max(map(size_of, steps)),
-        source=sum(map(size_of, steps)),
+        largest=max(step.nbytes for step in steps),
+        source=sum(step.nbytes for step in steps),
         files=len(list(ours.glob("*.safetensors"))),
     )))
 """

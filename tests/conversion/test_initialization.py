@@ -1,13 +1,16 @@
 """conversion/initialization.py: the distributions of the original, one generator per key."""
 
 import math
+import re
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from vamba.conversion.initialization import fresh_tensor, is_fresh, mixer_shapes
+from vamba.conversion.initialization import fresh_tensor
+from vamba.conversion.vamba_family import FRESH
 from vamba.modeling.configuration_vamba import VambaConfig
+from vamba.modeling.mamba2 import Mamba2Block
 
 
 CONFIG = VambaConfig(
@@ -15,16 +18,22 @@ CONFIG = VambaConfig(
     vision_config={"model_type": "qwen2_vl_vision", "hidden_size": 256},
     mamba_config={"hidden_size": 256, "head_dim": 1, "A_init_bounds": (2, 9), "initializer_range": 0.05},
 )
-LAYER = "model.video_encoder.layers.3."
+LAYER = "model.video_encoder.levels.3.block."
+
+
+SHAPES = {name: tuple(tensor.shape) for name, tensor in Mamba2Block(CONFIG.mamba_config).state_dict().items()}
+
+
+def is_fresh(key):
+    return re.fullmatch(FRESH, key) is not None
 
 
 def fresh(name, seed=0, layer=LAYER):
-    return fresh_tensor(layer + name, mixer_shapes(CONFIG.mamba_config)[name], CONFIG, seed)
+    return fresh_tensor(layer + name, SHAPES[name], CONFIG, seed)
 
 
 def test_every_tensor_of_a_block_has_a_rule():
-    shapes = mixer_shapes(CONFIG.mamba_config)
-    for name, shape in shapes.items():
+    for name, shape in SHAPES.items():
         tensor = fresh(name)
         assert tensor.shape == shape and tensor.dtype == torch.float32 and tensor.isfinite().all(), name
 
@@ -72,7 +81,7 @@ def test_values_depend_on_key_and_seed_only():
     torch.manual_seed(99)
     assert torch.equal(first, fresh(name))
     assert not torch.equal(first, fresh(name, seed=1))
-    assert not torch.equal(first, fresh(name, layer="model.video_encoder.layers.4."))
+    assert not torch.equal(first, fresh(name, layer="model.video_encoder.levels.4.block."))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from vamba.conversion.safetensors_io import (
     CheckpointReader,
     split_into_files,
-    write_file,
-    write_index,
+    write_files,
 )
 from vamba.conversion.table import ConversionError, Step
 
@@ -34,27 +33,27 @@ def mixed_tensors():
     }
 
 
-def write(path, tensors):
+def write(folder, tensors, max_shard_size="5GB"):
     seen = []
-    write_file(path, steps_for(tensors), lambda step: tensors[step.key], seen.append)
+    write_files(folder, steps_for(tensors), lambda step: tensors[step.key], max_shard_size, seen.append)
     return seen
 
 
 def test_safetensors_reads_back_every_bit(tmp_path):
     tensors = mixed_tensors()
-    seen = write(tmp_path / "a.safetensors", tensors)
-    loaded = load_file(tmp_path / "a.safetensors")
+    seen = write(tmp_path, tensors)
+    loaded = load_file(tmp_path / "model.safetensors")
     assert loaded.keys() == tensors.keys()
     for key, tensor in tensors.items():
         assert loaded[key].dtype == tensor.dtype and torch.equal(loaded[key], tensor), key
     assert sum(seen) == sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
-    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
 def test_tensors_are_aligned_to_their_dtype(tmp_path):
-    write(tmp_path / "a.safetensors", mixed_tensors())
-    raw = (tmp_path / "a.safetensors").read_bytes()
+    write(tmp_path, mixed_tensors())
+    raw = (tmp_path / "model.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     assert length % 8 == 0
@@ -64,17 +63,14 @@ def test_tensors_are_aligned_to_their_dtype(tmp_path):
 
 def test_a_tensor_other_than_planned_is_a_bug_and_stops(tmp_path):
     with pytest.raises(RuntimeError, match="wide"):
-        write_file(
-            tmp_path / "a", [Step("wide", (3,), torch.float32, None)], lambda step: torch.zeros(4), lambda size: None
-        )
+        write_files(tmp_path, [Step("wide", (3,), torch.float32, None)], lambda step: torch.zeros(4))
 
 
 def test_shards_hold_what_fits_and_the_index_finds_it(tmp_path):
     tensors = {f"t{i}": torch.full((250,), float(i)) for i in range(7)}  # 1000 bytes each
-    files = split_into_files(steps_for(tensors), 3000)
-    for name, steps in files.items():
-        write_file(tmp_path / name, steps, lambda step: tensors[step.key], lambda size: None)
-    write_index(tmp_path, files)
+    write(tmp_path, tensors, 3000)
+    files = split_into_files(steps_for(tensors), 3000).filename_to_tensors
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == list(files)
     assert list(files) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert [len(steps) for steps in files.values()] == [3, 3, 1]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -85,9 +81,8 @@ def test_shards_hold_what_fits_and_the_index_finds_it(tmp_path):
 
 
 def test_one_file_needs_no_index(tmp_path):
-    files = split_into_files(steps_for({"a": torch.zeros(3)}), "5GB")
-    write_index(tmp_path, files)
-    assert list(files) == ["model.safetensors"] and not list(tmp_path.iterdir())
+    write(tmp_path, {"a": torch.zeros(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_bad_shard_size():

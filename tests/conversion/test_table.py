@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from vamba.conversion import table as tables
-from vamba.conversion.table import ConversionError, TensorSpec, plan, rename
+from vamba.conversion import vamba_family as tables
+from vamba.conversion.formats import ORIGINAL
+from vamba.conversion.table import ConversionError, Rules, TensorSpec, plan, rename
+from vamba.modeling import VambaConfig
 
 
 def spec(*shape, dtype=torch.bfloat16):
     return TensorSpec(shape, dtype)
 
 
-def simple_plan(source, expected, *, dtype=None, fresh=()):
-    return plan(
-        source, expected, tables.FROM_ORIGINAL, inverse=tables.TO_ORIGINAL, is_fresh=fresh.__contains__, dtype=dtype
-    )
+def simple_plan(source, expected, *, dtype=None, fresh=""):
+    return plan(source, Rules(expected, tables.FROM_ORIGINAL, tables.TO_ORIGINAL, fresh), dtype)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
@@ -28,6 +28,10 @@ def test_text_keys_of_both_generations_of_qwen2_vl(prefix):
         ours + "layers.3.self_attn.q_proj.bias",
         ours + "layers.3.cross_attn.q_proj.bias",
     )
+    assert rename(prefix + "layers.3.self_attn.k_proj.bias", tables.FROM_QWEN2_VL) == (
+        ours + "layers.3.self_attn.k_proj.bias",
+        "model.video_encoder.levels.3.k_proj.bias",
+    )
 
 
 @pytest.mark.parametrize("prefix", ["visual.", "model.visual."])
@@ -36,9 +40,14 @@ def test_vision_keys_of_both_generations(prefix):
 
 
 def test_original_mixer_goes_to_the_video_encoder_and_the_last_one_is_dropped():
-    table = tables.drop_last_mixer(tables.FROM_ORIGINAL, 12)
-    assert rename("model.layers.10.vision_mixer.mixer.A_log", table) == ("model.video_encoder.layers.10.mixer.A_log",)
-    assert rename("model.layers.1.vision_mixer.norm.weight", table) == ("model.video_encoder.layers.1.norm.weight",)
+    config = VambaConfig(text_config={"num_hidden_layers": 12})
+    table = tables.vamba_rules(ORIGINAL, config).table
+    assert rename("model.layers.10.vision_mixer.mixer.A_log", table) == (
+        "model.video_encoder.levels.10.block.mixer.A_log",
+    )
+    assert rename("model.layers.1.vision_mixer.norm.weight", table) == (
+        "model.video_encoder.levels.1.block.norm.weight",
+    )
     assert rename("model.layers.11.vision_mixer.mixer.A_log", table) == ()
     assert rename("model.layers.11.cross_attn.k_proj.bias", table) != ()
 
@@ -59,8 +68,11 @@ def test_cross_attention_of_qwen2_vl_is_not_a_key():
         "model.language_model.embed_tokens.weight",
         "model.language_model.layers.2.alpha",
         "model.language_model.layers.2.cross_attn.o_proj.weight",
-        "model.video_encoder.layers.0.norm.weight",
-        "model.video_encoder.layers.0.mixer.norm.weight",
+        "model.language_model.layers.2.cross_attn.q_proj.bias",
+        "model.video_encoder.levels.2.k_proj.weight",
+        "model.video_encoder.levels.2.v_proj.bias",
+        "model.video_encoder.levels.0.block.norm.weight",
+        "model.video_encoder.levels.0.block.mixer.norm.weight",
         "lm_head.weight",
     ],
 )
@@ -68,6 +80,25 @@ def test_to_original_and_back_is_the_same_key(ours):
     (theirs,) = rename(ours, tables.TO_ORIGINAL)
     assert theirs != ours or ours == "lm_head.weight"
     assert rename(theirs, tables.FROM_ORIGINAL) == (ours,)
+
+
+EARLIER = {
+    "model.language_model.layers.1.cross_attn.k_proj.weight": "model.video_encoder.levels.1.k_proj.weight",
+    "model.language_model.layers.1.cross_attn.v_proj.bias": "model.video_encoder.levels.1.v_proj.bias",
+    "model.video_encoder.layers.0.norm.weight": "model.video_encoder.levels.0.block.norm.weight",
+    "model.video_encoder.layers.0.mixer.in_proj.bias": "model.video_encoder.levels.0.block.mixer.in_proj.bias",
+}
+KEPT = ("lm_head.weight", "model.language_model.layers.1.cross_attn.q_proj.weight", "model.visual.blocks.0.norm1.bias")
+
+
+@pytest.mark.parametrize("earlier, now", [*EARLIER.items(), *zip(KEPT, KEPT)])
+def test_keys_of_the_earlier_format(earlier, now):
+    assert rename(earlier, tables.FROM_EARLIER) == (now,)
+    assert rename(now, tables.TO_EARLIER) == (earlier,)
+    adapter = f"base_model.model.{earlier.removesuffix('.weight')}.lora_A.weight"
+    for key in (earlier, adapter):
+        assert tables.is_earlier_format([*KEPT, key]) == (earlier in EARLIER)
+    assert not tables.is_earlier_format([now])
 
 
 def test_all_problems_are_named_at_once_with_both_shapes():
@@ -100,16 +131,16 @@ def test_quantized_tensors_are_refused():
 def test_missing_attention_is_named_as_qwen2_vl_names_it_and_once():
     expected = {f"model.language_model.layers.0.{name}_attn.q_proj.bias": (4,) for name in ("self", "cross")}
     with pytest.raises(ConversionError, match="1 missing keys: model.layers.0.self_attn.q_proj.bias"):
-        plan({}, expected, tables.FROM_QWEN2_VL, inverse=tables.TO_QWEN2_VL, is_fresh=lambda key: False, dtype=None)
+        plan({}, Rules(expected, tables.FROM_QWEN2_VL, tables.TO_QWEN2_VL))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_dtypes(dtype):
     mixer = "model.layers.0.vision_mixer.mixer."
-    ours = "model.video_encoder.layers.0.mixer."
+    ours = "model.video_encoder.levels.0.block.mixer."
     source = {mixer + "A_log": spec(2), mixer + "D": spec(2, dtype=torch.float16), "visual.a": spec(9)}
     expected = {ours + "A_log": (2,), ours + "D": (2,), ours + "dt_bias": (2,), "model.visual.a": (9,), "new": (1,)}
-    steps = simple_plan(source, expected, dtype=dtype, fresh={"new", ours + "dt_bias"})
+    steps = simple_plan(source, expected, dtype=dtype, fresh="new|.+dt_bias")
     assert [step.key for step in steps] == list(expected)
     found = {step.key.removeprefix(ours): step.dtype for step in steps}
     other = dtype or torch.bfloat16

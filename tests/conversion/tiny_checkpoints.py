@@ -2,6 +2,8 @@
 
 from transformers import Qwen2VLConfig
 
+from vamba.demo.tiny_checkpoints import TEXT, VISION
+
 
 TEMPLATE = (
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}<|vision_start|><|image_pad|>"
@@ -12,18 +14,13 @@ STRIPPED = TEMPLATE.replace("<|image_pad|>", "").replace("<|video_pad|>", "")
 
 
 def tiny_qwen2_vl(**changes) -> Qwen2VLConfig:
-    text = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+    rope = TEXT["rope_parameters"] | {"rope_theta": 5e5}
+    text = TEXT | {
         "vocab_size": 100,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [2, 3, 3]},
+        "rope_parameters": rope,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    vision = {"embed_dim": 32, "depth": 2, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 4}
     tokens = {"vision_start_token_id": 4, "vision_end_token_id": 5, "image_token_id": 6, "video_token_id": 7}
-    return Qwen2VLConfig(text_config=text, vision_config=vision, **tokens, **changes)
+    return Qwen2VLConfig(text_config=text, vision_config=VISION | {"patch_size": 4}, **tokens, **changes)

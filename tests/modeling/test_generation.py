@@ -10,7 +10,7 @@ from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import StaticLayer
 from transformers.generation.streamers import BaseStreamer
 
-from vamba.demo.tiny_checkpoint import SPECIAL_TOKENS, tiny_tokenizer
+from vamba.demo.tiny_checkpoints import SPECIAL_TOKENS, tiny_tokenizer
 from vamba.modeling import VambaConfig, VambaForConditionalGeneration, VideoMemory
 
 

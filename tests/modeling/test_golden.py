@@ -58,9 +58,10 @@ def test_loss_and_every_gradient(golden):
 
 def original_name(name: str) -> str:
     name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-    if name.startswith("model.video_encoder.layers."):
-        layer, rest = name.removeprefix("model.video_encoder.layers.").split(".", 1)
-        name = f"model.layers.{layer}.vision_mixer.{rest}"
+    if name.startswith("model.video_encoder.levels."):
+        level, rest = name.removeprefix("model.video_encoder.levels.").split(".", 1)
+        where = rest.replace("block.", "vision_mixer.", 1) if rest.startswith("block.") else f"cross_attn.{rest}"
+        name = f"model.layers.{level}.{where}"
     return name
 
 

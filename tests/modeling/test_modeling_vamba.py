@@ -265,7 +265,7 @@ def test_padded_rows_save_no_more_than_the_rows_alone():
 
     def attend(memory, rows):
         hidden_BND = text[rows].clone().requires_grad_()
-        reads = memory.reads(len(hidden_BND))
+        reads = memory.reads(hidden_BND)
         levels = [level.map(lambda t: t.requires_grad_()) for level in memory.level(1).cut(reads)]
         return layer(hidden_BND, [(read.text, level) for read, level in zip(reads, levels)])[0]
 

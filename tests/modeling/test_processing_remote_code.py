@@ -13,8 +13,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 from transformers.dynamic_module_utils import get_relative_imports
 
-from vamba.demo.tiny_checkpoint import CHAT_TEMPLATE, tiny_tokenizer
-from vamba.demo.tiny_mamba2 import tiny_neox_tokenizer
+from vamba.demo.tiny_checkpoints import CHAT_TEMPLATE, tiny_neox_tokenizer, tiny_tokenizer
 from vamba.modeling import VambaProcessor, VideoMa2mbaProcessor
 
 from tiny_video_ma2mba import tiny_config

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, GPTNeoXTokenizer
 
-from vamba.demo.tiny_mamba2 import tiny_neox_tokenizer
+from vamba.demo.tiny_checkpoints import tiny_neox_tokenizer
 from vamba.modeling import VideoMa2mbaConfig, VideoMa2mbaProcessor
 
 from tiny_video_ma2mba import PATCHES, tiny_config

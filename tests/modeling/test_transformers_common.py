@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, testing_utils
 
-from vamba.demo.tiny_checkpoint import CHAT_TEMPLATE, tiny_tokenizer
+from vamba.demo.tiny_checkpoints import CHAT_TEMPLATE, tiny_tokenizer
 from vamba.modeling import (
     VambaConfig,
     VambaForConditionalGeneration,

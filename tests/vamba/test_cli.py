@@ -143,7 +143,7 @@ def test_a_fault_is_one_line_that_names_the_file_with_its_traceback(error, tmp_p
 
 @pytest.mark.parametrize("buffered", ["", "1"])
 def test_a_reader_that_goes_away_is_no_fault(buffered, tmp_path):
-    code = "import sys; from vamba import cli; cli._info = lambda args: [print(i) for i in range(10**5)] and 0"
+    code = "import sys; from vamba import cli, info; info.run = lambda args: [print(i) for i in range(10**5)] and 0"
     with open(tmp_path / "err", "w") as err:
         command = [sys.executable, "-c", f"{code}; sys.exit(cli.main(['info', 'x']))"]
         environment = os.environ | {"PYTHONUNBUFFERED": buffered}

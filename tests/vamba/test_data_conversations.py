@@ -5,7 +5,7 @@ import torch
 from transformers import AutoProcessor
 
 from vamba.data import ConversationEncoder, ExampleError, spoken_parts, to_messages
-from vamba.demo.tiny_checkpoint import CHAT_TEMPLATE
+from vamba.demo.tiny_checkpoints import CHAT_TEMPLATE
 
 
 def said(role, *content):

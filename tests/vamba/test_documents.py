@@ -1,81 +1,71 @@
-"""What the documents say runs: every snippet and command of them, on tiny checkpoints.
+"""What the documents say is true: their Python runs, their commands parse or run, their links and names lead somewhere.
 
-What is unusual: a command or a snippet that is new in a document fails here until it is run below or listed with the
-reason why it is only parsed.
+What is unusual: a program that is new in a document fails here until it is run below, or listed with the reason why it
+is only parsed.
 """
 
+import ast
 import importlib
+import inspect
+import json
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import yaml
 
 import vamba
 from vamba import cli
 from vamba.conversion import convert
-from vamba.demo.tiny_mamba2 import make_tiny_clip, make_tiny_mamba2
-from vamba.training import load_recipe
+from vamba.data.conversations import to_messages
+from vamba.demo.tiny_checkpoints import make_tiny_clip, make_tiny_mamba2
+from vamba.training import load_recipe, shipped_recipes
+from vamba.training.arguments import DataArguments, DatasetArguments, ModelArguments, VambaTrainingArguments
 
 from training_data import recipe_values, write_dataset
 
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "examples/accelerate/README.md"]
+DOCUMENTS += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 PROGRAMS = ("vamba", "make", "pip", "accelerate", "torchrun", "python", "tar")
-# Commands that are not run whole, and why.
+# Commands that are not run, and why.
 PARSED = {
     "make": "each is minutes; its dry run is made",
     "pip": "it needs the network; extras are looked up in pyproject.toml",
     "accelerate": "it needs GPUs; both halves are parsed, and `python -m vamba` is run",
     "torchrun": "as accelerate",
     "tar": "it needs what pip downloads",
-    "vamba bench": "minutes on a CPU; tests/vamba/test_bench.py runs it",
-    "vamba finetune vamba_stage1": "the recipe is for a 7B; it is parsed",
+    "python": "benchmarks need a GPU; the script must be there",
+    "vamba bench": "minutes on a CPU; its own tests run it",
+    "vamba demo": "minutes; its own tests run it",
+    "vamba finetune vamba_stage": "the recipes are for a 7B; they are read",
 }
-# Inline code with a call that stands for something longer: what is run in its place.
-RUN = {
-    'pipeline("image-text-to-text")': 'transformers.pipeline("image-text-to-text", model=model, processor=processor)',
-    "processor.apply_chat_template(messages, ...)": (
-        "inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,"
-        " return_tensors='pt').to(model.device)"
-    ),
-    "model.generate(**inputs)": "model.generate(**inputs, max_new_tokens=2)",
-    "memory = model.encode_video(...)": (
-        "memory = model.encode_video(inputs['pixel_values_videos'], inputs['video_grid_thw'])"
-    ),
-    "generate(..., past_key_values=memory.fork())": (
-        "model.generate(**question, past_key_values=memory.fork(), max_new_tokens=2)"
-    ),
-    "past_key_values=memory.fork()": "model.generate(**questions, past_key_values=memory.fork(), max_new_tokens=2)",
-    "generate(..., past_key_values=memory.fork(max_cache_len=512))": (
-        "model.generate(**question, past_key_values=memory.fork(max_cache_len=512), max_new_tokens=2)"
-    ),
-    'VideoChat(..., video_dtype=..., video_device="cpu")': (
-        "vamba.VideoChat(model, processor, video_dtype=torch.float8_e4m3fn, video_device='cpu').watch('talk.mp4')"
-    ),
-    "processor(..., do_rescale=False, do_normalize=False)": (
-        "processor(text='<|vision_start|><|vision_end|>', videos='talk.mp4', do_rescale=False, do_normalize=False)"
-    ),
-    "model.encode_video(new_frames, grid, memory=memory)": None,
-    'memory.save("talk.safetensors")': None,
-    "vamba.VideoMemory.load(...)": "loaded = vamba.VideoMemory.load('talk.safetensors')",
-    "memory.to(dtype=torch.float8_e4m3fn)": "loaded.to(dtype=torch.float8_e4m3fn)",
-    'memory.to("cpu")': None,
-    "vamba.read_video(path, fps=..., num_frames=..., start=..., end=...)": (
-        "vamba.read_video(path, fps=2.0, start=0.5, end=1.5); vamba.read_video(path, num_frames=3)"
-    ),
-    "model.enable_multi_axis_checkpointing()": None,
-    "model(..., packed_lengths=[...])": "model(**packed, packed_lengths=[inputs['input_ids'].shape[1]] * 2)",
-    "vamba.hub.push_to_hub(model, processor, repo_id)": "vamba.hub.push_to_hub",  # it needs the Hub; test_hub.py
-    "model.to(torch.bfloat16)": None,
-    "from_pretrained(dtype=...)": "AutoModelForImageTextToText.from_pretrained('runs/demo', dtype=torch.bfloat16)",
+FOLDERS = (
+    "modeling",
+    "conversion",
+    "vamba",
+    "docs",
+    "examples",
+    "benchmarks",
+    "tests",
+    "model_cards",
+    ".ci",
+    ".github",
+)
+OBJECTS = {
+    "vamba": vamba,
+    "torch": torch,
+    "model": vamba.VambaForConditionalGeneration,
+    "processor": vamba.VambaProcessor,
+    "memory": vamba.VideoMemory,
+    "chat": vamba.VideoChat,
 }
 
 
@@ -95,7 +85,7 @@ def inline(document: str) -> list[str]:
 def commands() -> list[str]:
     found = []
     for document in DOCUMENTS:
-        for block in (block for block in blocks(document, "") if block.split()[0] in PROGRAMS):
+        for block in (block for block in blocks(document, "") if block.split()[0].split("/")[-1] in PROGRAMS):
             for line in block.replace("\\\n", " ").splitlines():
                 found += shlex.join(shlex.split(line, comments=True)).split(" '&&' ")
         found += [code for code in inline(document) if code.split()[0].split("/")[-1] in PROGRAMS and " " in code]
@@ -106,9 +96,9 @@ def commands() -> list[str]:
 def desk(checkpoint, clip, tmp_path_factory):
     """A folder in which the names that the documents use are there."""
     desk = tmp_path_factory.mktemp("desk")
-    (desk / "runs").mkdir()
+    (desk / "runs" / "stage1").mkdir(parents=True)
     (desk / "examples").symlink_to(ROOT / "examples")
-    for name in ("runs/demo", "PATH", "SRC", "my-vamba"):
+    for name in ("runs/demo", "runs/stage1/final", "PATH", "SRC", "OLD", "my-vamba"):
         (desk / name).symlink_to(checkpoint)
     (desk / "Qwen2-VL-folder").symlink_to(checkpoint.parent / "qwen")
     for name in ("talk.mp4", "VIDEO"):
@@ -116,49 +106,70 @@ def desk(checkpoint, clip, tmp_path_factory):
     convert(checkpoint, desk / "TIGER-Lab-Vamba-folder", to="original", progress=False)
     make_tiny_mamba2(desk / "mamba2-folder", ["What happens?"])
     make_tiny_clip(desk / "clip-folder")
-    (desk / "talks.jsonl").symlink_to(write_dataset(desk / "data", 2))
+    for name in ("talks.jsonl", "captions.jsonl"):
+        (desk / name).symlink_to(write_dataset(desk / "data", 2))
     for index in range(2):
         (desk / f"{index}.mp4").symlink_to(desk / "data" / f"{index}.mp4")
-    values = recipe_values(checkpoint, desk / "talks.jsonl", desk / "out")
-    values["train"] |= {"max_steps": 1}
+    values = recipe_values(checkpoint, desk / "talks.jsonl", desk / "out", max_steps=1)
     (desk / "recipe.yaml").write_text(yaml.safe_dump(values))
     return desk
 
 
-def test_python_of_the_readme(desk, monkeypatch):
-    monkeypatch.chdir(desk)
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "python")])
+def test_python(document, desk, monkeypatch):
+    """All of a document in one namespace, as a reader would type it."""
     from qwen_vl_utils import vision_process
 
+    monkeypatch.chdir(desk)
     monkeypatch.setattr(vision_process, "VIDEO_READER_BACKENDS", dict(vision_process.VIDEO_READER_BACKENDS))
     monkeypatch.setattr(vision_process, "FORCE_QWENVL_VIDEO_READER", None)
-    names = {"torch": torch, "transformers": transformers, "path": "talk.mp4"}
-    for block in blocks("README.md", "python"):
-        exec(compile(block, "README.md", "exec"), names)
+    names = {}
+    for block in blocks(document, "python"):
+        exec(compile(block, document, "exec"), names)
     vision_process.get_video_reader_backend.cache_clear()
-    assert names["inputs"]["pixel_values_videos"].shape[0] and len(names["videos"]) == 1
-    question = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Who?"}]}]
-    asked = names["processor"].apply_chat_template(question, add_generation_prompt=True)
-    tokenize = names["processor"].tokenizer
-    names["question"], names["questions"] = (
-        tokenize(texts, return_tensors="pt").to(names["model"].device) for texts in (asked, [asked] * 2)
-    )
-    media = ("pixel_values_videos", "video_grid_thw")
-    names["packed"] = {
-        key: torch.cat([value, value], 0 if key in media else 1) for key, value in names["inputs"].items()
-    }
-    written = inline("README.md")
-    calls = {code for code in written if "(" in code and code not in commands()}
-    assert calls == set(RUN), "inline code that is new, or gone"
-    names["grid"] = names["new_frames"] = None
-    for code, runs in RUN.items():
-        if code.startswith("model.encode_video(new"):
-            names |= {"new_frames": names["inputs"]["pixel_values_videos"], "grid": names["inputs"]["video_grid_thw"]}
-        exec(runs or code, names)
-    for code in written:  # names of ours that are only mentioned
-        if re.fullmatch(r"vamba(\.\w+)+", code) and not code.endswith(".yaml"):
-            eval(code, {"vamba": vamba})
-        if re.fullmatch(r"(examples|benchmarks|tests)/[\w./]+", code):
-            assert (ROOT / code).exists(), code
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text_of(document), flags=re.S)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / path if path else ROOT / document
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_names(document):
+    """Files, attributes and arguments that are named within sentences and tables."""
+    for code in inline(document):
+        if code.startswith(tuple(f"{folder}/" for folder in FOLDERS)) and " " not in code:
+            assert list(ROOT.glob(code.rstrip("/"))), code
+        elif re.match(rf"({'|'.join(OBJECTS)})\.\w", code) and not code.endswith((".yaml", ".md", ".py")):
+            check_expression(ast.parse(code.replace("...", "None"), mode="eval").body)
+
+
+def check_expression(node: ast.expr) -> None:
+    keywords = [keyword.arg for keyword in node.keywords] if isinstance(node, ast.Call) else []
+    chain = []
+    node = node.func if isinstance(node, ast.Call) else node
+    while isinstance(node, ast.Attribute):
+        chain.insert(0, node.attr)
+        node = node.value
+    found = OBJECTS[node.id]
+    for name in chain:
+        if inspect.ismodule(found) and not hasattr(found, name):
+            found = importlib.import_module(f"{found.__name__}.{name}")
+        else:
+            found = getattr(found, name)
+    if keywords:
+        parameters = inspect.signature(found).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        assert takes_any or set(keywords) <= set(parameters), (chain, keywords)
 
 
 @pytest.mark.parametrize("command", commands())
@@ -177,6 +188,8 @@ def test_command(command, desk, tmp_path, monkeypatch, capsys):
         parse_launch(program, words)
     elif program == "vamba":
         run_vamba(words, tmp_path, capsys)
+    elif program == "python" and words[0] != "-m":
+        assert (ROOT / words[0]).is_file()
     else:
         assert program in PARSED
 
@@ -185,38 +198,82 @@ def parse_launch(program: str, words: list[str]) -> None:
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
 
+    if words == ["launch"]:  # only named
+        return
     parser = launch_command_parser() if program == "accelerate" else get_args_parser()
     args = parser.parse_args(words[1:] if program == "accelerate" else words)
     assert program == "torchrun" or Path(args.config_file).is_file()
+    script = args.training_script
     if args.module:
-        importlib.import_module(args.training_script)
-        assert importlib.util.find_spec(f"{args.training_script}.__main__")
-        cli._parser().parse_args(args.training_script_args)
+        importlib.import_module(script)
+        assert importlib.util.find_spec(f"{script}.__main__") and args.training_script_args[0] == "finetune"
+        load_recipe(args.training_script_args[1], args.training_script_args[2:])
+    elif script.startswith("benchmarks/"):
+        assert (ROOT / script).is_file()
     else:
-        assert Path(args.training_script).is_file()
-        load_recipe(args.training_script_args[0])
+        assert Path(script).is_file()
+        load_recipe(args.training_script_args[0], args.training_script_args[1:])
 
 
 def run_vamba(words: list[str], tmp_path: Path, capsys) -> None:
-    if len(words) == 1:  # only named
+    if all(word.startswith("--") for word in words[1:]):  # only named
         with pytest.raises(SystemExit, match="^0$"):
-            cli.main([*words, "--help"])
+            cli.main([words[0], "--help"])
+        assert set(words[1:]) <= set(capsys.readouterr().out.split())
         return
     if words[0] == "convert":
         words[2] = str(tmp_path / "converted")
     if words[0] == "finetune":
-        few = ["train.max_steps=1", "train.bf16=false", "model.dtype=float32", f"train.output_dir={tmp_path / 'out'}"]
-        few += ["data.max_pixels=2304", "lora.r=2"] if words[1] == "vamba_lora" else []
-        words = [word for word in words if word not in ("...", "--set")]
-        words = [words[0], words[1], *(part for pair in [*words[2:], *few] for part in ("--set", pair))]
+        words = [word for word in words if word not in ("...", "--resume")]
+        words += ["--max_steps=1", "--bf16=no", "--dtype=float32", f"--output_dir={tmp_path / 'out'}"]
+        words += ["--max_pixels=2304", "--lora_r=2"] if words[1] == "vamba_lora" else []
+        if words[1].startswith("vamba_stage"):
+            load_recipe(words[1], words[2:])
+            return
     if words[0] == "ask":
         if words[1].endswith(".safetensors"):
             assert cli.main(["ask", "VIDEO", "Who?", "--model", "PATH", "--save-memory", words[1], "--quiet"]) == 0
+        if "--save-memory" in words:
+            words[words.index("--save-memory") + 1] = str(tmp_path / "memory.safetensors")
         words += ["--max-new-tokens", "2", "--quiet"]
     if any(" ".join(["vamba", *words]).startswith(listed) for listed in PARSED):
         cli._parser().parse_args(words)
         return
     assert cli.main(words) == 0, capsys.readouterr().err
+
+
+def test_every_file_of_the_model_has_its_room():
+    table = text_of("docs/architecture.md").split("| File of `modeling/` |")[1].split("\n\n")[0]
+    found = [{path.name for path in (ROOT / "modeling").glob(name)} for name in re.findall(r"`([\w*]+\.py)`", table)]
+    assert all(found)
+    assert {path.name for path in (ROOT / "modeling").glob("*.py")} - {"__init__.py"} == set().union(*found)
+
+
+def test_every_key_of_a_recipe_is_explained():
+    """And nothing is explained that is no key."""
+    text = text_of("docs/training.md")
+    explained = {key for cell in re.findall(r"^\| (`[a-z].*?) \|", text, re.M) for key in re.findall(r"`(\w+)`", cell)}
+    transformers_own = {field.name for base in VambaTrainingArguments.__mro__[1:-1] for field in fields(base)}
+    kinds = (ModelArguments, DataArguments, DatasetArguments, VambaTrainingArguments)
+    keys = {field.name for kind in kinds for field in fields(kind) if field.init and field.name[0] != "_"}
+    assert keys - transformers_own <= explained, keys - transformers_own - explained
+    assert explained - set(shipped_recipes()) <= keys, explained - set(shipped_recipes()) - keys
+    assert set(shipped_recipes()) <= explained
+
+
+def test_examples_of_data():
+    for block in blocks("docs/training.md", "json"):
+        for line in block.splitlines():
+            assert to_messages(json.loads(line))[0]["content"][0]["type"] == "video"
+
+
+def test_the_headline_figure_can_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    drawing = f"import headline_figure, pathlib; headline_figure.draw(pathlib.Path({str(tmp_path / 'new.svg')!r}))"
+    subprocess.run([sys.executable, "-c", drawing], cwd=ROOT / "benchmarks", check=True)
+    drawn, kept = (path.read_text() for path in (tmp_path / "new.svg", ROOT / "docs" / "headline.svg"))
+    titles = re.findall(r">([^<>]+)</text>", drawn)
+    assert titles and titles == re.findall(r">([^<>]+)</text>", kept)
 
 
 def test_the_package_is_a_program(desk):

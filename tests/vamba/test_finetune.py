@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 from vamba import VideoChat
 from vamba.cli import main
 from vamba.data import Collator, ConversationEncoder, Source
-from vamba.demo.tiny_mamba2 import tiny_neox_tokenizer
+from vamba.demo.tiny_checkpoints import tiny_neox_tokenizer
 from vamba.errors import DiskFullError
 from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, shared_model
 from vamba.modeling.decoder_layer import VambaMLP

@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--model is missing: give the folder of a Vamba checkpoint, or 7b for random weights.")
     if args.out:
         check_writable(args.out)
-    from vamba.cli import _quiet_transformers
+    from vamba.cli import quiet_transformers
 
     from .measure import measure_all
 
-    _quiet_transformers()
+    quiet_transformers()
 
     results = measure_all(args)
     print(report.markdown(results))

@@ -1,4 +1,4 @@
-"""The models that are measured, and what their matrix products and their weights come to.
+"""The models that are measured, and what the weights of their parts come to, for floors.
 
 What is unusual: random weights are made on the GPU, where 11 billion of them take seconds and no disk.
 """
@@ -83,3 +83,15 @@ def linear_weights(*modules: nn.Module) -> int:
         for part in module.modules()
         if isinstance(part, (nn.Linear, nn.Conv3d))
     )
+
+
+def video_keys_and_values(model: PreTrainedModel) -> list[nn.Module]:
+    """The projections that each video token passes once and no text token; none of a model without cross-attention."""
+    attentions = [getattr(layer, "cross_attn", None) for layer in model.model.language_model.layers]
+    return [module for attention in attentions if attention for module in (attention.k_proj, attention.v_proj)]
+
+
+def decode_bytes(model: PreTrainedModel, memory_bytes: int) -> int:
+    """What has to be read for a token: the weights it passes, and the memory of the video."""
+    language = linear_weights(model.model.language_model, model.lm_head)
+    return (language - linear_weights(*video_keys_and_values(model))) * model.dtype.itemsize + memory_bytes

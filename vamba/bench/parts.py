@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from vamba.video import read_video
 
-from .measure import Clock, Ours, Stopwatch, now
-from .models import linear_weights
+from .clock import Stopwatch, TokenClock, kernels_of, now
+from .models import linear_weights, video_keys_and_values
+from .subjects import Ours
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Part:
 def measure_parts(ours: Ours, rates: dict) -> list[dict]:
     """Rows (part, calls, ms, floor_ms) of encoding one chunk and of reading one prompt about it."""
     frames = ours.args.chunk_frames
-    memory, clock = ours.encode(frames), Clock(ours.device)
+    memory, clock = ours.encode(frames), TokenClock(ours.device)
     ours.generate(ours.prompt(), clock, past_key_values=memory.fork())  # kernels are compiled
     parts = [*_vision_parts(ours), *_encoder_parts(ours), *_prompt_parts(ours)]
 
@@ -76,6 +76,10 @@ def time_modules(modules: Iterable[nn.Module], run: Callable, device: torch.devi
     return {m: [watch.between(watch.marks[a], watch.marks[b]) for a, b in spans] for m, spans in calls.items()}
 
 
+def _products(name: str, modules: list[nn.Module], tokens: int) -> Part:
+    return Part(name, modules, 2 * tokens * linear_weights(*modules))
+
+
 def _vision_parts(ours: Ours) -> list[Part]:
     """The tower as a whole, and, of Qwen2-VL's, its parts over all blocks."""
     model, config, frames = ours.model.model, ours.model.config.vision_config, ours.args.chunk_frames
@@ -85,60 +89,46 @@ def _vision_parts(ours: Ours) -> list[Part]:
     h, w = ours.args.patches
     T, M, blocks = ours.steps(frames) * h * w, ours.tokens(frames), list(model.visual.blocks)
     row = T * config.embed_dim * ours.model.dtype.itemsize * len(blocks)  # bytes of the stream, through all blocks
-
-    def products(name: str, modules: list[nn.Module], tokens: int = T) -> Part:
-        return Part(f"vision tower: {name}", modules, 2 * tokens * linear_weights(*modules))
-
     qkv, proj = [block.attn.qkv for block in blocks], [block.attn.proj for block in blocks]
     attention = 4 * T * h * w * config.embed_dim * len(blocks)
     return [
         whole,
-        products("patch embedding", [model.visual.patch_embed]),
+        _products("vision tower: patch embedding", [model.visual.patch_embed], T),
         Part("vision tower: norm", [block.norm1 for block in blocks], size=2 * row),
-        products("qkv", qkv),
+        _products("vision tower: qkv", qkv, T),
         Part("vision tower: rotation and attention", [block.attn for block in blocks], attention, less=[*qkv, *proj]),
-        products("output of attention", proj),
+        _products("vision tower: output of attention", proj, T),
         Part("vision tower: residual and norm", [block.norm2 for block in blocks], size=4 * row),
-        products("fc1", [block.mlp.fc1 for block in blocks]),
+        _products("vision tower: fc1", [block.mlp.fc1 for block in blocks], T),
         Part("vision tower: activation", [block.mlp.act for block in blocks], size=int(2 * row * config.mlp_ratio)),
-        products("fc2", [block.mlp.fc2 for block in blocks]),
-        products("merger", [model.visual.merger], M),
+        _products("vision tower: fc2", [block.mlp.fc2 for block in blocks], T),
+        _products("vision tower: merger", [model.visual.merger], M),
     ]
 
 
 def _encoder_parts(ours: Ours) -> list[Part]:
-    model, config, M = ours.model.model, ours.model.config.mamba_config, ours.tokens(ours.args.chunk_frames)
-    blocks, layers = list(model.video_encoder.layers), list(model.language_model.layers)
-    mixers = [block.mixer for block in blocks]
+    blocks, config = list(ours.model.model.video_encoder.layers), ours.model.config.mamba_config
+    mixers, M = [block.mixer for block in blocks], ours.tokens(ours.args.chunk_frames)
     row = M * ours.model.dtype.itemsize * len(blocks)  # bytes of one number per token, through all blocks
     inside = [module for mixer in mixers for module in (mixer.in_proj, mixer.norm, mixer.out_proj)]
-    keys_values = [module for layer in layers for module in (layer.cross_attn.k_proj, layer.cross_attn.v_proj)]
-    inner, conv = config.intermediate_size, config.conv_dim
+    inner, scanned = config.intermediate_size, config.conv_dim + config.num_heads + config.intermediate_size
     return [
-        Part("Mamba-2 blocks", blocks, 2 * M * linear_weights(*blocks)),
+        _products("Mamba-2 blocks", blocks, M),
         Part("Mamba-2 blocks: norm", [block.norm for block in blocks], size=2 * row * config.hidden_size),
-        Part(
-            "Mamba-2 blocks: in_proj", [m.in_proj for m in mixers], 2 * M * linear_weights(*(m.in_proj for m in mixers))
-        ),
-        Part("Mamba-2 blocks: convolution and scan", mixers, size=row * (conv + config.num_heads + inner), less=inside),
+        _products("Mamba-2 blocks: in_proj", [mixer.in_proj for mixer in mixers], M),
+        Part("Mamba-2 blocks: convolution and scan", mixers, size=row * scanned, less=inside),
         Part("Mamba-2 blocks: gated norm", [mixer.norm for mixer in mixers], size=3 * row * inner),
-        Part(
-            "Mamba-2 blocks: out_proj",
-            [m.out_proj for m in mixers],
-            2 * M * linear_weights(*(m.out_proj for m in mixers)),
-        ),
-        Part("video keys and values", keys_values, 2 * M * linear_weights(*keys_values)),
+        _products("Mamba-2 blocks: out_proj", [mixer.out_proj for mixer in mixers], M),
+        _products("video keys and values", video_keys_and_values(ours.model), M),
     ]
 
 
 def _prompt_parts(ours: Ours) -> list[Part]:
-    language, N = ours.model.model.language_model, ours.args.prompt_tokens
-    weights = linear_weights(language) - ours.key_value_weights()
-    cross = [layer.cross_attn for layer in language.layers]
-    text = ours.model.config.text_config
+    language, N, text = ours.model.model.language_model, ours.args.prompt_tokens, ours.model.config.text_config
+    cross, item = [layer.cross_attn for layer in language.layers], ours.model.dtype.itemsize
+    keys_values = linear_weights(*video_keys_and_values(ours.model))
+    weights, queries = linear_weights(language) - keys_values, linear_weights(*cross) - keys_values
     reading = 4 * N * ours.tokens(ours.args.chunk_frames) * text.hidden_size * len(cross)
-    queries = linear_weights(*cross) - ours.key_value_weights()
-    item = ours.model.dtype.itemsize
     return [
         Part("prompt", [language], 2 * N * weights + reading, weights * item),
         Part("prompt: reading the video", cross, 2 * N * queries + reading, queries * item),
@@ -151,15 +141,7 @@ def measure_kernels(ours: Ours) -> list[dict]:
     shape = (1, ours.tokens(ours.args.chunk_frames), config.hidden_size)
     vision_BSD = torch.randn(shape, device=ours.device).to(ours.model.dtype)
     _, state = block(vision_BSD, None, None)
-    cuda = ours.device.type == "cuda"
-    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
-    with profile(activities=[activity], acc_events=True) as profiler:
-        block(vision_BSD, state, None)
-        now(ours.device)
-    field = "self_device_time_total" if cuda else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, field))
-    rows = [{"kernel": e.key, "calls": e.count, "ms": getattr(e, field) / 1e3} for e in events]
-    return [row for row in rows if row["ms"] > 0][:16]
+    return kernels_of(lambda: block(vision_BSD, state, None), ours.device)[:16]
 
 
 def measure_videos(files: list[str] | None, vision) -> list[dict]:

@@ -1,19 +1,27 @@
-"""Tables, plots and the report of `vamba bench`; plots are drawn from the written table, on any machine."""
+"""Tables, plots and reports, of `vamba bench` and of the scripts in benchmarks/.
+
+What is unusual: plots are drawn from the written table, so that it may be done on any machine.
+"""
 
 import csv
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from vamba.errors import UserError, opening
 
+from .clock import GIB
 
-_GIB = 2**30
-# column of the plots -> (name of the file, label, unit's factor, column of the floor)
+
+# column of the plots -> (name of the file, label, unit's factor, column of the floor, what that is)
 _PLOTS = {
-    "prefill_s": ("prefill", "prefill, s", 1, "prefill_floor_s"),
-    "decode_ms": ("decode", "decoding, ms per token", 1, "decode_floor_ms"),
-    "peak_over_weights_bytes": ("memory", "peak over weights, GiB", 1 / _GIB, "video_memory_bytes"),
-}
+    "prefill_s": ("prefill", "prefill, s", 1, "prefill_floor_s", "floor"),
+    "decode_ms": ("decode", "decoding, ms per token", 1, "decode_floor_ms", "floor"),
+    "peak_over_weights_bytes": (
+        "memory", "peak over weights, GiB", 1 / GIB, "video_memory_bytes", "keys and values"
+    ),
+}  # fmt: skip
 _LENGTHS = {
     "model": "model",
     "frames": "frames",
@@ -34,33 +42,99 @@ _LENGTHS = {
 }
 
 
+class Line(NamedTuple):
+    """What `draw` draws: (x, y) points in matplotlib's style, e.g. "o-"."""
+
+    label: str | None
+    points: Sequence[tuple[float, float]]
+    color: str
+    style: str = "o-"
+
+
+def draw(path: Path, panels: Iterable[tuple[str, list[Line]]], label: str, ticks: Sequence[int] = (), **legend) -> Path:
+    """Writes a PNG of panels side by side, each a label of what it shows and its lines, on logarithmic axes.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"{path.name} was not drawn: plots need matplotlib (pip install matplotlib)") from error
+    panels = list(panels)
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    for axes, (shown, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for line in lines:
+            axes.plot(*(zip(*line.points) if line.points else ((), ())), line.style, color=line.color, label=line.label)
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel=shown)
+        if ticks:
+            axes.set_xticks(ticks, ticks, rotation=45 if len(ticks) > 8 else 0)
+            axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="small", **legend)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def table(rows: list[dict], columns: dict[str, str] | None = None) -> str:
+    """Markdown of the columns, name to title, that any row has something in; of all columns for None."""
+    columns = columns or {name: name for row in rows for name in row}
+    columns = {name: title for name, title in columns.items() if any(row.get(name) is not None for row in rows)}
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(_cell(row.get(name)) for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    text = str(value).replace("|", "\\|")
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def read_table(path: Path) -> list[dict]:
+    """The rows of a CSV file: numbers where they are some, None where there is nothing."""
+
+    def value(text: str):
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except (TypeError, ValueError):
+                continue
+        return text or None
+
+    with opening(path), path.open(newline="", encoding="utf-8") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def write_table(path: Path, rows: list[dict], columns: Iterable[str] | None = None) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns or dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
 def write(results: dict, folder: str | os.PathLike) -> list[Path]:
     """Writes the tables as CSV, the report, and the plots where matplotlib is installed; returns the paths."""
     folder = Path(folder)
     with opening(folder):
         folder.mkdir(parents=True, exist_ok=True)
     stem = f"{results['machine']['date']}_video_length"
-    paths = []
-    for name in ("lengths", "parts", "kernels", "videos"):
-        paths.append(folder / (f"{stem}.csv" if name == "lengths" else f"{stem}_{name}.csv"))
-        _write_table(paths[-1], results[name])
-    report = folder / f"{stem}.md"
+    names = {"lengths": stem, **{name: f"{stem}_{name}" for name in ("parts", "kernels", "videos")}}
+    paths = [write_table(folder / f"{file}.csv", results[name]) for name, file in names.items()]
     try:
         plots = plot(paths[0])
     except UserError as error:
         plots = []
-        print(f"no plots: {error}")
+        print(f"{error}, then vamba bench --plot {paths[0]}")
+    report = folder / f"{stem}.md"
     text = markdown(results) + "".join(f"\n![{path.stem}]({path.name})\n" for path in plots)
     report.write_text(text, encoding="utf-8")
     return [*paths, *plots, report]
-
-
-def _write_table(path: Path, rows: list[dict]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def plot(table: str | os.PathLike) -> list[Path]:
@@ -69,67 +143,51 @@ def plot(table: str | os.PathLike) -> list[Path]:
     Raises:
         UserError: matplotlib is not installed, or `table` is no table of lengths.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"plots need matplotlib: pip install matplotlib, then vamba bench --plot {table}") from error
     table = Path(table)
-    with opening(table), table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(table)
     if not rows or not {"model", "frames", "prefill_s"} <= rows[0].keys():
         raise UserError(f"{table} is no table of lengths, as vamba bench --out writes it.")
+    models = dict(zip(dict.fromkeys(row["model"] for row in rows), ("tab:blue", "tab:orange")))
     paths = []
-    for column, (name, label, unit, floor) in _PLOTS.items():
+    for column, (name, label, unit, floor, meaning) in _PLOTS.items():
         if not any(row.get(column) for row in rows):  # the memory, on a CPU
             continue
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        for color, model in zip(("tab:blue", "tab:orange"), dict.fromkeys(row["model"] for row in rows)):
-            for shown, style, of in ((column, "o-", model), (floor, "--", _floor_name(floor, model))):
-                points = [
-                    (float(r["frames"]), unit * float(r[shown])) for r in rows if r["model"] == model and r[shown]
-                ]
-                if points:
-                    axes.plot(*zip(*points), style, color=color, label=of)
-        axes.set(xscale="log", yscale="log", xlabel="frames", ylabel=label)
-        lengths = sorted({int(row["frames"]) for row in rows})
-        axes.set_xticks(lengths, lengths)
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-        paths.append(table.with_name(f"{table.stem}_{name}.png"))
-        figure.savefig(paths[-1], dpi=120)
+        lines = [
+            Line(of, [(r["frames"], unit * r[shown]) for r in rows if r["model"] == model and r[shown]], color, style)
+            for model, color in models.items()
+            for shown, style, of in ((column, "o-", model), (floor, "--", f"{model}, {meaning}"))
+        ]
+        file = table.with_name(f"{table.stem}_{name}.png")
+        paths.append(draw(file, [(label, lines)], "frames", sorted({row["frames"] for row in rows})))
     return paths
-
-
-def _floor_name(column: str, model: str) -> str:
-    return f"{model}, keys and values" if column == "video_memory_bytes" else f"{model}, floor"
 
 
 def markdown(results: dict) -> str:
     """The report: the facts, then a table for each measurement, ratios to the peer beside."""
     machine = dict(results["machine"])
-    lines = [f"# The model against the length of the video\n\n{machine.pop('date')}, `{machine.pop('command')}`\n"]
-    lines.append(", ".join(f"{name}: {value}" for name, value in machine.items() if value is not None) + ".\n")
-    lines.append(
-        "Medians. Floors: operations of the matrix products at the measured rate; bytes of weights and video memory at "
-        "the measured rate of copies. The peak does not count the peer's pixels.\n"
-    )
-    lines.append(table(_with_units(results["lengths"]), _LENGTHS))
-    lines += _ratios(results["lengths"])
-    lines.append("\n## Parts, one chunk and one prompt\n")
-    lines.append(table(results["parts"], {"part": "part", "calls": "calls", "ms": "ms", "floor_ms": "floor ms"}))
-    lines.append("\n## Kernels of one Mamba-2 block, one chunk\n")
-    lines.append(table(results["kernels"], {"kernel": "kernel", "calls": "calls", "ms": "ms"}))
-    lines.append("\n## Reading video\n")
     names = ("video", "kept", "frames", "seconds", "decoded_frames_per_s", "times_real_time")
-    lines.append(table(results["videos"], {name: name.replace("_", " ") for name in names}))
-    return "\n".join(lines) + "\n"
+    return "\n".join(
+        [
+            f"# The model against the length of the video\n\n{machine.pop('date')}, `{machine.pop('command')}`\n",
+            ", ".join(f"{name}: {value}" for name, value in machine.items() if value is not None) + ".\n",
+            "Medians. Floors: operations of the matrix products at the measured rate; bytes of weights and video "
+            "memory at the measured rate of copies. The peak does not count the peer's pixels.\n",
+            table([_in_gib(row) for row in results["lengths"]], _LENGTHS),
+            *_ratios(results["lengths"]),
+            "\n## Parts, one chunk and one prompt\n",
+            table(results["parts"], {"part": "part", "calls": "calls", "ms": "ms", "floor_ms": "floor ms"}),
+            "\n## Kernels of one Mamba-2 block, one chunk\n",
+            table(results["kernels"], {"kernel": "kernel", "calls": "calls", "ms": "ms"}),
+            "\n## Reading video\n",
+            table(results["videos"], {name: name.replace("_", " ") for name in names}),
+            "",
+        ]
+    )
 
 
-def _with_units(rows: list[dict]) -> list[dict]:
+def _in_gib(row: dict) -> dict:
     sizes = ("peak_over_weights_bytes", "video_memory_bytes")
-    return [{name: value / _GIB if name in sizes else value for name, value in row.items()} for row in rows]
+    return {name: value / GIB if name in sizes else value for name, value in row.items()}
 
 
 def _ratios(rows: list[dict]) -> list[str]:
@@ -144,21 +202,3 @@ def _ratios(rows: list[dict]) -> list[str]:
         f"{peer['model']}'s, its decoding {peer['decode_ms'] / ours['decode_ms']:.1f} times."
         for frames, (ours, peer) in pairs.items()
     ]
-
-
-def table(rows: list[dict], columns: dict[str, str]) -> str:
-    """Markdown of the columns, name to title, that any row has."""
-    columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
-    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(row.get(name)) for name in columns) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    text = str(value).replace("|", "\\|")
-    return text if len(text) <= 80 else text[:77] + "…"

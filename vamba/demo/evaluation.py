@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
 
 from vamba.chat import VideoChat
 
-from .training import messages
 from .videos import QUESTIONS, Story
 
 
@@ -34,9 +32,7 @@ class Reply:
         return self.answer == self.truth
 
 
-def ask_about_videos(
-    model: PreTrainedModel, processor: ProcessorMixin, paths: Sequence[Path], told: Sequence[Story]
-) -> list[Reply]:
+def ask_about_videos(model, processor, paths: Sequence[Path], told: Sequence[Story]) -> list[Reply]:
     """Watches each video once and asks it every question."""
     chat, replies = VideoChat(model, processor), []
     for path, story in zip(tqdm(paths, desc="watching and asking", unit="video"), told):
@@ -46,13 +42,12 @@ def ask_about_videos(
     return replies
 
 
-def ask_without_video(
-    model: PreTrainedModel, processor: ProcessorMixin, paths: Sequence[Path], told: Sequence[Story]
-) -> list[Reply]:
+def ask_without_video(model, processor, paths: Sequence[Path], told: Sequence[Story]) -> list[Reply]:
     """The same questions with nothing to watch; a greedy answer depends on the question only, so each is asked once."""
     replies = []
     for kind, question in QUESTIONS.items():
-        prompt = processor.apply_chat_template(messages([question], [""], False)[:1], add_generation_prompt=True)
+        turn = {"role": "user", "content": [{"type": "text", "text": question}]}
+        prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
         inputs = processor.tokenizer(prompt, return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)[0, inputs["input_ids"].shape[1] :]
         answer = processor.tokenizer.decode(output, skip_special_tokens=True).strip()

@@ -5,8 +5,8 @@ checkpoints are in a subfolder that is gone by then; held-out videos stay, to be
 """
 
 import json
-import math
 import os
+import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,46 +18,40 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.conversion import convert
-from vamba.conversion.staging import staged_folder
 from vamba.errors import OccupiedPathError, check_writable
+from vamba.files import staged_folder
 from vamba.hub import write_model_card
+from vamba.training.finetune import Result, finetune
+from vamba.training.recipe import parse_recipe
 
-from .evaluation import Reply, accuracy, ask_about_videos, ask_without_video, chance
-from .report import draw_report
-from .tiny_checkpoint import make_tiny_qwen2_vl
-from .tiny_mamba2 import make_tiny_clip, make_tiny_mamba2
-from .training import fine_tune, read_examples
+from .evaluation import accuracy, ask_about_videos, ask_without_video, chance
+from .report import draw_report, last_line, print_examples, shown
+from .tiny_checkpoints import TEXT, make_tiny_clip, make_tiny_mamba2, make_tiny_qwen2_vl
 from .videos import ANSWERS, FPS, QUESTIONS, SIZE, Story, render, stories, write_video
 
 
-STEPS = 550
-TRAIN_VIDEOS = 1800
-TEST_VIDEOS = 64
-BATCH_SIZE = 24
-LEARNING_RATE = 2e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 400, 24, 2e-3
+TRAIN_VIDEOS, TEST_VIDEOS = 1800, 64
+CONVERSATIONS = 4  # about each training video
+WITHOUT_VIDEO = 1 / 8  # share of the conversations that come without their video
 RESULTS_FILE = "demo.json"  # also what tells an earlier output, which may be replaced, from anything else
-HIDDEN_SIZE = 64
-# A video is 48 tokens here, not hundreds of thousands: steps are larger, and decay is slow enough to span it.
-MAMBA_CONFIG = {
-    "state_size": 16,
-    "head_dim": 16,
-    "chunk_size": 32,
-    "time_step_min": 0.03,
-    "time_step_max": 0.3,
-    "A_init_bounds": (0.1, 1.0),
+KINDS = {
+    "vamba": ("Vamba", "a tiny Qwen2-VL"),
+    "video-ma2mba": ("Video-Ma2mba", "a tiny Mamba-2 and a tiny CLIP"),
 }
-VAMBA, VIDEO_MA2MBA = "vamba", "video-ma2mba"
-_ANNOUNCED = {VAMBA: "a tiny Qwen2-VL", VIDEO_MA2MBA: "a tiny Mamba-2 and a tiny CLIP"}
-_NAMES = {VAMBA: "Vamba", VIDEO_MA2MBA: "Video-Ma2mba"}
-# Its state has to last until the questions are asked, so decay is slower still.
-MA2MBA_CONFIG = {**MAMBA_CONFIG, "chunk_size": 16, "A_init_bounds": (0.01, 0.2)}
-MAX_THREADS = 4  # more only wait for each other over matrices this small
+# A video is 48 tokens here, not hundreds of thousands: steps are larger, and decay is slow enough to span it. The state
+# of a Video-Ma2mba has to last until the questions are asked, so decay is slower still.
+MIXERS = {
+    "vamba": {"chunk_size": 32, "A_init_bounds": (0.1, 1.0)},
+    "video-ma2mba": {"chunk_size": 16, "A_init_bounds": (0.01, 0.2)},
+}
+COMMON = {"state_size": 16, "head_dim": 16, "time_step_min": 0.03, "time_step_max": 0.3}
 
 
 def run(
     output_dir: str | os.PathLike = "runs/demo",
     *,
-    model: str = VAMBA,
+    model: str = "vamba",
     seed: int = 0,
     steps: int | None = None,
     train_videos: int = TRAIN_VIDEOS,
@@ -83,18 +77,12 @@ def run(
     check_output(output)
     settings = {"model": model, "seed": seed, "steps": STEPS if steps is None else steps, "train_videos": train_videos}
     settings |= {"test_videos": test_videos, "batch_size": batch_size, "learning_rate": learning_rate}
-    with staged_folder(output) as folder, _few_threads():
+    with staged_folder(output) as folder:
         results = _run_in(folder, settings)
-    print(f"\ncheckpoint, picture and {test_videos} held-out videos: {output}")
-    print(f"without the video: accuracy {_shown(results['text_only_accuracy'])} (the questions alone tell nothing)")
+    print(f"\ncheckpoint, results and {test_videos} held-out videos: {output}")
+    print(f"without the video: accuracy {shown(results['text_only_accuracy'])} (the questions alone tell nothing)")
     print(last_line(results))
     return results
-
-
-def last_line(results: dict) -> str:
-    """What the demo comes to."""
-    shares = [_shown(results[name]) for name in ("accuracy", "chance")]
-    return f"demo: accuracy {shares[0]} on {results['test_videos']} held-out videos (chance {shares[1]})"
 
 
 def check_output(output: Path) -> None:
@@ -107,33 +95,40 @@ def check_output(output: Path) -> None:
 
 
 def _run_in(folder: Path, settings: dict) -> dict:
-    work, held_out = folder / "work", folder / "videos"
-    seed, kind, seconds = settings["seed"], settings["model"], {}
+    work, seed, kind, seconds = folder / "work", settings["seed"], settings["model"], {}
+    name, base = KINDS[kind]
     with _phase(seconds, "videos", f"writing {settings['train_videos']} + {settings['test_videos']} H.264 videos"):
         paths, told = write_videos(work / "videos", settings["train_videos"], seed=2 * seed)
-        test_paths, test_told = write_videos(held_out, settings["test_videos"], seed=2 * seed + 1)
-    with _phase(seconds, "checkpoint", f"making {_ANNOUNCED[kind]} and converting to {_NAMES[kind]}"):
+        data = write_conversations(work / "videos" / "train.jsonl", paths, told, seed)
+        test_paths, test_told = write_videos(folder / "videos", settings["test_videos"], seed=2 * seed + 1)
+    with _phase(seconds, "checkpoint", f"making {base} and converting to {name}"):
         checkpoint = make_checkpoint(work, seed, kind)
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint)
-        processor = AutoProcessor.from_pretrained(checkpoint)
-    with _phase(seconds, "reading", "decoding the training videos"):
-        examples = read_examples(paths, told, processor)
-    with _phase(seconds, "training", f"fine-tuning {model.num_parameters():,} parameters with Trainer"):
-        options = {key: settings[key] for key in ("steps", "batch_size", "learning_rate", "seed")}
-        loss = fine_tune(model, processor, examples, work / "trainer", **options)
-        model.save_pretrained(folder)
-        processor.video_processor.fps = FPS  # so that it is asked as it was trained, whoever asks
-        processor.save_pretrained(folder)
-        write_model_card(folder, model.config, repo_id=f"{kind}-demo", origin="It knows the task of `vamba demo` only.")
-    with _phase(seconds, "asking", "reloading it and asking about new videos"):
-        model = AutoModelForImageTextToText.from_pretrained(folder, device_map=_device()).eval()
+    with _phase(seconds, "training", "fine-tuning it on conversations about the videos, as `vamba finetune` does"):
+        result = train(checkpoint, data, work / "training", settings)
+        if result.folder is None:
+            raise KeyboardInterrupt  # SIGTERM, after which the trainer ends its step
+        for path in result.folder.iterdir():
+            path.rename(folder / path.name)
+    with _phase(seconds, "asking", "loading it and asking about new videos"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForImageTextToText.from_pretrained(folder, device_map=device).eval()
         processor = AutoProcessor.from_pretrained(folder)
         replies = ask_about_videos(model, processor, test_paths, test_told)
         blind = ask_without_video(model, processor, test_paths, test_told)
-    _print_examples(replies)
-    results = summarize(replies, blind) | {"loss": loss, "seconds": seconds, **settings}
-    title = f"accuracy {_shown(results['accuracy'])}, chance {_shown(results['chance'])}"
+    print_examples(replies)
+    by_kind = {kind: [reply for reply in replies if reply.kind == kind] for kind in QUESTIONS}
+    results = {
+        "accuracy": accuracy(replies),
+        "text_only_accuracy": accuracy(blind),
+        "chance": chance(replies),
+        "accuracy_by_question": {QUESTIONS[kind]: accuracy(of_kind) for kind, of_kind in by_kind.items()},
+        "loss": [*result.losses.values()][-1],
+        "seconds": seconds,
+        **settings,
+    }
+    title = f"accuracy {shown(results['accuracy'])}, chance {shown(results['chance'])}"
     draw_report(folder / "demo.png", replies, processor, title)
+    write_model_card(folder, model.config, repo_id=f"{kind}-demo", origin="It knows the task of `vamba demo` only.")
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(work)
     return results
@@ -149,59 +144,61 @@ def write_videos(folder: Path, count: int, seed: int) -> tuple[list[Path], list[
     return paths, told
 
 
-def make_checkpoint(folder: Path, seed: int, kind: str = VAMBA) -> Path:
+def write_conversations(file: Path, paths: Sequence[Path], told: Sequence[Story], seed: int) -> Path:
+    """Conversations about the videos, as a user of `vamba finetune` would write them; returns the file.
+
+    Each asks all questions, in random order. Those without their video teach the model what the text alone is worth,
+    the baseline that the demo prints beside the accuracy.
+    """
+    rng = random.Random(seed)
+    with open(file, "w", encoding="utf-8") as lines:
+        for path, story in [*zip(paths, told)] * CONVERSATIONS:
+            turns = []
+            for kind in rng.sample(list(QUESTIONS), len(QUESTIONS)):
+                turns.append({"role": "user", "content": [{"type": "text", "text": QUESTIONS[kind]}]})
+                turns.append({"role": "assistant", "content": [{"type": "text", "text": story.answer(kind)}]})
+            if rng.random() >= WITHOUT_VIDEO:
+                turns[0]["content"].insert(0, {"type": "video", "video": path.name})
+            lines.write(json.dumps({"messages": turns}) + "\n")
+    return file
+
+
+def make_checkpoint(folder: Path, seed: int, kind: str = "vamba") -> Path:
     """A tiny checkpoint that can spell the sentences of the demo, converted to the model by the real converter."""
     sentences = [*QUESTIONS.values(), *(answer for answers in ANSWERS.values() for answer in answers)]
-    if kind == VIDEO_MA2MBA:
-        language = make_tiny_mamba2(
-            folder / "mamba2",
-            sentences,
-            seed=seed,
-            hidden_size=HIDDEN_SIZE,
-            initializer_range=HIDDEN_SIZE**-0.5,
-            mamba_config=MA2MBA_CONFIG,
-        )
+    mixer = COMMON | MIXERS[kind]
+    # the usual 0.02 is for thousands; a narrow model would learn slowly
+    options = {"seed": seed, "initializer_range": TEXT["hidden_size"] ** -0.5}
+    if kind == "video-ma2mba":
+        language = make_tiny_mamba2(folder / "mamba2", sentences, mamba_config=mixer, **options)
         vision = make_tiny_clip(folder / "clip", seed=seed, image_size=SIZE, patch_size=12, depth=4)
         return convert(language, folder / kind, vision=vision, seed=seed)
-    source = make_tiny_qwen2_vl(
-        folder / "qwen2_vl",
-        sentences,
-        seed=seed,
-        hidden_size=HIDDEN_SIZE,
-        num_layers=3,
-        patch_size=12,
-        initializer_range=HIDDEN_SIZE**-0.5,  # the usual 0.02 is for thousands; a narrow model would learn slowly
-    )
-    return convert(source, folder / "vamba", mamba_config=MAMBA_CONFIG, seed=seed)
+    tower = {"patch_size": 12, "embed_dim": 64, "depth": 1, "num_heads": 4}
+    source = make_tiny_qwen2_vl(folder / "qwen2_vl", sentences, **options, **tower)
+    return convert(source, folder / kind, mamba_config=mixer, seed=seed)
 
 
-def summarize(replies: Sequence[Reply], blind: Sequence[Reply]) -> dict:
-    """The numbers of an evaluation, with and without video."""
-    kinds = {kind: [reply for reply in replies if reply.kind == kind] for kind in QUESTIONS}
-    return {
-        "accuracy": accuracy(replies),
-        "text_only_accuracy": accuracy(blind),
-        "chance": chance(replies),
-        "accuracy_by_question": {QUESTIONS[kind]: accuracy(of_kind) for kind, of_kind in kinds.items()},
+def train(checkpoint: Path, data: Path, output: Path, settings: dict) -> Result:
+    """What `vamba finetune` does with this recipe; the trained model is in `folder` of what is returned."""
+    recipe = {
+        "model": {"path": str(checkpoint), "dtype": "float32"},
+        "data": {"train": str(data), "fps": FPS},
+        "train": {
+            "output_dir": str(output),
+            "max_steps": settings["steps"],
+            "per_device_train_batch_size": settings["batch_size"],
+            "learning_rate": settings["learning_rate"],
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": settings["steps"] // 20,
+            "weight_decay": 0.01,
+            "logging_steps": max(1, settings["steps"] // 10),
+            "save_strategy": "no",
+            "dataloader_num_workers": min(4, os.cpu_count() or 1),  # reading a batch takes longer than training on it
+            "use_cpu": not torch.cuda.is_available(),
+            "seed": settings["seed"],
+        },
     }
-
-
-def _print_examples(replies: Sequence[Reply], videos: int = 3) -> None:
-    shown = list(dict.fromkeys(reply.video for reply in replies))[:videos]
-    for video in shown:
-        print(f"\n{video.name}")
-        for reply in (reply for reply in replies if reply.video == video):
-            verdict = "" if reply.correct else f"   (wrong: {reply.truth})"
-            print(f"  {QUESTIONS[reply.kind]:32} {reply.answer}{verdict}")
-
-
-def _shown(share: float) -> str:
-    """Two digits, cut off rather than rounded, so that 0.90 is never less than that."""
-    return f"{math.floor(share * 100 + 1e-9) / 100:.2f}"
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return finetune(parse_recipe(recipe))
 
 
 @contextmanager
@@ -210,13 +207,3 @@ def _phase(seconds: dict[str, float], name: str, announcement: str):
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 1)
-
-
-@contextmanager
-def _few_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, MAX_THREADS))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -87,12 +87,12 @@ class PyavStream:
         self._clip, self._threads = clip, threads
         self.lost = self.packets = self.damaged = 0
         self.origin = self.end_time = self.info = None
-        self._wanted = self._landing = self._tried = None
-        self._min_skip = MIN_SKIP
-        self._target = self._newest = -math.inf
-        self._position = self._replayed = -math.inf
-        self._retreats = 0
         self._ended = False
+        # the frame given last; the instant asked for; the newest frame that may be on screen at that instant
+        self._position = self._target = self._newest = -math.inf
+        # a jump: that is wanted, is under way, was considered last; frames up to here were given before it
+        self._wanted = self._landing = self._tried = None
+        self._replayed, self._retreats, self._min_skip = -math.inf, 0, MIN_SKIP
         self._reformatter = VideoReformatter()
         self._open()
 

@@ -155,8 +155,8 @@ def _image_array(item):
             white = Image.new("RGBA", image.size, "white")
             return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
     except Exception as error:  # PIL meets broken files with errors of many types
-        which = "an item" if in_memory else item
-        raise VideoReadError(f"{which} cannot be read as an image ({error})") from error
+        which = "" if in_memory else f"{item}: "
+        raise VideoReadError(f"{which}cannot be read as an image ({error})") from error
 
 
 def images_of_folder(folder):

@@ -1,7 +1,7 @@
-"""Streaming video reader: any length in constant memory, frames chosen by presentation time.
+"""`read_video`: the frames of any source in chunks, of any length in constant memory, chosen by presentation time.
 
 Unusual here: one pass decodes in order and converts only the frames that are kept, straight to their final size. What
-was damaged on the way is passed over, counted, and told of once. The decoders are in `video_decoding`.
+was damaged on the way is passed over, counted, and told of once. Errors get the name of the source here, in one place.
 Not done: sample aspect ratio is ignored, HDR is not tone mapped. Transparency is shown over white, interlaced frames
 are made of their top field, and rotation metadata is applied.
 """

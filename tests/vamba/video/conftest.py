@@ -3,10 +3,7 @@
 import numpy as np
 import pytest
 
-
-pytest.importorskip("av")
-
-from encoded_videos import encode  # noqa: E402
+from encoded_videos import encode
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,6 @@ from vamba.video import VideoReadError, decoding, load_video, read_video
 from encoded_videos import FORMATS, encode, gradient, indices, level, shown, spy_on_seeks
 
 
-MAGIC = Path(__file__).resolve().parents[4] / "shared" / "videos" / "magic_1080p_6s.mp4"
-
-
 @pytest.mark.parametrize("kind", sorted(FORMATS))
 def test_every_container_gives_every_frame_once_and_in_order(kind):
     rate = 25 if kind == "h264" else 10
@@ -269,36 +266,39 @@ def test_torchcodec_is_driven_by_time(monkeypatch, tmp_path, clip):
         load_video(path, backend="torchcodec")
 
 
-@pytest.mark.skipif(not MAGIC.exists(), reason="the shared videos are not here")
-class TestMagic:
-    def test_chosen_times_and_sizes(self):
-        reader = read_video(MAGIC)
-        chunks = list(reader)
-        frame = 1001 / 60000
-        assert torch.cat([chunk.timestamps for chunk in chunks]).tolist() == pytest.approx(
-            [int(second / frame + 1e-9) * frame for second in range(6)], abs=1e-6
-        )
-        assert chunks[0].frames.shape == (6, 3, 560, 1008) and reader.num_frames_expected == 6
-        info = reader.metadata
-        assert (info.width, info.height, info.codec, info.total_frames) == (1920, 1080, "h264", 359)
-        assert info.fps == pytest.approx(59.94, abs=0.01) and info.duration == pytest.approx(5.989, abs=0.01)
+# Real footage
 
-    def test_jumps_change_nothing(self, monkeypatch):
-        options = {"start": 4.5, "num_frames": 3, "max_pixels": 200 * 28 * 28}
-        seeks = spy_on_seeks(monkeypatch)
-        jumped = load_video(MAGIC, **options)
-        assert seeks
-        monkeypatch.setattr(decoding.PyavStream, "skip_to", lambda self, target: None)
-        straight = load_video(MAGIC, **options)
-        assert torch.equal(jumped[1], straight[1]) and torch.equal(jumped[0], straight[0])
-        assert jumped[1].tolist() == pytest.approx([4.487817, 5.221883, 5.972633], abs=0.02)
 
-    def test_pixels_against_pil(self):
-        from PIL import Image
+def test_chosen_times_and_sizes_of_real_footage(footage):
+    reader = read_video(footage)
+    chunks = list(reader)
+    frame = 1001 / 60000
+    assert torch.cat([chunk.timestamps for chunk in chunks]).tolist() == pytest.approx(
+        [int(second / frame + 1e-9) * frame for second in range(6)], abs=1e-6
+    )
+    assert chunks[0].frames.shape == (6, 3, 560, 1008) and reader.num_frames_expected == 6
+    info = reader.metadata
+    assert (info.width, info.height, info.codec, info.total_frames) == (1920, 1080, "h264", 359)
+    assert info.fps == pytest.approx(59.94, abs=0.01) and info.duration == pytest.approx(5.989, abs=0.01)
 
-        frames, _ = load_video(MAGIC, end=0.5)
-        frame = next(av.open(str(MAGIC)).decode(video=0))
-        # in the file's own colours, which PyAV applies by itself only from 17 on
-        full = frame.to_ndarray(format="rgb24", src_colorspace="ITU709", dst_colorspace="ITU601")
-        reference = np.asarray(Image.fromarray(full).resize((1008, 560), Image.BICUBIC)).astype(int)
-        assert np.abs(frames[0].permute(1, 2, 0).numpy() - reference).mean() < 1.5
+
+def test_jumps_change_nothing_in_real_footage(footage, monkeypatch):
+    options = {"start": 4.5, "num_frames": 3, "max_pixels": 200 * 28 * 28}
+    seeks = spy_on_seeks(monkeypatch)
+    jumped = load_video(footage, **options)
+    assert seeks
+    monkeypatch.setattr(decoding.PyavStream, "skip_to", lambda self, target: None)
+    straight = load_video(footage, **options)
+    assert torch.equal(jumped[1], straight[1]) and torch.equal(jumped[0], straight[0])
+    assert jumped[1].tolist() == pytest.approx([4.487817, 5.221883, 5.972633], abs=0.02)
+
+
+def test_pixels_of_real_footage_against_pil(footage):
+    from PIL import Image
+
+    frames, _ = load_video(footage, end=0.5)
+    frame = next(av.open(str(footage)).decode(video=0))
+    # in the file's own colours, which PyAV applies by itself only from 17 on
+    full = frame.to_ndarray(format="rgb24", src_colorspace="ITU709", dst_colorspace="ITU601")
+    reference = np.asarray(Image.fromarray(full).resize((1008, 560), Image.BICUBIC)).astype(int)
+    assert np.abs(frames[0].permute(1, 2, 0).numpy() - reference).mean() < 1.5

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-import vamba.bench.measure as measure
-from vamba.bench.measure import last_to_first
+from vamba.bench import subjects
+from vamba.bench.clock import last_to_first
 from vamba.bench.models import linear_weights
 from vamba.bench.parts import make_clip
 from vamba.bench.report import markdown, plot
@@ -54,14 +54,14 @@ def test_tables_plots_and_report(tiny, tmp_path, capsys):
 
 
 def test_what_does_not_fit_is_said_and_the_rest_runs(tiny, tmp_path, monkeypatch, capsys):
-    encode = measure.Ours.encode
+    encode = subjects.Ours.encode
 
     def small(self, frames, *mark):
         if frames > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return encode(self, frames, *mark)
 
-    monkeypatch.setattr(measure.Ours, "encode", small)
+    monkeypatch.setattr(subjects.Ours, "encode", small)
     assert main([*tiny, "--frames", "4", "8", "12", "--out", str(tmp_path)]) == 0
     rows = read(next(tmp_path.glob("*_video_length.csv")))
     assert [row["status"] for row in rows] == ["ok", "out of memory", "not tried: a shorter one ran out of memory"]

@@ -1,11 +1,11 @@
-"""conversion/staging.py: complete or not at all."""
+"""vamba/files.py: complete or not at all."""
 
 import errno
 import os
 
 import pytest
 
-from vamba.conversion.staging import check_destination, check_space, staged_folder
+from vamba.files import check_destination, check_space, staged_folder
 
 
 def names(folder):

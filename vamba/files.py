@@ -1,4 +1,8 @@
-"""A folder that appears complete or not at all."""
+"""Folders that appear complete or not at all: the converter's, the trainer's and the demo's.
+
+`staged_folder` writes beside the destination and publishes at the end; `publish` is that last step by itself, for a
+folder that has to survive what goes wrong before.
+"""
 
 import os
 import secrets
@@ -7,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vamba.errors import DiskFullError, OccupiedPathError, UserError, is_disk_full, opening
+from .errors import DiskFullError, OccupiedPathError, UserError, is_disk_full, opening
 
 
 def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
@@ -19,11 +23,9 @@ def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
     """
     if destination == source or destination in source.parents or source in destination.parents:
         raise UserError(f"Source {source} and destination {destination} must not lie in each other.")
-    if not destination.exists():
-        return
-    if not destination.is_dir():
+    if destination.exists() and not destination.is_dir():
         raise OccupiedPathError(f"{destination} exists and is no folder.")
-    if any(destination.iterdir()):
+    if destination.exists() and any(destination.iterdir()):
         if not overwrite:
             raise OccupiedPathError(f"{destination} is not empty; choose another folder or pass overwrite.")
         if not (destination / "config.json").is_file():
@@ -51,30 +53,35 @@ def staged_folder(destination: Path) -> Iterator[Path]:
         with opening(destination):
             staging.mkdir(parents=True)
         yield staging
-        _swap(staging, destination)
+        publish(staging, destination)
     except BaseException as error:
         full = isinstance(error, Exception) and is_disk_full(error, staging)
         shutil.rmtree(staging, ignore_errors=True)
-        if not destination.exists():
-            for parent in created:  # the innermost comes first
-                if parent.exists() and not any(parent.iterdir()):
-                    parent.rmdir()
+        for parent in created:  # the innermost comes first
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
         if full:
-            message = f"The disk of {destination} is full; nothing was left behind."
-            raise DiskFullError(message) from error
+            raise DiskFullError(f"The disk of {destination} is full; nothing was left behind.") from error
         raise
 
 
-def _swap(staging: Path, destination: Path) -> None:
-    if not destination.exists():
-        os.rename(staging, destination)
-        return
-    retired = destination.with_name(f"{destination.name}.replaced-{secrets.token_hex(4)}")
+def publish(folder: Path, destination: Path) -> None:
+    """Makes a folder that was written elsewhere appear as `destination` at once, its contents on the disk before it.
+
+    What was there before is deleted last: at every moment one of the two is whole, the old one as `.replaced` for the
+    moment between two renames.
+    """
+    for file in (file for file in folder.rglob("*") if file.is_file()):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    replaced = destination.with_name(f"{destination.name}.replaced")
+    if destination.exists():
+        shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed before it had deleted it
+        os.rename(destination, replaced)
     try:
-        os.rename(destination, retired)
-        os.rename(staging, destination)
+        os.rename(folder, destination)
     except BaseException:
-        if retired.exists() and not destination.exists():
-            os.rename(retired, destination)
+        if replaced.exists() and not destination.exists():
+            os.rename(replaced, destination)
         raise
-    shutil.rmtree(retired)
+    shutil.rmtree(replaced, ignore_errors=True)

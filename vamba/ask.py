@@ -1,0 +1,79 @@
+"""`vamba ask`: watches a video once and answers questions about it."""
+
+import argparse
+from pathlib import Path
+
+from .checkpoint_folder import base_of, check_kind
+from .cli import quiet_transformers
+from .errors import UserError, opening
+
+
+READING = ("fps", "num_frames", "start", "end", "max_pixels")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "video", metavar="VIDEO", help="a video file, a folder of images, or a saved memory (.safetensors)"
+    )
+    parser.add_argument("questions", metavar="QUESTION", nargs="+", type=_question)
+    parser.add_argument("--model", required=True, metavar="PATH", help="a Vamba checkpoint: a folder or Hub id")
+    parser.add_argument("--fps", type=float, help="frames per second; default: the checkpoint's, or 1")
+    parser.add_argument("--num-frames", type=int, help="frames spread over the video, instead of --fps")
+    parser.add_argument("--start", type=float, metavar="SECONDS", help="begin here")
+    parser.add_argument("--end", type=float, metavar="SECONDS", help="end here")
+    parser.add_argument("--max-pixels", type=int, help="pixels per frame at most")
+    parser.add_argument("--max-new-tokens", type=_positive, default=256, help="length of an answer; default: 256")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", help='e.g. "cuda:0" or "cpu"; default: the GPUs if there are any')
+    parser.add_argument("--save-memory", metavar="FILE", help="write the video memory, to be asked again later")
+    parser.add_argument("--allow-urls", action="store_true", help="let VIDEO be a URL")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, only the answers")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Watches, or loads a saved memory, and prints an answer to each question."""
+    if args.save_memory:
+        with opening(memory := Path(args.save_memory)):
+            if memory.is_dir():
+                raise UserError(f"--save-memory {memory} is a folder; give the name of a file.")
+            if not memory.resolve().parent.is_dir():
+                raise UserError(f"--save-memory {memory}: there is no such folder; make it first.")
+    check_kind(base_of(args.model))  # at once, before torch is imported
+    quiet_transformers()
+    from .chat import MEMORIES, load_chat
+
+    reading = {name: value for name in READING if (value := getattr(args, name)) is not None}
+    if not args.video.endswith(".safetensors"):  # tell of a bad video before loading a large model
+        from .video import read_video
+
+        read_video(args.video, allow_urls=args.allow_urls, **reading).close()
+    chat = load_chat(args.model, dtype=args.dtype, device=args.device)
+    if args.video.endswith(".safetensors"):
+        try:
+            with opening(args.video):
+                chat.memory = MEMORIES[chat.model.config.model_type].load(args.video, device=chat.model.device)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    else:
+        chat.watch(args.video, progress=not args.quiet, allow_urls=args.allow_urls, **reading)
+    if args.save_memory:
+        with opening(args.save_memory):
+            chat.memory.save(args.save_memory)
+    for question in args.questions:
+        if len(args.questions) > 1:
+            print(f"> {question}")
+        for piece in chat.ask(question, stream=True, max_new_tokens=args.max_new_tokens):
+            print(piece, end="", flush=True)
+        print(flush=True)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _question(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text

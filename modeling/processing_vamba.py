@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 _TYPE_IDS = {"image": 1, "video": 2}  # in mm_token_type_ids
 # What a chat message may say about its image or video: transformers' words, then qwen-vl-utils' where they differ.
 _SOURCE_KEYS = {"video": ("video", "url", "path"), "image": ("image", "url", "path", "base64")}
-ALIASES = {"nframes": "num_frames", "video_start": "start", "video_end": "end", "sample_fps": "source_fps"}
+_ALIASES = {"nframes": "num_frames", "video_start": "start", "video_end": "end", "sample_fps": "source_fps"}
 _IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 # Options that only `read_video` knows; the video processor would refuse them.
 _READER_OPTIONS = (
@@ -41,7 +41,7 @@ _READER_OPTIONS = (
 )  # fmt: skip
 _VIDEO_OPTIONS = ("min_pixels", "max_pixels", "fps", "num_frames", "min_frames", "max_frames", *_READER_OPTIONS)
 # `raw_fps` is qwen-vl-utils' note on frames that are in memory.
-_OPTIONS = {"video": (*_VIDEO_OPTIONS, "raw_fps", *ALIASES), "image": _IMAGE_OPTIONS, "text": ("text",)}
+_OPTIONS = {"video": (*_VIDEO_OPTIONS, "raw_fps", *_ALIASES), "image": _IMAGE_OPTIONS, "text": ("text",)}
 _EVERY_FRAME = 1e6  # frames per second
 _IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # User text whose control tokens transformers has marked (`sanitize_control_tokens`) names no media.
@@ -120,17 +120,21 @@ class VambaProcessor(Qwen2VLProcessor):
         self._mark_media(inputs, kinds)
         return inputs
 
+    # Saving with code notes the `AutoProcessor` on the image and video processor as well, where it is of no use and
+    # makes what was saved differ from what is loaded; here it stands in the processor's own configuration only.
     def to_dict(self) -> dict[str, Any]:
-        # Saving with code notes the `AutoProcessor` on the parts as well, where it is of no use, and on the processor
-        # itself, where it is of use in the file alone; either makes what was saved differ from what is loaded.
         output = super().to_dict()
-        saved = output, output.get("image_processor", {}), output.get("video_processor", {})
-        for part, its_output in zip((self, self.image_processor, self.video_processor), saved):
+        for part in (output.get("image_processor", {}), output.get("video_processor", {})):
+            if part.get("auto_map", {}).keys() == {"AutoProcessor"}:
+                del part["auto_map"]
+        return output
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        for part in (self, self.image_processor, self.video_processor):
             if (getattr(part, "auto_map", None) or {}).keys() == {"AutoProcessor"}:
                 del part.auto_map
-                if part is not self:
-                    del its_output["auto_map"]
-        return output
+        return saved
 
     # --- text -------------------------------------------------------------------------------------------------------
 
@@ -139,7 +143,7 @@ class VambaProcessor(Qwen2VLProcessor):
         return "image" if self.image_token in mark else "video" if self.video_token in mark else None
 
     def _kinds(self, texts: list[str], n_images: int, n_videos: int, media_kinds: list[str] | None) -> list[str]:
-        """ "image" or "video" for each media item that the texts announce; checks that their numbers agree."""
+        """What each media item that the texts announce is, "image" or "video"; checks that their numbers agree."""
         told = [self._kind(match.group()) for sample in texts for match in self._mark.finditer(sample)]
         if len(texts) == 1 and not told:
             return []
@@ -206,7 +210,7 @@ class VambaProcessor(Qwen2VLProcessor):
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
         """As `Qwen2VLProcessor` has it, but one marked token of text stands for each item, whatever its size."""
-        data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, video_sizes=video_sizes, **kwargs)
+        data = super()._get_num_multimodal_tokens(image_sizes, video_sizes, **kwargs)
         if image_sizes is not None:
             data.num_image_tokens = [1] * len(image_sizes)
         if video_sizes is not None:
@@ -355,10 +359,10 @@ def _plain_messages(messages):
         return [_plain_messages(message) for message in messages]
     if not isinstance(messages, Mapping) or not isinstance(messages.get("content"), (list, tuple)):
         return messages
-    return {**messages, "content": [_plain_item(item) for item in messages["content"]]}
+    return {**messages, "content": [plain_item(item) for item in messages["content"]]}
 
 
-def _plain_item(block, *known: str):
+def plain_item(block, *known: str):
     """An item of a message without keys that are None, its source under its type, so out of OpenAI's wrapping
     (`video_url`, `image_url`), and with the names that `read_video` has for its options."""
     if not isinstance(block, Mapping):
@@ -371,17 +375,17 @@ def _plain_item(block, *known: str):
             # `detail` is OpenAI's size of an image
             block |= {key: value for key, value in named.items() if key != "detail"} | {"type": kind}
         if block.get("type") == kind or kind in block:
-            check_keys(block, kind, "type", *known)
+            _check_keys(block, kind, "type", *known)
             for source in [block.pop(key) for key in reversed(sources) if key in block]:  # the first name counts
                 block[kind] = source["url"] if isinstance(source, Mapping) and "url" in source else source
-            return {ALIASES.get(key, key): value for key, value in block.items()} | {"type": kind}
+            return {_ALIASES.get(key, key): value for key, value in block.items()} | {"type": kind}
     if "text" not in block or block.get("type", "text") != "text":
         raise ValueError(f"A message's item is {str(block)[:80]}; give a text, an image or a video.")
-    check_keys(block, "text", "type")
+    _check_keys(block, "text", "type")
     return block
 
 
-def check_keys(block: Mapping, kind: str, *more: str) -> None:
+def _check_keys(block: Mapping, kind: str, *more: str) -> None:
     """Raises ValueError for keys of an item that mean nothing."""
     known = (*_SOURCE_KEYS.get(kind, ()), *_OPTIONS[kind], *more)
     if unknown := [key for key in block if key not in known]:
@@ -425,7 +429,8 @@ def _leaves(nested) -> list:
 
 def _item(source, kind: str) -> dict:
     """`{"image" or "video": ..., options}` of one image or video, which may be such a dict already."""
-    item = _plain_item({"type": kind} | (source if isinstance(source, Mapping) else {kind: source}), "metadata")
+    known = ("metadata",) if kind == "video" else ()
+    item = plain_item({"type": kind, **(source if isinstance(source, Mapping) else {kind: source})}, *known)
     if kind not in item:
         sources = ", ".join(_SOURCE_KEYS[kind])
         raise ValueError(f"A message's {kind} item names no source under {sources}: {source}.")

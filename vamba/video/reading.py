@@ -200,16 +200,17 @@ class VideoReader:
     def _chunks(self):
         total, lost, damaged = 0, 0, 0
         with _naming(self.metadata.name), closing(self._clip.open()) as stream:
-            rendered = (
-                (stream.render(picture, *self.frame_size), time) for time, picture in _chosen(stream, self._times)
+            frames = (
+                (torch.from_numpy(rgb), time)
+                for time, picture in _chosen(stream, self._times)
+                if (rgb := stream.render(picture, *self.frame_size)) is not None
             )
-            sound = ((torch.from_numpy(rgb), time) for rgb, time in rendered if rgb is not None)
             try:
-                while chunk := list(islice(sound, self.chunk_frames)):
+                while chunk := list(islice(frames, self.chunk_frames)):
                     total += len(chunk)
-                    frames, times = torch.stack([rgb for rgb, _ in chunk]), [time for _, time in chunk]
-                    times = torch.tensor(times, dtype=torch.float64)
-                    yield VideoChunk(frames, times, stream.lost - lost, stream.damaged - damaged)
+                    pixels, times = torch.stack([rgb for rgb, _ in chunk]), [time for _, time in chunk]
+                    harm = stream.lost - lost, stream.damaged - damaged
+                    yield VideoChunk(pixels, torch.tensor(times, dtype=torch.float64), *harm)
                     lost, damaged = stream.lost, stream.damaged
             finally:
                 self.lost_packets, self.damaged_frames, self.read_packets = stream.lost, stream.damaged, stream.packets

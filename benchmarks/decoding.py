@@ -20,7 +20,8 @@ import torch
 from torch.nn import functional as F
 from transformers import CompileConfig
 
-from vamba.bench.clock import GIB, allocated, default_device, machine, measure_rates, now, peak, reset_peak
+from vamba.bench import GIB
+from vamba.bench.clock import allocated, default_device, machine, measure_rates, now, peak, reset_peak
 from vamba.bench.models import decode_bytes, load_ours
 from vamba.chat import load_chat
 from vamba.demo.videos import QUESTIONS

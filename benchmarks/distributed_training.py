@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from training import TRAINED, choose_trainable, sample, video_tokens
 
-from vamba.bench.clock import GIB, now, peak, reset_peak
+from vamba.bench import GIB
+from vamba.bench.clock import now, peak, reset_peak
 from vamba.bench.models import load_ours
-from vamba.modeling.decoder_layer import VambaDecoderLayer
-from vamba.modeling.mamba2 import Mamba2Block
+from vamba.modeling.modeling_vamba import VambaDecoderLayer, VambaVideoLevel
 
 
 def shard(model, stage: str, device: torch.device):
@@ -34,7 +34,7 @@ def shard(model, stage: str, device: torch.device):
         return model
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in model.modules():
-        if isinstance(module, (VambaDecoderLayer, Mamba2Block)):
+        if isinstance(module, (VambaDecoderLayer, VambaVideoLevel)):
             fully_shard(module, mp_policy=policy)
     return fully_shard(model, mp_policy=policy)
 

@@ -9,6 +9,7 @@ Exits with 1 if any output or gradient of any backend is wrong. Backends that ar
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ DEVICE = torch.device("cuda")
 H, P, G, K, WIDTH, CHUNK = 112, 64, 1, 128, 4, 256  # the 7B's
 INNER, CONV = H * P, H * P + 2 * G * K
 ROW = INNER + CONV + H  # in_proj's output: z, x, B, C, dt
-CHECK_LENGTHS = [1, 37, 513, 1000, 2048]
+CHECKED = [(1, 1), (37, 1), (513, 1), (513, 2), (1000, 1), (2048, 1)]  # tokens, groups
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 TIMED = ("forward", "forward_backward")
 TF32_TOLERANCE = 5e-3  # mamba-ssm multiplies float32 in TF32
@@ -112,26 +113,25 @@ def check(part, judge, function, S, dtype, groups):
 
 
 def check_all(parts):
+    """The worst error of each result of each backend over all lengths, and how many of ours are wrong."""
+    cases = [(part, name, dtype) for part in parts for name in parts[part] for dtype in TOLERANCE]
     rows, wrong = [], 0
-    for part, choices in parts.items():
-        for name, function in choices.items():
-            for dtype in TOLERANCE:
-                tolerance = TF32_TOLERANCE if (name, dtype) == ("mamba_ssm", torch.float32) else TOLERANCE[dtype]
-                worst = {}
-                for S in CHECK_LENGTHS:
-                    for groups in (1,) if S != 513 else (1, 2):
-                        try:
-                            errors = check(part, choices["torch"], function, S, dtype, groups)
-                        except Exception as error:  # one backend's failure must not hide the others
-                            errors = {f"{type(error).__name__}: {str(error)[:300]}": float("nan")}
-                        for label, error in errors.items():
-                            if not error <= worst.get(label, (0.0,))[0]:
-                                worst[label] = error, S
-                bad = sorted(label for label, (error, _) in worst.items() if not error < tolerance)
-                wrong += bool(bad) and name not in ("mamba_ssm", "causal_conv1d")
-                rows.append({"part": part, "backend": name, "dtype": str(dtype), "worst": worst, "wrong": bad})
-                listed = " ".join(f"{label} {error:.0e}" for label, (error, _) in worst.items())
-                print(f"{'WRONG' if bad else 'ok   '} {part:4} {name:13} {str(dtype)[6:]:8} {listed}", flush=True)
+    for part, name, dtype in cases:
+        tolerance = TF32_TOLERANCE if (name, dtype) == ("mamba_ssm", torch.float32) else TOLERANCE[dtype]
+        worst = {}
+        for S, groups in CHECKED:
+            try:
+                errors = check(part, parts[part]["torch"], parts[part][name], S, dtype, groups)
+            except Exception as error:  # one backend's failure must not hide the others
+                errors = {f"{type(error).__name__}: {str(error)[:300]}": math.nan}
+            for label, error in errors.items():
+                if not error <= worst.get(label, -1):  # NaN is worse than any number
+                    worst[label] = error
+        bad = sorted(label for label, error in worst.items() if not error < tolerance)
+        wrong += bool(bad) and name not in ("mamba_ssm", "causal_conv1d")
+        rows.append({"part": part, "backend": name, "dtype": str(dtype), "worst": worst, "wrong": bad})
+        listed = " ".join(f"{label} {error:.0e}" for label, error in worst.items())
+        print(f"{'WRONG' if bad else 'ok   '} {part:4} {name:13} {str(dtype)[6:]:8} {listed}", flush=True)
     return rows, wrong
 
 

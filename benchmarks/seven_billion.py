@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from vamba import load_video
-from vamba.bench.clock import GIB, machine, now, peak, reset_peak
+from vamba.bench import GIB
+from vamba.bench.clock import machine, now, peak, reset_peak
 from vamba.bench.models import SEVEN_BILLION, random_model
 from vamba.demo.tiny_checkpoints import tiny_tokenizer
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from vamba.bench.clock import GIB, default_device, machine, now, peak, release, reset_peak, seconds_of_steps
+from vamba.bench import GIB
+from vamba.bench.clock import default_device, machine, now, peak, release, reset_peak, seconds_of_steps
 from vamba.bench.models import SEVEN_BILLION, load_ours, load_peer
 from vamba.bench.report import Line, draw, table
 from vamba.modeling import VambaConfig

@@ -26,44 +26,30 @@ AUTO_MAP = {
 
 @strict
 class VambaMamba2Config(PreTrainedConfig):
-    """Sizes of one Mamba-2 block (arXiv 2405.21060), in transformers' `Mamba2Config` terms.
-
-    Args:
-        hidden_size: width of the residual stream the block reads and writes.
-        state_size: K, numbers of state per channel.
-        conv_kernel: width of the depthwise causal convolution; the state keeps `conv_kernel - 1` past inputs.
-        expand: the inner width is `expand * hidden_size`.
-        head_dim: P, channels per head; the inner width must be a multiple of it.
-        n_groups: G, how many (B, C) pairs the heads share.
-        chunk_size: tokens per chunk of the state space duality scan; a matter of speed, not of result.
-        time_step_min, time_step_max, time_step_floor, A_init_bounds: initialisation of dt_bias and A_log.
-        time_step_limit: dt is clamped to this range after the softplus.
-        layer_norm_epsilon: of both RMSNorms of the block.
-        ssd_backend, conv_backend, norm_backend: which implementation runs the scan, the convolution, and the block's
-            norms and residual stream: "auto" (the fastest there is), "torch" (the reference), "triton" (on a GPU), or
-            the optional packages "mamba_ssm" for the scan and "causal_conv1d" for the convolution. A matter of speed,
-            not of result.
-    """
+    """Sizes of one Mamba-2 block (arXiv 2405.21060), in transformers' `Mamba2Config` terms."""
 
     model_type = "vamba_mamba2"
     base_config_key = "mamba_config"
 
-    hidden_size: int = 3584
-    state_size: int = 128
-    conv_kernel: int = 4
-    expand: int = 2
-    head_dim: int = 64
-    n_groups: int = 1
-    chunk_size: int = 256
-    use_bias: bool = False
-    use_conv_bias: bool = True
-    layer_norm_epsilon: float = 1e-5
-    time_step_min: float = 0.001
-    time_step_max: float = 0.1
-    time_step_floor: float = 1e-4
-    time_step_limit: list[float] | tuple[float, ...] = (0.0, float("inf"))
-    A_init_bounds: list[float | int] | tuple[float | int, ...] = (1, 16)
-    initializer_range: float = 0.02
+    hidden_size: int = 3584  # width of the residual stream the block reads and writes
+    state_size: int = 128  # K, numbers of state per channel
+    conv_kernel: int = 4  # taps of the depthwise causal convolution; the state keeps one fewer past inputs
+    expand: int = 2  # the inner width is `expand * hidden_size`
+    head_dim: int = 64  # P, channels per head; the inner width must be a multiple of it
+    n_groups: int = 1  # G, how many (B, C) pairs the heads share
+    chunk_size: int = 256  # tokens per chunk of the state space duality scan; a matter of speed, not of result
+    use_bias: bool = False  # of both projections
+    use_conv_bias: bool = True  # of the convolution
+    layer_norm_epsilon: float = 1e-5  # of both RMSNorms of the block
+    time_step_min: float = 0.001  # least initial step dt; dt_bias is drawn so that steps are log-uniform
+    time_step_max: float = 0.1  # largest initial step
+    time_step_floor: float = 1e-4  # to which a smaller initial step is raised
+    time_step_limit: list[float] | tuple[float, ...] = (0.0, float("inf"))  # dt is clamped to it after the softplus
+    A_init_bounds: list[float | int] | tuple[float | int, ...] = (1, 16)  # between which -A is initialised, uniformly
+    initializer_range: float = 0.02  # standard deviation of the initial weights of linear layers
+    # Which implementation runs the scan, the convolution, and the block's norms and residual stream: "auto" (the
+    # fastest there is), "torch" (the reference), "triton" (on a GPU), or the optional packages "mamba_ssm" for the scan
+    # and "causal_conv1d" for the convolution. A matter of speed, not of result.
     ssd_backend: str = "auto"
     conv_backend: str = "auto"
     norm_backend: str = "auto"
@@ -90,41 +76,27 @@ class VambaMamba2Config(PreTrainedConfig):
 
 @strict
 class VambaTextConfig(Qwen2VLTextConfig):
-    """Qwen2-VL's language model plus a cross-attention in every layer.
-
-    Args:
-        use_alpha_balancing: T + alpha * self + (1 - alpha) * cross, one learnable alpha per layer; without it the two
-            are added.
-        cross_attn_use_layer_norm: the layer's `input_layernorm` also normalises the video states, for the
-            cross-attention and for the Mamba block with its residual.
-        cross_attn_use_position_embeddings: M-RoPE on the cross-attention's queries (text positions) and keys
-            ((t, h, w) of each media item counted from zero).
-    """
+    """Qwen2-VL's language model plus a cross-attention in every layer."""
 
     model_type = "vamba_text"
 
-    hidden_size: int = 3584
-    intermediate_size: int = 18944
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 28
-    num_key_value_heads: int | None = 4
-    rms_norm_eps: float = 1e-6
+    hidden_size: int = 3584  # D, width of the residual stream
+    intermediate_size: int = 18944  # inner width of the MLP
+    num_hidden_layers: int = 28  # L, and as many levels of the video
+    num_attention_heads: int = 28  # of self- and cross-attention alike
+    num_key_value_heads: int | None = 4  # each shared by equally many heads of queries
+    rms_norm_eps: float = 1e-6  # of all RMSNorms
+    # T + alpha * self + (1 - alpha) * cross, one learnable alpha per layer; without it the two are added
     use_alpha_balancing: bool = True
+    # the layer's `input_layernorm` also normalises the video, for the cross-attention and for Mamba block and residual
     cross_attn_use_layer_norm: bool = False
+    # M-RoPE on queries (text positions) and keys ((t, h, w) of each media item counted from zero) of cross-attention
     cross_attn_use_position_embeddings: bool = False
 
 
 @strict
 class VambaConfig(PreTrainedConfig):
-    """Configuration of a Vamba model; the defaults are the published 7B's sizes.
-
-    Args:
-        text_config, vision_config, mamba_config: sub-configurations, as dicts or configuration objects.
-        image_token_id, video_token_id: kept for compatibility with Qwen2-VL's tokenizer; a media item is written as
-            `<|vision_start|><|vision_end|>` without a placeholder per video token.
-        vision_start_token_id, vision_end_token_id: the n-th `<|vision_start|>` of a batch stands for its n-th item.
-        image_mean, image_std: of each channel, as the processor has them; the model normalises uint8 patches by them.
-    """
+    """Configuration of a Vamba model; the defaults are the published 7B's sizes."""
 
     model_type = "vamba"
     sub_configs_defaults: ClassVar[dict] = {
@@ -134,17 +106,17 @@ class VambaConfig(PreTrainedConfig):
     }
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    mamba_config: dict | PreTrainedConfig | None = None
-    image_token_id: int = 151655
-    video_token_id: int = 151656
-    vision_start_token_id: int = 151652
-    vision_end_token_id: int = 151653
-    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
-    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
+    text_config: dict | PreTrainedConfig | None = None  # `VambaTextConfig`
+    vision_config: dict | PreTrainedConfig | None = None  # of any Qwen2-VL-style tower, told by its `model_type`
+    mamba_config: dict | PreTrainedConfig | None = None  # `VambaMamba2Config`; None: as wide as the text
+    image_token_id: int = 151655  # of Qwen2-VL's tokenizer; a media item is written as <|vision_start|><|vision_end|>
+    video_token_id: int = 151656  # the same; there is no placeholder per video token
+    vision_start_token_id: int = 151652  # the n-th of a batch stands for its n-th media item
+    vision_end_token_id: int = 151653  # right after each start
+    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)  # per channel, as the processor has it;
+    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)  # the model normalises uint8 patches itself
+    tie_word_embeddings: bool = False  # whether the head's weights are those of the embedding
+    initializer_range: float = 0.02  # standard deviation of the initial weights
 
     def __post_init__(self, **kwargs):
         if self.mamba_config is None and self.text_config is not None:

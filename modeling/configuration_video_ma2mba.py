@@ -33,23 +33,20 @@ SIZES = {
 
 @strict
 class VideoMa2mbaVisionConfig(CLIPVisionConfig):
-    """CLIP's vision tower; the defaults are CLIP-ViT-L/14-336's.
-
-    Beside CLIP's own terms it has those of Qwen2-VL's towers, in which sizes of chunks are reckoned: a frame is a
-    temporal patch by itself, and 2 x 2 patches become one token.
-    """
+    """CLIP's vision tower; the defaults are CLIP-ViT-L/14-336's."""
 
     model_type = "video_ma2mba_vision"
-    temporal_patch_size: ClassVar[int] = 1
-    spatial_merge_size: ClassVar[int] = 2
+    # Sizes of chunks are reckoned in the terms of Qwen2-VL's towers.
+    temporal_patch_size: ClassVar[int] = 1  # a frame is a temporal patch by itself
+    spatial_merge_size: ClassVar[int] = 2  # 2 x 2 patches become one token
 
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    image_size: int = 336
-    patch_size: int = 14
-    projection_dim: int = 768
+    hidden_size: int = 1024  # width of the residual stream
+    intermediate_size: int = 4096  # inner width of the MLP
+    num_hidden_layers: int = 24  # of which the last is not built
+    num_attention_heads: int = 16  # heads of each attention
+    image_size: int = 336  # pixels along each side of a frame
+    patch_size: int = 14  # pixels along each side of a patch
+    projection_dim: int = 768  # CLIP's, for contrastive training; not used
 
     @property
     def in_channels(self) -> int:
@@ -58,37 +55,24 @@ class VideoMa2mbaVisionConfig(CLIPVisionConfig):
 
 @strict
 class VideoMa2mbaTextConfig(VambaMamba2Config):
-    """A Mamba-2 language model; the defaults are state-spaces/mamba2-2.7b's.
-
-    Args:
-        vocab_size: rows of the embedding; GPT-NeoX's 50,277 tokens padded to a multiple of 16.
-        residual_in_fp32: the residual stream is float32 whatever the weights are.
-    """
+    """A Mamba-2 language model; the defaults are state-spaces/mamba2-2.7b's."""
 
     model_type = "video_ma2mba_text"
     base_config_key = "text_config"
 
-    vocab_size: int = 50288
-    hidden_size: int = 2560
-    num_hidden_layers: int = 64
-    residual_in_fp32: bool = True
-    use_cache: bool = True
-    bos_token_id: int | None = 0
+    vocab_size: int = 50288  # rows of the embedding: GPT-NeoX's 50,277 tokens padded to a multiple of 16
+    hidden_size: int = 2560  # width of the residual stream
+    num_hidden_layers: int = 64  # Mamba-2 blocks
+    residual_in_fp32: bool = True  # the residual stream is float32 whatever the weights are
+    use_cache: bool = True  # whether forward returns the memory it extended
+    bos_token_id: int | None = 0  # GPT-NeoX's <|endoftext|> is all three
     eos_token_id: int | list[int] | None = 0
     pad_token_id: int | None = 0
 
 
 @strict
 class VideoMa2mbaConfig(PreTrainedConfig):
-    """Configuration of a Video-Ma2mba model; the defaults are the 2.7B's sizes with CLIP-ViT-L/14-336.
-
-    Args:
-        text_config, vision_config: sub-configurations, as dicts or configuration objects.
-        vision_start_token_id, vision_end_token_id: a media item is written `<|vision_start|><|vision_end|>`; its tokens
-            come between the two.
-        image_token_id, video_token_id: understood by the processor, never seen by the model.
-        image_mean, image_std: of each channel, as the processor has them; the model normalises uint8 patches by them.
-    """
+    """Configuration of a Video-Ma2mba model; the defaults are the 2.7B's sizes with CLIP-ViT-L/14-336."""
 
     model_type = "video_ma2mba"
     sub_configs_defaults: ClassVar[dict] = {
@@ -97,16 +81,16 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     }
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    vision_start_token_id: int = 50277
-    vision_end_token_id: int = 50278
-    image_token_id: int = 50279
-    video_token_id: int = 50280
-    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
-    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
-    tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+    text_config: dict | PreTrainedConfig | None = None  # `VideoMa2mbaTextConfig`
+    vision_config: dict | PreTrainedConfig | None = None  # `VideoMa2mbaVisionConfig`
+    vision_start_token_id: int = 50277  # a media item is written <|vision_start|><|vision_end|>;
+    vision_end_token_id: int = 50278  # its tokens come between the two
+    image_token_id: int = 50279  # understood by the processor, never seen by the model
+    video_token_id: int = 50280  # the same
+    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)  # per channel, as the processor has it;
+    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)  # the model normalises uint8 patches itself
+    tie_word_embeddings: bool = True  # whether the head's weights are those of the embedding
+    initializer_range: float = 0.02  # standard deviation of the initial weights
 
     @classmethod
     def of_size(cls, name: str, **kwargs) -> "VideoMa2mbaConfig":

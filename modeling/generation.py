@@ -156,6 +156,8 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         self, input_ids, next_sequence_length=None, inputs_embeds=None, is_first_iteration=False, **kwargs
     ):
         """After the prompt every row reads every token: padding is behind it, and no mask has to grow any more."""
+        if not is_first_iteration:
+            kwargs.pop("read_hidden_states", None)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length,
@@ -163,8 +165,6 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if not is_first_iteration:
-            inputs.pop("read_hidden_states", None)
         if next_sequence_length == 1 and not is_first_iteration:
             inputs.pop("attention_mask", None)
         return inputs

@@ -8,7 +8,6 @@ is not recorded at all.
 """
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
+from .media import side_stream
 from .video_memory import repeats_in_order
 
 
@@ -58,10 +58,10 @@ class GraphedDecoding:
         if not self._takes(cache, inputs):
             return self.forward(past_key_values=cache, **inputs)
         leaves, structure = pytree.tree_flatten(inputs)
-        signature = (structure, *map(_describe, leaves), *self._places(cache))
+        kinds = ((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        signature = (structure, *kinds, *self._places(cache))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        fits = signature == self._recorded_for and self._can_be_recorded(cache, tensors)
-        if not fits:
+        if signature != self._recorded_for or not self._can_be_recorded(cache, tensors):
             self._recorded_for, self._graph, self._outputs = signature, None, None
             return self.forward(past_key_values=cache, **inputs)
         if self._graph is None:
@@ -74,18 +74,34 @@ class GraphedDecoding:
         return hasattr(cache, "video_key_values")  # a `VideoMemory`, which the first call may not have yet
 
     def _places(self, cache: Cache) -> tuple:
-        return _places(cache)
+        """Where the kernels of a recording find text and video, and how rows of one read rows of the other."""
+        ends = (0, len(cache.layers) - 1)  # what moves one layer moves them all
+        text = [cache.layers[end].keys.data_ptr() for end in ends if cache.layers[end].is_initialized]
+        video = [cache.level(end).keys_BHMP.data_ptr() for end in ends if cache.video_length]
+        rows = None if cache.video_rows is None else tuple(cache.video_rows)
+        return (*text, *video, cache.video_length, rows, cache.keys_are(rotated=True))
 
     def _can_be_recorded(self, cache: Cache, tensors: list[Tensor]) -> bool:
-        return all(t.is_cuda for t in tensors) and _can_be_recorded(cache)
+        """Whether inputs, text and video are read where they lie, without a copy from the CPU."""
+        if cache.offloading or not all(t.is_cuda for t in tensors):
+            return False
+        if not cache.video_length:
+            return True
+        in_order = cache.video_rows is None or repeats_in_order(cache.video_rows, cache.num_video_rows)
+        return in_order and cache.level(0).keys_BHMP.is_cuda
 
     def _step(self, cache: Cache, inputs: dict) -> Any:
         """What is recorded."""
         return self.forward(past_key_values=cache, **inputs)
 
     def _replay(self, cache: Cache) -> Any:
+        """The outputs with tensors of their own, and the cache itself."""
         self._graph.replay()
-        return _copied(self._outputs)
+        fields = {
+            name: value if isinstance(value, Cache) else pytree.tree_map_only(Tensor, torch.clone, value)
+            for name, value in self._outputs.items()
+        }
+        return type(self._outputs)(**fields)
 
     def _record(self, leaves: list, structure: pytree.TreeSpec, cache: Cache) -> None:
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -95,7 +111,7 @@ class GraphedDecoding:
 
     def _capture(self, step: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGraph:
         """Records a step on `device`, which need not be the current one."""
-        graph, stream = torch.cuda.CUDAGraph(), _recording_stream(device)
+        graph, stream = torch.cuda.CUDAGraph(), side_stream(device, "record")  # cuBLAS keeps a workspace for each
         with _RECORDING:
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
@@ -158,39 +174,3 @@ class GraphedStateDecoding(GraphedDecoding):
 def _copy_states(targets: list, sources: list) -> None:
     for into, come in zip(zip(*targets), zip(*sources)):  # convolutions, then scans: a launch takes one dtype
         torch._foreach_copy_(into, come)
-
-
-@functools.cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each GPU and for good, as cuBLAS keeps a workspace for every stream it has seen."""
-    return torch.cuda.Stream(device)
-
-
-def _describe(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
-
-
-def _places(cache: Cache) -> tuple:
-    """Where the kernels of a recording find text and video, and how rows of one read rows of the other."""
-    ends = (0, len(cache.layers) - 1)  # what moves one layer moves them all
-    text = [cache.layers[end].keys.data_ptr() for end in ends if cache.layers[end].is_initialized]
-    video = [cache.level(end).keys_BHMP.data_ptr() for end in ends if cache.video_length]
-    rows = None if cache.video_rows is None else tuple(cache.video_rows)
-    return (*text, *video, cache.video_length, rows, cache.keys_are(rotated=True))
-
-
-def _can_be_recorded(cache: Cache) -> bool:
-    """Whether text and video are read where they lie, without a copy from the CPU."""
-    if cache.offloading or not cache.video_length:
-        return not cache.offloading
-    in_order = cache.video_rows is None or repeats_in_order(cache.video_rows, cache.num_video_rows)
-    return in_order and cache.level(0).keys_BHMP.is_cuda
-
-
-def _copied(outputs: Any) -> Any:
-    """The outputs with tensors of their own, and the cache itself."""
-    fields = {}
-    for name, value in outputs.items():
-        is_cache = isinstance(value, Cache)
-        fields[name] = value if is_cache else pytree.tree_map_only(Tensor, torch.clone, value)
-    return type(outputs)(**fields)

@@ -11,7 +11,7 @@ Shapes: B rows, N tokens of text, S tokens of a chunk of the stream.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -73,6 +73,15 @@ def list_media(kind: str, pixels: Tensor | None, grid_thw: Tensor | None) -> lis
     return items
 
 
+def list_videos(pixels: Tensor, grid_thw: Tensor, rows: list[int] | None) -> list[tuple[MediaItem, int]]:
+    """The items of `pixels`, each with its row; None puts all into row 0. ValueError for fewer or more rows."""
+    items = list_media("video", pixels, grid_thw)
+    rows = [0] * len(items) if rows is None else rows
+    if len(rows) != len(items) or min(rows, default=0) < 0:
+        raise ValueError(f"{rows=} for {len(items)} videos; give one row for each video, counted from 0.")
+    return list(zip(items, rows))
+
+
 def without_seen_grids(
     pixels: dict[str, Tensor | None], grids: dict[str, Tensor | None], seen: list[list[list]]
 ) -> dict[str, Tensor | None]:
@@ -93,15 +102,6 @@ def item_starts(starts_BN: Tensor, mm_token_type_ids: Tensor | None, count: int)
     return typed_BN if int(typed_BN.sum()) == count else starts_BN
 
 
-def list_videos(pixels: Tensor, grid_thw: Tensor, rows: list[int] | None) -> list[tuple[MediaItem, int]]:
-    """The items of `pixels`, each with its row; None puts all into row 0. ValueError for fewer or more rows."""
-    items = list_media("video", pixels, grid_thw)
-    rows = [0] * len(items) if rows is None else rows
-    if len(rows) != len(items) or min(rows, default=0) < 0:
-        raise ValueError(f"{rows=} for {len(items)} videos; give one row for each video, counted from 0.")
-    return list(zip(items, rows))
-
-
 def assign_media(
     images: list[MediaItem], videos: list[MediaItem], starts_BN: Tensor, mm_token_type_ids: Tensor | None
 ) -> list[list[MediaItem]]:
@@ -114,45 +114,55 @@ def assign_media(
     Raises:
         ValueError: in a batch, items and `<|vision_start|>`s differ in number, or both kinds come without types.
     """
-    if not images and not videos:
+    total = len(images) + len(videos)
+    if not total:
         return [[] for _ in starts_BN]
-    starts_BN = item_starts(starts_BN, mm_token_type_ids, len(images) + len(videos))
+    starts_BN = item_starts(starts_BN, mm_token_type_ids, total)
     counts = starts_BN.sum(1).tolist()
-    kinds = _kinds(images, videos, starts_BN, mm_token_type_ids)
+    items = _in_text_order(images, videos, starts_BN, mm_token_type_ids)
     if len(counts) == 1:
-        return [[*images, *videos] if kinds is None else _in_order(images, videos, kinds)]
-    if sum(counts) != len(images) + len(videos):
+        return [[*images, *videos] if items is None else items]
+    if sum(counts) != total:
         raise ValueError(
             f"The {len(counts)} rows of text hold {sum(counts)} <|vision_start|> tokens, but {len(images)} images and "
             f"{len(videos)} videos were given; write one <|vision_start|><|vision_end|> for each item."
         )
-    if kinds is None:
+    if items is None:
         raise ValueError(
             f"Which of the {sum(counts)} <|vision_start|> tokens are images ({len(images)}) and which videos "
             f"({len(videos)})? Pass mm_token_type_ids, as the processor returns them."
         )
-    items, rows = iter(_in_order(images, videos, kinds)), []
-    for count in counts:
-        rows.append([next(items) for _ in range(count)])
-    return rows
+    in_order = iter(items)
+    return [list(islice(in_order, count)) for count in counts]
 
 
-def _kinds(images, videos, starts_BN: Tensor, mm_token_type_ids: Tensor | None) -> list[str] | None:
-    """The kind of each `<|vision_start|>`, or None if they do not tell."""
-    total = int(starts_BN.sum())
-    if total == len(images) + len(videos) and not (images and videos):
-        return ["image"] * len(images) + ["video"] * len(videos)
-    if mm_token_type_ids is None or mm_token_type_ids.shape != starts_BN.shape:
+def _in_text_order(
+    images: list[MediaItem], videos: list[MediaItem], starts_BN: Tensor, types_BN: Tensor | None
+) -> list[MediaItem] | None:
+    """All items, one for each `<|vision_start|>`; None if both kinds come and the types do not tell their order."""
+    if not (images and videos):
+        return [*images, *videos]
+    if types_BN is None or types_BN.shape != starts_BN.shape:
         return None
-    types = mm_token_type_ids[starts_BN.to(mm_token_type_ids.device)].tolist()
-    if types.count(1) != len(images) or types.count(2) != len(videos) or len(types) != len(images) + len(videos):
+    kinds = types_BN[starts_BN.to(types_BN.device)].tolist()
+    if sorted(kinds) != [1] * len(images) + [2] * len(videos):
         return None
-    return ["image" if kind == 1 else "video" for kind in types]
-
-
-def _in_order(images: list[MediaItem], videos: list[MediaItem], kinds: list[str]) -> list[MediaItem]:
-    of_kind = {"image": iter(images), "video": iter(videos)}
+    of_kind = {1: iter(images), 2: iter(videos)}
     return [next(of_kind[kind]) for kind in kinds]
+
+
+def media_of_rows(
+    images: list[MediaItem], videos: list[MediaItem], starts_BN: Tensor, mm_token_type_ids: Tensor | None
+) -> list[list[MediaItem]]:
+    """`assign_media` where the order matters: raises ValueError if images and videos are mixed and it is not told."""
+    rows = assign_media(images, videos, starts_BN, mm_token_type_ids)
+    if _in_text_order(images, videos, starts_BN, mm_token_type_ids) is None:
+        told = None if mm_token_type_ids is None else mm_token_type_ids[starts_BN.to(mm_token_type_ids.device)].tolist()
+        raise ValueError(
+            f"In which order do the {len(images)} images and {len(videos)} videos come? mm_token_type_ids, as the "
+            f"processor returns them, should be 1 and 2 at their <|vision_start|> tokens, and are {told}."
+        )
+    return rows
 
 
 def uncached_media(
@@ -165,63 +175,6 @@ def uncached_media(
     starts_BN = item_starts(starts_BN, mm_token_type_ids, sum(map(len, rows)))
     total, cached = starts_BN.sum(1).tolist(), starts_BN[:, :cached_length].sum(1).tolist()
     return [row[seen:] if len(row) == written else row for row, written, seen in zip(rows, total, cached)]
-
-
-def split_frames(rows: list[list[MediaItem]], frames: int | None) -> Iterator[list[list[MediaItem]]]:
-    """Cuts each row's items into consecutive runs of at most `frames` temporal patches; None leaves them whole.
-
-    Rows advance together: the n-th chunk holds the n-th run of every row that is that long.
-    """
-    if not any(rows):
-        return
-    if frames is None:
-        yield rows
-        return
-    pending = [list(reversed(row)) for row in rows]
-    while any(pending):
-        yield [_take_frames(row, frames) for row in pending]
-
-
-def _take_frames(row: list[MediaItem], frames: int) -> list[MediaItem]:
-    taken = []
-    while row and frames > 0:
-        item = row.pop()
-        if item.t > frames:
-            item, rest = item.split(frames)
-            row.append(rest)
-        taken.append(item)
-        frames -= item.t
-    return taken
-
-
-def chunk_patches(chunk: list[list[MediaItem]], pixels: dict[str, Tensor]) -> list[Tensor]:
-    """The patches of a chunk's items in order, as slices of `pixels` (by kind), one for each run without a gap."""
-    runs: list[tuple[str, int, int]] = []
-    for item in (item for row in chunk for item in row):
-        kind, start, stop = item.kind, item.start, item.start + item.num_patches
-        if runs and runs[-1][::2] == (kind, start):
-            start = runs.pop()[1]
-        runs.append((kind, start, stop))
-    return [pixels[kind][start:stop] for kind, start, stop in runs]
-
-
-def media_positions(rows: list[list[MediaItem]], merge_size: int) -> Tensor:
-    """(3, B, S) positions (t, h, w) of the merged tokens, each item counted from zero, rows padded on the right."""
-    by_row = []
-    for row in rows:
-        grids = [
-            torch.stack(
-                torch.meshgrid(
-                    torch.arange(item.first_frame, item.first_frame + item.t),
-                    torch.arange(item.h // merge_size),
-                    torch.arange(item.w // merge_size),
-                    indexing="ij",
-                )
-            ).flatten(1)
-            for item in row
-        ]
-        by_row.append(torch.cat([torch.zeros(3, 0, dtype=torch.long), *grids], 1).T)
-    return torch.nn.utils.rnn.pad_sequence(by_row, batch_first=True).permute(2, 0, 1)
 
 
 def flattened_lengths(
@@ -256,30 +209,14 @@ def flattened_lengths(
     return [end - start for start, end in pairwise(borders)]
 
 
-# --- one stream of text and media, for Video-Ma2mba -------------------------------------------------------------------
+# --- chunks of media, and of the stream of text and media -------------------------------------------------------------
 
 
 class Run(NamedTuple):
     """A stretch of one row's stream: tokens of text, or frames of one media item."""
 
-    positions: Tensor  # in the text, int64; of an item that of its <|vision_start|>, or none if that was seen before
+    positions: Tensor | None  # in the text, int64; of an item its <|vision_start|>, none if that was seen before
     item: MediaItem | None = None
-
-
-def media_of_rows(
-    images: list[MediaItem], videos: list[MediaItem], starts_BN: Tensor, mm_token_type_ids: Tensor | None
-) -> list[list[MediaItem]]:
-    """`assign_media` where the order matters: raises ValueError if images and videos are mixed and it is not told."""
-    rows = assign_media(images, videos, starts_BN, mm_token_type_ids)
-    if images and videos:
-        kinds = [1 if item.kind == "image" else 2 for row in rows for item in row]
-        told = None if mm_token_type_ids is None else mm_token_type_ids[starts_BN.to(mm_token_type_ids.device)].tolist()
-        if told != kinds:
-            raise ValueError(
-                f"In which order do the {len(images)} images and {len(videos)} videos come? mm_token_type_ids, as the "
-                f"processor returns them, should be 1 and 2 at their <|vision_start|> tokens, and are {told}."
-            )
-    return rows
 
 
 def runs_of(unread_BN: Tensor, starts_BN: Tensor, rows: list[list[MediaItem]]) -> list[list[Run]]:
@@ -317,12 +254,10 @@ def split_runs(streams: list[list[Run]], tokens: int | None, tokens_per_frame: i
 
     Rows advance together: the n-th chunk holds the n-th part of every row that is that long.
     """
-    if tokens is None:
-        if any(streams):
-            yield streams
-        return
     pending = [list(reversed(stream)) for stream in streams]
-    while any(pending):
+    if tokens is None and any(streams):
+        yield streams
+    while tokens is not None and any(pending):
         yield [_take_tokens(stream, tokens, tokens_per_frame) for stream in pending]
 
 
@@ -343,6 +278,38 @@ def _take_tokens(stream: list[Run], tokens: int, tokens_per_frame: int) -> list[
         taken.append(Run(positions, item))
         tokens -= item.t * tokens_per_frame
     return taken
+
+
+def split_frames(rows: list[list[MediaItem]], frames: int | None) -> Iterator[list[list[MediaItem]]]:
+    """`split_runs` of streams without text: chunks of at most `frames` temporal patches; None leaves them whole."""
+    streams = [[Run(None, item) for item in row] for row in rows]
+    for chunk in split_runs(streams, frames, tokens_per_frame=1):
+        yield [[run.item for run in stream] for stream in chunk]
+
+
+def chunk_patches(chunk: list[list[MediaItem]], pixels: dict[str, Tensor]) -> list[Tensor]:
+    """The patches of a chunk's items in order, as slices of `pixels` (by kind), one for each run without a gap."""
+    runs: list[tuple[str, int, int]] = []
+    for item in (item for row in chunk for item in row):
+        kind, start, stop = item.kind, item.start, item.start + item.num_patches
+        if runs and runs[-1][::2] == (kind, start):
+            start = runs.pop()[1]
+        runs.append((kind, start, stop))
+    return [pixels[kind][start:stop] for kind, start, stop in runs]
+
+
+def media_positions(rows: list[list[MediaItem]], merge_size: int) -> Tensor:
+    """(3, B, S) positions (t, h, w) of the merged tokens, each item counted from zero, rows padded on the right."""
+    by_row = []
+    for row in rows:
+        places = [torch.zeros(0, 3, dtype=torch.long)]
+        for item in row:
+            frames = torch.arange(item.first_frame, item.first_frame + item.t)
+            places.append(
+                torch.cartesian_prod(frames, torch.arange(item.h // merge_size), torch.arange(item.w // merge_size))
+            )
+        by_row.append(torch.cat(places))
+    return torch.nn.utils.rnn.pad_sequence(by_row, batch_first=True).permute(2, 0, 1)
 
 
 def text_outputs(chunk: list[list[Run]], tokens_per_frame: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -625,7 +625,7 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
         )
 
 
-class VambaForConditionalGeneration(VideoHeadMixin, VambaPreTrainedModel, VambaGenerationMixin, GenerationMixin):
+class VambaForConditionalGeneration(VideoHeadMixin, VambaGenerationMixin, VambaPreTrainedModel):
     """Vamba with a language model head; `forward` is `VideoHeadMixin`'s, `generate` GenerationMixin's."""
 
     _model_class, _output_class = VambaModel, CausalLMOutputWithCrossAttentions

@@ -12,7 +12,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -427,9 +427,7 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         )
 
 
-class VideoMa2mbaForConditionalGeneration(
-    VideoHeadMixin, VideoMa2mbaPreTrainedModel, VideoMa2mbaGenerationMixin, GenerationMixin
-):
+class VideoMa2mbaForConditionalGeneration(VideoHeadMixin, VideoMa2mbaGenerationMixin, VideoMa2mbaPreTrainedModel):
     """Video-Ma2mba with a language model head; `forward` is `VideoHeadMixin`'s, `generate` GenerationMixin's."""
 
     _model_class, _output_class = VideoMa2mbaModel, CausalLMOutputWithPast

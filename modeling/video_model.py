@@ -30,8 +30,8 @@ from .media import (
     split_frames,
     to_device,
 )
+from .memory_files import WeightsFingerprint, are_same_weights
 from .ranks import agree_on_calls, calls_are_shared, largest_of_ranks, weights_are_sharded
-from .weights_fingerprint import WeightsFingerprint, are_same_weights
 
 
 logger = logging.get_logger(__name__)
@@ -86,7 +86,7 @@ class VideoModelMixin:
 
     def shares_calls(self, tokens: int) -> bool:
         """`ranks.calls_are_shared`; for a single token what it was before, as that looks at all parameters."""
-        if tokens > 1 or "_shares_calls" not in vars(self):
+        if tokens > 1 or getattr(self, "_shares_calls", None) is None:
             self._shares_calls = calls_are_shared(self)
         return self._shares_calls
 

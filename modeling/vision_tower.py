@@ -44,7 +44,7 @@ class VambaVisionBlock(GradientCheckpointingLayer):
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.norm1 = FusedLayerNorm(config.embed_dim, eps=1e-6)
-        self.norm2 = AddLayerNorm(config.embed_dim, eps=1e-6)
+        self.norm2 = FusedLayerNorm(config.embed_dim, eps=1e-6)
         self.attn = FrameBatchedAttention(config)
         self.mlp = FusedMLP(config.embed_dim, int(config.embed_dim * config.mlp_ratio), config.hidden_act)
 
@@ -55,45 +55,27 @@ class VambaVisionBlock(GradientCheckpointingLayer):
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """LayerNorm; torch's own takes twice the time of its bytes."""
+    """LayerNorm, or with a residual (residual + x, its LayerNorm); torch's own takes twice the time of its bytes."""
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        if can_use_forward_kernel(x_TD, self.weight, self.bias):
-            return layer_norm_triton(x_TD, None, self.weight, self.bias, self.eps)[1]
-        return super().forward(x_TD)
-
-
-class AddLayerNorm(nn.LayerNorm):
-    """residual + x, and its LayerNorm."""
-
-    def forward(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-        if can_use_forward_kernel(x_TD, residual_TD, self.weight, self.bias):
-            return layer_norm_triton(x_TD, residual_TD, self.weight, self.bias, self.eps)
-        residual_TD = residual_TD + x_TD
-        return residual_TD, super().forward(residual_TD)
-
-
-class FusedQuickGELU(QuickGELUActivation):
-    def forward(self, input: Tensor) -> Tensor:
-        if can_use_forward_kernel(input):
-            return quick_gelu_triton(input, torch.empty_like(input))
-        return super().forward(input)
+    def forward(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        entering = (x_TD,) if residual_TD is None else (x_TD, residual_TD)
+        if can_use_forward_kernel(*entering, self.weight, self.bias):
+            sum_TD, normed_TD = layer_norm_triton(x_TD, residual_TD, self.weight, self.bias, self.eps)
+        else:
+            sum_TD = x_TD if residual_TD is None else residual_TD + x_TD
+            normed_TD = super().forward(sum_TD)
+        return normed_TD if residual_TD is None else (sum_TD, normed_TD)
 
 
 class FusedMLP(VisionMlp):
     """quick_gelu in place, where nobody else reads the output of the product before it."""
 
-    def __init__(self, dim: int, hidden_dim: int, hidden_act: str):
-        super().__init__(dim, hidden_dim, hidden_act)
-        if hidden_act == "quick_gelu":
-            self.act = FusedQuickGELU()
-
     def forward(self, x_TD: Tensor) -> Tensor:
         hidden = self.fc1(x_TD)
-        watched = has_hooks(self.fc1) or has_hooks(self.act)
-        if watched or type(self.act) is not FusedQuickGELU or not can_use_forward_kernel(hidden):
-            return self.fc2(self.act(hidden))
-        return self.fc2(quick_gelu_triton(hidden, hidden))
+        if type(self.act) is QuickGELUActivation and not has_hooks(self.act) and can_use_forward_kernel(hidden):
+            hidden = overwritable(hidden, self.fc1)
+            return self.fc2(quick_gelu_triton(hidden, hidden))
+        return self.fc2(self.act(hidden))
 
 
 class FrameBatchedAttention(VisionAttention):
@@ -127,7 +109,10 @@ class FrameBatchedAttention(VisionAttention):
             q_FHLP, k_FHLP, v_FHLP = (
                 t[run].unflatten(0, (count, length)).transpose(1, 2) for t in (queries, keys, values)
             )
-            with cudnn_first() if fused and repays_a_plan(count, length) else nullcontext():
+            # On an H200 cuDNN is a quarter faster than flash, after 30 ms of preparation for each new shape: it is for
+            # many frames, in a number that is likely to come again, as most chunks of a video are multiples of 16.
+            repays_a_plan = fused and count % 16 == 0 and count * length >= 16384
+            with cudnn_first() if repays_a_plan else nullcontext():
                 attended = F.scaled_dot_product_attention(q_FHLP, k_FHLP, v_FHLP, scale=self.scaling)
             outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
             start += count * length
@@ -163,15 +148,6 @@ class VambaVisionTower(Qwen2VisionTransformerPretrainedModel):
             pinned = value.pin_memory() if hidden_states.is_cuda else value  # else the copy would wait for the GPU
             kwargs[name] = pinned.to(hidden_states.device, non_blocking=True)
         return super().forward(hidden_states, grid_thw, **kwargs)
-
-
-def repays_a_plan(count: int, length: int) -> bool:
-    """Whether frames are many enough, and likely to come in this number again, for cuDNN's attention.
-
-    On an H200 it is a quarter faster than flash, and takes 30 ms to prepare for each new shape. Chunks of a video are
-    multiples of 16 frames, but for the last.
-    """
-    return count % 16 == 0 and count * length >= 16384
 
 
 def cudnn_first():

@@ -11,8 +11,7 @@ import pytest
 import torch
 import yaml
 
-from vamba.training import parse_recipe
-from vamba.training.finetune import finetune
+from vamba.training import finetune
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,14 +29,14 @@ def recipe(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("accelerate")
     values = recipe_values(checkpoint, write_dataset(folder / "data", 8), folder / "out", max_steps=3)
     values |= {"global_batch_size": 8}
-    alone = values["train"] | {"dataloader_num_workers": 2, "save_strategy": "no"}
-    return values, finetune(parse_recipe(values | {"train": alone})).losses
+    alone = values | {"dataloader_num_workers": 2, "save_strategy": "no"}
+    return values, finetune(values | alone).losses
 
 
 def train_with_two(configuration: str, values: dict, folder: Path, on_cpu: bool) -> list[float]:
     """Losses of the recipe run by two processes, which save at the end."""
     output = {"output_dir": str(folder / "out"), "save_strategy": "steps", "save_steps": 3, "use_cpu": on_cpu}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values | {"train": values["train"] | output}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values | output))
     config = yaml.safe_load((ROOT / f"examples/accelerate/{configuration}.yaml").read_text())
     config |= {"num_processes": 2, "mixed_precision": "no"} | ({"use_cpu": True} if on_cpu else {})
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -53,10 +52,10 @@ def train_with_two(configuration: str, values: dict, folder: Path, on_cpu: bool)
 
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("checkpointing", ["none", "multi_axis"])
-def test_two_processes_train_as_one(recipe, stage, checkpointing, tmp_path):
+@pytest.mark.parametrize("in_cells", [False, True])
+def test_two_processes_train_as_one(recipe, stage, in_cells, tmp_path):
     values, losses = recipe
-    values = values | {"checkpointing": checkpointing}
+    values = values | {"multi_axis_checkpointing": in_cells}
     logged = train_with_two(f"deepspeed_zero{stage}", values, tmp_path, on_cpu=True)
     assert logged == pytest.approx(list(losses.values()), rel=1e-4)
 
@@ -72,9 +71,9 @@ def test_two_processes_train_as_one(recipe, stage, checkpointing, tmp_path):
         pytest.param("deepspeed_zero3", marks=needs_deepspeed),
     ],
 )
-@pytest.mark.parametrize("checkpointing", ["none", "multi_axis"])
-def test_two_gpus_train_as_one_process(recipe, configuration, checkpointing, tmp_path):
+@pytest.mark.parametrize("in_cells", [False, True])
+def test_two_gpus_train_as_one_process(recipe, configuration, in_cells, tmp_path):
     values, losses = recipe
-    values = values | {"checkpointing": checkpointing, "offload": checkpointing == "multi_axis"}
+    values = values | {"multi_axis_checkpointing": in_cells, "multi_axis_offload": in_cells}
     logged = train_with_two(configuration, values, tmp_path, on_cpu=False)
     assert logged == pytest.approx(list(losses.values()), rel=1e-3)

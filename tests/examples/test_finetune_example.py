@@ -18,11 +18,11 @@ def test_finetune(checkpoint, clip, tmp_path, monkeypatch, capsys):
     turns = [{"from": "human", "value": "<video>What is it?"}, {"from": "gpt", "value": "A square."}]
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns, "video": "clip.mp4"}]))
     (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
-    overrides = [f"model.path={checkpoint}", "model.dtype=float32", "data.train=data.json", "data.fps=4"]
-    overrides += ["data.packing=false", "checkpointing=none", "global_batch_size=1", "train.max_steps=2"]
-    overrides += ["train.output_dir=out", "train.use_cpu=true", "train.bf16=false", "train.dataloader_num_workers=0"]
+    overrides = f"--model_name_or_path {checkpoint} --dtype float32 --datasets data.json --fps 4 --packing no"
+    overrides += " --multi_axis_checkpointing no --global_batch_size 1 --max_steps 2 --output_dir out --use_cpu"
+    overrides += " --bf16 no --dataloader_num_workers 0"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["finetune.py", "vamba_stage1", *overrides])
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "vamba_stage1", *overrides.split()])
     runpy.run_path(str(EXAMPLES / "finetune.py"), run_name="__main__")
     assert capsys.readouterr().out.splitlines()[-1] == "the trained model is in out/final"
     assert (tmp_path / "out" / "final" / "model.safetensors").is_file()

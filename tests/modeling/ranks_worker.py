@@ -22,7 +22,7 @@ import tiny_video_ma2mba  # noqa: E402
 # On a machine with a GPU for each process on those, else on the CPU.
 GPU = torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
 DEVICE = torch.device("cuda", int(os.environ["RANK"])) if GPU else torch.device("cpu")
-SHARDED = ("VambaDecoderLayer", "Mamba2Block", "VambaVisionBlock", "VideoMa2mbaBlock", "CLIPEncoderLayer")
+SHARDED = ("VambaDecoderLayer", "VambaVideoLevel", "VambaVisionBlock", "VideoMa2mbaBlock", "CLIPEncoderLayer")
 SAMPLES = {"text": ["text"], "image": ["image"], "short": ["short", "text", "short"], "long": ["long"]}
 FRAMES = {"image": 1, "short": 3, "long": 200}
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from vamba.modeling import graphed_decoding
+from vamba.modeling import media as media_module
 from vamba.modeling.graphed_decoding import GraphedDecoding
 
+import tiny_vamba
+import tiny_video_ma2mba
 from tiny_vamba import media, prompt, tiny_model
 
 
@@ -36,9 +39,10 @@ def cuda(monkeypatch):
         CUDAGraph=Graph, Stream=stream, current_stream=stream, stream=lambda stream: contextlib.nullcontext()
     )
     monkeypatch.setattr(graphed_decoding, "torch", SimpleNamespace(cuda=fake))
-    graphed_decoding._recording_stream.cache_clear()
+    monkeypatch.setattr(media_module, "torch", SimpleNamespace(cuda=fake))
+    media_module.side_stream.cache_clear()
     yield events
-    graphed_decoding._recording_stream.cache_clear()
+    media_module.side_stream.cache_clear()
 
 
 def record(step: GraphedDecoding):
@@ -66,15 +70,15 @@ def test_what_cannot_be_recorded_says_what_to_do(cuda):
 
 def test_a_memory_that_is_not_read_where_it_lies_is_not_recorded(model):
     assert not GraphedDecoding.suits(model)
-    memory = model.encode_video(*media((2, 4, 6), (2, 4, 6)), rows=[0, 1])
+    step, memory = GraphedDecoding(model), model.encode_video(*media((2, 4, 6), (2, 4, 6)), rows=[0, 1])
     for level in memory._levels:  # as on a GPU
         level.parts = [SimpleNamespace(keys_BHMP=SimpleNamespace(is_cuda=True, shape=(2, 2, 12, 16)))]
     for rows, may in ((None, True), ([0, 0, 1, 1], True), ([1, 0], False), ([1], False)):
         memory.video_rows = rows
-        assert graphed_decoding._can_be_recorded(memory) == may
+        assert step._can_be_recorded(memory, []) == may
     memory.video_rows, memory.text.offloading = None, True  # of the text
-    assert not graphed_decoding._can_be_recorded(memory)
-    assert not graphed_decoding._can_be_recorded(model.encode_video(*media((2, 4, 6))))  # on the CPU
+    assert not step._can_be_recorded(memory, [])
+    assert not step._can_be_recorded(model.encode_video(*media((2, 4, 6))), [])  # on the CPU
 
 
 def test_hooks_keep_a_model_from_being_recorded_but_not_those_of_transformers():
@@ -90,6 +94,13 @@ def test_hooks_keep_a_model_from_being_recorded_but_not_those_of_transformers():
         assert not model._valid_auto_compile_criteria({"past_key_values": fork}, config)
         handle.remove()
         assert model._valid_auto_compile_criteria({"past_key_values": fork}, config)
+
+
+@pytest.mark.parametrize("tiny", [tiny_vamba, tiny_video_ma2mba], ids=["vamba", "video-ma2mba"])
+def test_both_models_decode_with_a_graph(tiny, monkeypatch):
+    """On a GPU, unless a configuration for `torch.compile` is given."""
+    monkeypatch.setattr(GraphedDecoding, "suits", staticmethod(lambda model: True))
+    assert isinstance(tiny.tiny_model().get_compiled_call(None), GraphedDecoding)
 
 
 class TestGpu:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from vamba.files import check_destination, check_space, staged_folder
+from vamba.files import check_destination, check_space, publish, staged_folder
 
 
 def names(folder):
@@ -97,3 +97,16 @@ def test_source_and_destination_in_each_other(tmp_path, destination):
     source = tmp_path / "source"
     with pytest.raises(ValueError, match="must not lie in each other"):
         check_destination((source / destination).resolve(), source, overwrite=True)
+
+
+def test_what_is_published_replaces_or_leaves_all_as_it_was(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    publish(tmp_path / "old", tmp_path / "final")
+    with pytest.raises(FileNotFoundError):
+        publish(tmp_path / "gone", tmp_path / "final")
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["old"]
+    publish(tmp_path / "new", tmp_path / "final")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["new"]

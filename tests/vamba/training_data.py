@@ -5,6 +5,7 @@ What is unusual: those are forked from one that has imported the library and don
 several seconds and a process that has trained cannot be forked.
 """
 
+import io
 import json
 import multiprocessing
 import os
@@ -12,12 +13,16 @@ import socket
 import sys
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForImageTextToText
+
 from vamba.demo.videos import QUESTIONS, render, stories, write_video
+from vamba.training import finetune
 
 
 WINDOW = 12  # draws among which samples of a batch are chosen; see `vamba.data.stream`
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["vamba.cli", "vamba.training.finetune", "vamba.hub", "datasets"])
+PROCESSES.set_forkserver_preload(["vamba.cli", "vamba.training.run", "vamba.hub", "datasets"])
 
 
 def start(code: str, arguments: list[str], output: Path, **environment: str) -> multiprocessing.Process:
@@ -28,8 +33,6 @@ def start(code: str, arguments: list[str], output: Path, **environment: str) -> 
 
 
 def _run(code: str, arguments: list[str], output: Path, environment: dict[str, str]) -> None:
-    import torch
-
     from vamba.data import stream
 
     for number, name in ((1, "out"), (2, "err")):
@@ -68,21 +71,60 @@ def turns(story, count: int, index: int) -> list[dict]:
     return messages
 
 
-def recipe_values(model: Path, data: Path, output: Path, **train) -> dict:
+def recipe_values(model: Path, data: Path, output: Path, **keys) -> dict:
     """A recipe that runs on a CPU in seconds."""
     return {
-        "model": {"path": str(model), "dtype": "float32"},
-        "data": {"train": str(data), "fps": 8},
-        "train": {
-            "output_dir": str(output),
-            "max_steps": 6,
-            "learning_rate": 2e-3,
-            "per_device_train_batch_size": 4,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            **train,
-        },
+        "model_name_or_path": str(model),
+        "dtype": "float32",
+        "datasets": [str(data)],
+        "fps": 8,
+        "output_dir": str(output),
+        "max_steps": 6,
+        "learning_rate": 2e-3,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **keys,
     }
+
+
+def run(values: dict, resume: bool = False, **keys):
+    return finetune(values | keys, resume=resume)
+
+
+def load(folder: Path, dtype=torch.float32):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+def example(*media, question="What?"):
+    """An example that asks one question about the given items."""
+    content = [*media, {"type": "text", "text": question}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "This."}]}
+
+
+def uniform(*media, question="What?"):
+    """The same with a list of items for each turn: what `datasets` makes a table of."""
+    messages = example(*media, question=question)["messages"]
+    return {"messages": [messages[0], {"role": "assistant", "content": [{"type": "text", "text": "This."}]}]}
+
+
+def video(path, **options):
+    return {"type": "video", "video": str(path), **options}
+
+
+def as_png(picture) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -18,9 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import StoppingCriteria
 
 
-GIB = 2**30
-
-
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -11,7 +11,8 @@ from argparse import Namespace
 
 import torch
 
-from .clock import GIB, default_device, machine, measure_rates, release
+from . import GIB
+from .clock import default_device, machine, measure_rates, release
 from .models import load_ours, load_peer
 from .parts import measure_kernels, measure_parts, measure_videos
 from .subjects import Ours, Peer

@@ -85,13 +85,6 @@ def linear_weights(*modules: nn.Module) -> int:
     )
 
 
-def video_keys_and_values(model: PreTrainedModel) -> list[nn.Module]:
-    """The projections that each video token passes once and no text token; none of a model without cross-attention."""
-    attentions = [getattr(layer, "cross_attn", None) for layer in model.model.language_model.layers]
-    return [module for attention in attentions if attention for module in (attention.k_proj, attention.v_proj)]
-
-
 def decode_bytes(model: PreTrainedModel, memory_bytes: int) -> int:
     """What has to be read for a token: the weights it passes, and the memory of the video."""
-    language = linear_weights(model.model.language_model, model.lm_head)
-    return (language - linear_weights(*video_keys_and_values(model))) * model.dtype.itemsize + memory_bytes
+    return linear_weights(model.model.language_model, model.lm_head) * model.dtype.itemsize + memory_bytes

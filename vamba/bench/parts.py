@@ -17,7 +17,7 @@ from torch import nn
 from vamba.video import read_video
 
 from .clock import Stopwatch, TokenClock, kernels_of, now
-from .models import linear_weights, video_keys_and_values
+from .models import linear_weights
 from .subjects import Ours
 
 
@@ -107,7 +107,8 @@ def _vision_parts(ours: Ours) -> list[Part]:
 
 
 def _encoder_parts(ours: Ours) -> list[Part]:
-    blocks, config = list(ours.model.model.video_encoder.layers), ours.model.config.mamba_config
+    levels, config = ours.model.model.video_encoder.levels, ours.model.config.mamba_config
+    blocks = [level.block for level in levels if level.block is not None]
     mixers, M = [block.mixer for block in blocks], ours.tokens(ours.args.chunk_frames)
     row = M * ours.model.dtype.itemsize * len(blocks)  # bytes of one number per token, through all blocks
     inside = [module for mixer in mixers for module in (mixer.in_proj, mixer.norm, mixer.out_proj)]
@@ -119,15 +120,14 @@ def _encoder_parts(ours: Ours) -> list[Part]:
         Part("Mamba-2 blocks: convolution and scan", mixers, size=row * scanned, less=inside),
         Part("Mamba-2 blocks: gated norm", [mixer.norm for mixer in mixers], size=3 * row * inner),
         _products("Mamba-2 blocks: out_proj", [mixer.out_proj for mixer in mixers], M),
-        _products("video keys and values", video_keys_and_values(ours.model), M),
+        _products("video keys and values", [m for level in levels for m in (level.k_proj, level.v_proj)], M),
     ]
 
 
 def _prompt_parts(ours: Ours) -> list[Part]:
     language, N, text = ours.model.model.language_model, ours.args.prompt_tokens, ours.model.config.text_config
     cross, item = [layer.cross_attn for layer in language.layers], ours.model.dtype.itemsize
-    keys_values = linear_weights(*video_keys_and_values(ours.model))
-    weights, queries = linear_weights(language) - keys_values, linear_weights(*cross) - keys_values
+    weights, queries = linear_weights(language), linear_weights(*cross)
     reading = 4 * N * ours.tokens(ours.args.chunk_frames) * text.hidden_size * len(cross)
     return [
         Part("prompt", [language], 2 * N * weights + reading, weights * item),
@@ -137,7 +137,7 @@ def _prompt_parts(ours: Ours) -> list[Part]:
 
 def measure_kernels(ours: Ours) -> list[dict]:
     """Rows (kernel, calls, ms) of one Mamba-2 block over one chunk; operators where there is no GPU."""
-    block, config = ours.model.model.video_encoder.layers[0], ours.model.config.mamba_config
+    block, config = ours.model.model.video_encoder.levels[0].block, ours.model.config.mamba_config
     shape = (1, ours.tokens(ours.args.chunk_frames), config.hidden_size)
     vision_BSD = torch.randn(shape, device=ours.device).to(ours.model.dtype)
     _, state = block(vision_BSD, None, None)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from vamba.errors import UserError, opening
 
-from .clock import GIB
+from . import GIB
 
 
 # column of the plots -> (name of the file, label, unit's factor, column of the floor, what that is)

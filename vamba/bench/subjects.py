@@ -13,7 +13,7 @@ from vamba.errors import UserError
 from vamba.modeling import VideoMemory
 
 from .clock import Stopwatch, TokenClock, allocated, last_to_first, now, peak, reset_peak
-from .models import decode_bytes, linear_weights, video_keys_and_values
+from .models import decode_bytes, linear_weights
 
 
 class Ours:
@@ -96,9 +96,9 @@ class Ours:
 
     def prefill_operations(self, frames: int) -> int:
         core, text, N = self.model.model, self.model.config.text_config, self.args.prompt_tokens
-        M, keys_values = self.tokens(frames), linear_weights(*video_keys_and_values(self.model))
-        encoder = M * (linear_weights(core.video_encoder) + keys_values)
-        prompt = N * (linear_weights(core.language_model) - keys_values) + linear_weights(self.model.lm_head)
+        M = self.tokens(frames)
+        encoder = M * linear_weights(core.video_encoder)
+        prompt = N * linear_weights(core.language_model) + linear_weights(self.model.lm_head)
         reading = 4 * N * M * text.hidden_size * text.num_hidden_layers
         return self.vision_operations(frames) + 2 * (encoder + prompt) + reading
 

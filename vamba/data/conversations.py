@@ -139,7 +139,7 @@ def _source_key(block: dict) -> str | None:
     return next((key for key in keys if _is_given(block.get(key))), None)
 
 
-def _take_source(block: dict) -> tuple[str, Any]:
+def _take_source(block: dict) -> tuple[str | None, Any]:
     """Removes all that names the source of a media item; the key that counts, and what was there."""
     key = _source_key(block)
     taken = [block.pop(name.format(block["type"]), None) for name in _SOURCE_KEYS]

@@ -9,7 +9,7 @@ import base64
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class _Clip:
         _resample(self.block, self.frames)
 
 
+@dataclass(eq=False)
 class ConversationEncoder:
     """Examples to model inputs.
 
@@ -77,24 +78,16 @@ class ConversationEncoder:
         pixel_dtype: of the patches; the vision tower's dtype halves what goes through memory, with the same result.
     """
 
-    def __init__(
-        self,
-        processor: ProcessorMixin,
-        *,
-        fps: float | None = None,
-        max_frames: int | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        max_video_tokens: int | None = None,
-        max_length: int | None = None,
-        media_root: str | None = None,
-        pixel_dtype: torch.dtype | None = None,
-    ):
-        self.processor = processor
-        self.fps, self.max_frames = fps, max_frames
-        self.sizes = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        self.max_video_tokens, self.max_length = max_video_tokens, max_length
-        self.media_root, self.pixel_dtype = media_root, pixel_dtype
+    processor: ProcessorMixin
+    _: KW_ONLY
+    fps: float | None = None
+    max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_video_tokens: int | None = None
+    max_length: int | None = None
+    media_root: str | None = None
+    pixel_dtype: torch.dtype | None = None
 
     def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """`encode(plan(example))`; see there."""
@@ -116,12 +109,12 @@ class ConversationEncoder:
             messages = [turn | {"content": [plain_item(block) for block in turn["content"]]} for turn in messages]
         text = self._tokenize(_without_sources(messages))["input_ids"].shape[1]
         if self.max_length is not None and text > self.max_length:
-            raise ExampleError(f"{text} text tokens are more than the limit of {self.max_length} (data.max_length)")
+            raise ExampleError(f"{text} text tokens are more than the limit of {self.max_length} (max_length)")
         images, clips = 0, []
         for block in media_blocks(messages):
-            for name, value in self.sizes.items():
-                if value is not None:
-                    block.setdefault(name, value)
+            for name in ("min_pixels", "max_pixels"):
+                if getattr(self, name) is not None:
+                    block.setdefault(name, getattr(self, name))
             if block["type"] == "image":
                 images += self._image_tokens(block)
             else:
@@ -160,16 +153,10 @@ class ConversationEncoder:
         return sample
 
     def _tokenize(self, messages: list[dict]) -> dict[str, Any]:
-        options = template_options(self.processor, messages)
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
+        options |= template_options(self.processor, messages)
         with refusals():
-            return self.processor.apply_chat_template(
-                messages,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                return_assistant_tokens_mask=True,
-                **options,
-            )
+            return self.processor.apply_chat_template(messages, **options)
 
     def _media_tokens(self, inputs: Mapping[str, Any]) -> int:
         merged = self.processor.video_processor.merge_size**2
@@ -179,15 +166,14 @@ class ConversationEncoder:
     def _image_tokens(self, block: dict) -> int:
         processor = self.processor.image_processor
         factor = processor.patch_size * processor.merge_size
-        if not {"resized_height", "resized_width"} <= block.keys():
-            low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
-            area = {"min_pixels": block.get("min_pixels", low), "max_pixels": block.get("max_pixels", high)}
-            size = _image_size(block["image"])
-            if size is None:  # as large as any
-                return area["max_pixels"] // factor**2
-            height, width = target_size(*size, factor=factor, **area)
-        else:
-            height, width = block["resized_height"], block["resized_width"]
+        if {"resized_height", "resized_width"} <= block.keys():
+            return (block["resized_height"] // factor) * (block["resized_width"] // factor)
+        low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
+        area = {"min_pixels": block.get("min_pixels", low), "max_pixels": block.get("max_pixels", high)}
+        size = _image_size(block["image"])
+        if size is None:  # as large as any
+            return area["max_pixels"] // factor**2
+        height, width = target_size(*size, factor=factor, **area)
         return (height // factor) * (width // factor)
 
     def _decoded(self, block: dict) -> dict:
@@ -237,7 +223,7 @@ class ConversationEncoder:
                 least = images + sum(clip.tokens for clip in clips)
                 raise ExampleError(
                     f"{least} video tokens, with two frames of each video, are more than the budget of {budget} "
-                    "(data.max_video_tokens); lower max_pixels"
+                    "(max_video_tokens); lower max_pixels"
                 )
             longest.limit(longest.frames - 2)
 

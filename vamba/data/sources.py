@@ -55,9 +55,8 @@ class Source:
         self.path, self.streaming, self.shuffle, self.seed = str(path), streaming, shuffle, seed
         hub = {"name": name, "revision": revision, "data_files": data_files}
         hub = {key: value for key, value in hub.items() if value is not None}
-        self.rows, folder, files = _open(self.path, split, streaming, hub)
+        self.rows, folder, self._files = _open(self.path, split, streaming, hub)
         self.media_root = folder if media_root is None else str(media_root)
-        self._files = files
         self._order: tuple[int, np.ndarray] | None = None
         self._walk: tuple[int, Iterator] | None = None
 

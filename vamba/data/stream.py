@@ -11,7 +11,7 @@ length nobody knows: a batch may hold the last examples of an epoch and the firs
 import errno
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ class About:
     error: str | None = None
 
 
+@dataclass(eq=False)
 class TrainingStream(IterableDataset):
     """Batches for ever; see `loader`.
 
@@ -77,35 +78,31 @@ class TrainingStream(IterableDataset):
             `check_layout`.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        collator: Collator,
-        *,
-        rows: int | None = None,
-        max_video_tokens: int | None = None,
-        max_text_tokens: int | None = None,
-        on_error: str = "skip",
-        seed: int = 0,
-        order: str = "",
-        rank: int = 0,
-        world_size: int = 1,
-        position: dict | None = None,
-    ):
-        self.mixture, self.collator = mixture, collator
-        self.rows, self.limits = rows, (max_video_tokens, max_text_tokens)
-        self.on_error, self.seed = on_error, seed
-        self.order, self.rank, self.world_size = order, rank, world_size
-        self.position = position or {"next": 0, "shards": {}}
-        self.window = WINDOW if rows is None else rows * max(1, WINDOW // rows)
-        self.epoch = None if any(source.streaming for source in mixture.sources) else len(mixture)  # in draws
-        self.data = [source.fingerprint for source in mixture.sources]
+    mixture: Mixture
+    collator: Collator
+    _: KW_ONLY
+    rows: int | None = None
+    max_video_tokens: int | None = None
+    max_text_tokens: int | None = None
+    on_error: str = "skip"
+    seed: int = 0
+    order: str = ""
+    rank: int = 0
+    world_size: int = 1
+    position: dict | None = None
+
+    def __post_init__(self):
+        self.start = self.position or {"next": 0, "shards": {}}
+        self.window = WINDOW if self.rows is None else self.rows * max(1, WINDOW // self.rows)
+        streaming = any(source.streaming for source in self.mixture.sources)
+        self.epoch = None if streaming else len(self.mixture)  # in draws
+        self.data = [source.fingerprint for source in self.mixture.sources]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         # the loader asks worker 0 first, and it is another shard's turn where the last run ended elsewhere
-        shard = self.rank * workers + (worker + self.position["next"]) % workers
+        shard = self.rank * workers + (worker + self.start["next"]) % workers
         return self._batches(shard, workers * self.world_size)
 
     def loader(self, num_workers: int = 0, **options: Any) -> DataLoader:
@@ -126,15 +123,14 @@ class TrainingStream(IterableDataset):
         return max(1, batches) * self.epoch / draws
 
     def _batches(self, shard: int, shards: int) -> Iterator[dict[str, Any]]:
-        first, done = self.position["shards"].get(str(shard), (0, 0))
+        first, done = self.start["shards"].get(str(shard), (0, 0))
         skipped: list[str] = []
         try:
             for window, plans, unplanned in self._windows(shard, shards, first):
                 done = done if window == first else 0
                 skipped += [] if done else unplanned  # the batches before have told of them
                 for index, pack in enumerate(self._fill(plans, shard, window)[done:], start=done + 1):
-                    samples, failed = self._encode(pack)
-                    skipped += failed
+                    samples = self._encode(pack, skipped)
                     if samples:
                         names, samples = zip(*samples)
                         sizes = [SampleSize.of(sample) for sample in samples]
@@ -150,7 +146,9 @@ class TrainingStream(IterableDataset):
         draws = islice(self.mixture.draws(), first * shards + shard, None, shards)
         window = first
         while True:
-            plans, skipped, count = [], [], self.window
+            plans: list[tuple[str, Plan]] = []
+            skipped: list[str] = []
+            count = self.window
             if self.epoch:
                 count = min(count, -(-(self.epoch - (window * shards + shard) % self.epoch) // shards))
             for source, draw in islice(draws, count):
@@ -164,18 +162,14 @@ class TrainingStream(IterableDataset):
 
     def _fill(self, plans: list[tuple[str, Plan]], shard: int, window: int) -> list[list[tuple[str, Plan]]]:
         sizes = [(plan.video_tokens, plan.text_tokens) for _, plan in plans]
-        packs = fill_packs(sizes, self.limits, self.rows)
+        packs = fill_packs(sizes, (self.max_video_tokens, self.max_text_tokens), self.rows)
         random.Random(f"{self.seed} {shard} {window}").shuffle(packs)  # they come largest first
         return [[plans[index] for index in pack] for pack in packs]
 
-    def _encode(self, pack: list[tuple[str, Plan]]) -> tuple[list[tuple[str, dict]], list[str]]:
-        """The samples of a pack with their names, and what is wrong with those that are left out."""
-        samples, failed = [], []
-        for name, plan in pack:
-            sample = self._try(name, failed, self.collator.encoder.encode, plan)
-            if sample is not None:
-                samples.append((name, sample))
-        return samples, failed
+    def _encode(self, pack: list[tuple[str, Plan]], failed: list[str]) -> list[tuple[str, dict]]:
+        """The samples of a pack with their names; what is wrong with the others comes to `failed`."""
+        samples = [(name, self._try(name, failed, self.collator.encoder.encode, plan)) for name, plan in pack]
+        return [(name, sample) for name, sample in samples if sample is not None]
 
     def _try(self, name: str, failed: list[str], function, *arguments):
         try:
@@ -209,9 +203,9 @@ class Position:
 
     def __init__(self, stream: TrainingStream, workers: int):
         self.layout = {"workers": workers, "world_size": stream.world_size, "order": stream.order, "data": stream.data}
-        self.shards = dict(stream.position["shards"])
-        self.next = stream.position["next"]
-        self.skipped, self.rows = (stream.position.get(name, 0) for name in ("skipped", "rows"))
+        self.shards = dict(stream.start["shards"])
+        self.next = stream.start["next"]
+        self.skipped, self.rows = (stream.start.get(name, 0) for name in ("skipped", "rows"))
 
     def advance(self, about: About) -> None:
         workers = self.layout["workers"]

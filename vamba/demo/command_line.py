@@ -3,8 +3,7 @@
 import argparse
 
 
-REQUIRED_ACCURACY = 0.90
-MAX_THREADS = 4  # more only wait for each other over matrices this small
+MAX_THREADS = 4  # more only wait for each other over matrices this small; as many cores read videos meanwhile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +22,6 @@ def run(args: argparse.Namespace) -> int:
 
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps is {args.steps}, must be at least 1")
-    torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
+    torch.set_num_threads(max(1, min(torch.get_num_threads() // 2, MAX_THREADS)))
     results = demo.run(args.output_dir, model=args.model, seed=args.seed, steps=args.steps)
-    return 0 if results["accuracy"] >= REQUIRED_ACCURACY else 1
+    return 0 if results["accuracy"] >= demo.REQUIRED_ACCURACY else 1

@@ -64,3 +64,14 @@ def chance(replies: Sequence[Reply]) -> float:
     """Accuracy of giving each kind of question its most frequent answer among `replies`, always."""
     truths = {kind: Counter(reply.truth for reply in replies if reply.kind == kind) for kind in QUESTIONS}
     return sum(max(counts.values()) for counts in truths.values() if counts) / len(replies)
+
+
+def scores(replies: Sequence[Reply], blind: Sequence[Reply]) -> dict:
+    """The numbers of an evaluation, with and without video."""
+    by_kind = {kind: [reply for reply in replies if reply.kind == kind] for kind in QUESTIONS}
+    return {
+        "accuracy": accuracy(replies),
+        "text_only_accuracy": accuracy(blind),
+        "chance": chance(replies),
+        "accuracy_by_question": {QUESTIONS[kind]: accuracy(of_kind) for kind, of_kind in by_kind.items()},
+    }

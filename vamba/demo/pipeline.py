@@ -21,10 +21,9 @@ from vamba.conversion import convert
 from vamba.errors import OccupiedPathError, check_writable
 from vamba.files import staged_folder
 from vamba.hub import write_model_card
-from vamba.training.finetune import Result, finetune
-from vamba.training.recipe import parse_recipe
+from vamba.training import Result, finetune
 
-from .evaluation import accuracy, ask_about_videos, ask_without_video, chance
+from .evaluation import ask_about_videos, ask_without_video, scores
 from .report import draw_report, last_line, print_examples, shown
 from .tiny_checkpoints import TEXT, make_tiny_clip, make_tiny_mamba2, make_tiny_qwen2_vl
 from .videos import ANSWERS, FPS, QUESTIONS, SIZE, Story, render, stories, write_video
@@ -106,7 +105,7 @@ def _run_in(folder: Path, settings: dict) -> dict:
     with _phase(seconds, "training", "fine-tuning it on conversations about the videos, as `vamba finetune` does"):
         result = train(checkpoint, data, work / "training", settings)
         if result.folder is None:
-            raise KeyboardInterrupt  # SIGTERM, after which the trainer ends its step
+            raise SystemExit(143)  # SIGTERM came, upon which the training ends after its step
         for path in result.folder.iterdir():
             path.rename(folder / path.name)
     with _phase(seconds, "asking", "loading it and asking about new videos"):
@@ -116,16 +115,7 @@ def _run_in(folder: Path, settings: dict) -> dict:
         replies = ask_about_videos(model, processor, test_paths, test_told)
         blind = ask_without_video(model, processor, test_paths, test_told)
     print_examples(replies)
-    by_kind = {kind: [reply for reply in replies if reply.kind == kind] for kind in QUESTIONS}
-    results = {
-        "accuracy": accuracy(replies),
-        "text_only_accuracy": accuracy(blind),
-        "chance": chance(replies),
-        "accuracy_by_question": {QUESTIONS[kind]: accuracy(of_kind) for kind, of_kind in by_kind.items()},
-        "loss": [*result.losses.values()][-1],
-        "seconds": seconds,
-        **settings,
-    }
+    results = scores(replies, blind) | {"loss": [*result.losses.values()][-1], "seconds": seconds, **settings}
     title = f"accuracy {shown(results['accuracy'])}, chance {shown(results['chance'])}"
     draw_report(folder / "demo.png", replies, processor, title)
     write_model_card(folder, model.config, repo_id=f"{kind}-demo", origin="It knows the task of `vamba demo` only.")
@@ -181,24 +171,24 @@ def make_checkpoint(folder: Path, seed: int, kind: str = "vamba") -> Path:
 def train(checkpoint: Path, data: Path, output: Path, settings: dict) -> Result:
     """What `vamba finetune` does with this recipe; the trained model is in `folder` of what is returned."""
     recipe = {
-        "model": {"path": str(checkpoint), "dtype": "float32"},
-        "data": {"train": str(data), "fps": FPS},
-        "train": {
-            "output_dir": str(output),
-            "max_steps": settings["steps"],
-            "per_device_train_batch_size": settings["batch_size"],
-            "learning_rate": settings["learning_rate"],
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": settings["steps"] // 20,
-            "weight_decay": 0.01,
-            "logging_steps": max(1, settings["steps"] // 10),
-            "save_strategy": "no",
-            "dataloader_num_workers": min(4, os.cpu_count() or 1),  # reading a batch takes longer than training on it
-            "use_cpu": not torch.cuda.is_available(),
-            "seed": settings["seed"],
-        },
+        "model_name_or_path": checkpoint,
+        "dtype": "float32",
+        "datasets": data,
+        "fps": FPS,
+        "output_dir": output,
+        "max_steps": settings["steps"],
+        "per_device_train_batch_size": settings["batch_size"],
+        "learning_rate": settings["learning_rate"],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": settings["steps"] // 20,
+        "weight_decay": 0.01,
+        "logging_steps": max(1, settings["steps"] // 10),
+        "save_strategy": "no",
+        "dataloader_num_workers": min(4, os.cpu_count() or 1),  # reading a batch takes longer than training on it
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": settings["seed"],
     }
-    return finetune(parse_recipe(recipe))
+    return finetune(recipe)
 
 
 @contextmanager

@@ -4,14 +4,18 @@ import importlib
 
 
 _HOMES = {
-    "Recipe": "recipe",
-    "RecipeError": "strict",
-    "load_recipe": "recipe",
-    "parse_recipe": "recipe",
-    "shipped_recipes": "recipe",
-    "Result": "finetune",
+    "Recipe": "arguments",
+    "RecipeError": "arguments",
+    "VambaTrainingArguments": "arguments",
+    "load_recipe": "arguments",
+    "shipped_recipes": "arguments",
+    "NonFiniteLossError": "trainer",
     "VambaTrainer": "trainer",
-    "prepare": "preparation",
+    "Result": "run",
+    "finetune": "run",
+    "make_trainer": "run",
+    "prepare": "run",
+    "save": "saving",
 }
 
 __all__ = list(_HOMES)

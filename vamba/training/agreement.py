@@ -11,13 +11,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.distributed import TCPStore
 
-from .strict import RecipeError
+from .arguments import RecipeError
 
 
 T = TypeVar("T")
@@ -31,7 +31,8 @@ def agreed(function: Callable[[], T], *, decided_by_main: bool = False) -> T:
     Raises:
         Whatever it raises, on the process where it does; RecipeError with the same message on the others.
     """
-    result, error = None, None
+    result: Any = None
+    error: Exception | None = None
     if PartialState().is_main_process or not decided_by_main:
         try:
             result = function()

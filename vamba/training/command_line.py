@@ -7,29 +7,17 @@ import os
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that is shipped")
     parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="in place of what the recipe says, e.g. --set train.max_steps=100; may be repeated",
-    )
-    parser.add_argument(
         "--resume", action="store_true", help="go on from the last whole checkpoint in the output folder"
     )
+    parser.epilog = "Every key of a recipe is an option too, which overrides it: --learning_rate 1e-5"
+    parser.set_defaults(overrides=[])  # what this parser does not know
 
 
 def run(args: argparse.Namespace) -> int:
     """0 when the model is trained and saved, 143 when SIGTERM stopped it after a save; mistakes are exceptions."""
-    from vamba.errors import opening
+    from .run import finetune
 
-    from .recipe import load_recipe
-
-    with opening(args.recipe):
-        recipe = load_recipe(args.recipe, args.overrides)
-    from .finetune import finetune
-
-    result = finetune(recipe, resume=args.resume)
+    result = finetune(args.recipe, args.overrides, resume=args.resume)
     code, said = 0, f"trained {result.steps} steps; the model is in {result.folder}"
     if not result.trained:
         said = f"the run is finished: it has trained {result.steps} steps, and the model is in {result.folder}"

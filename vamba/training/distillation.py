@@ -5,16 +5,13 @@ is followed by as many placeholders as the item has tokens, and the same patches
 the assistant's tokens are paired. The teacher sees one sample at a time, so packed rows need nothing from it.
 """
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.integrations import deepspeed
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
-_FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # in the environment, where accelerate sets it
 _KINDS = {
     1: ("image_token_id", "pixel_values", "image_grid_thw"),
     2: ("video_token_id", "pixel_values_videos", "video_grid_thw"),
@@ -25,13 +22,13 @@ class Distillation:
     """Adds weight * temperature^2 * KL(teacher || student) to the loss; see `Trainer`'s `compute_loss_func`.
 
     Args:
-        teacher: a Qwen2-VL in evaluation mode. config: the student's.
+        teacher: a Qwen2-VL. config: the student's.
     """
 
     def __init__(self, teacher: PreTrainedModel, config: PreTrainedConfig, *, weight: float, temperature: float):
         self.teacher, self.config = teacher.eval().requires_grad_(False), config
         self.weight, self.temperature = weight, temperature
-        self._teacher_logits: Tensor | None = None
+        self._teacher_logits = torch.empty(0)
 
     def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Asks the teacher, and makes the student return logits where something is to be predicted only."""
@@ -68,7 +65,8 @@ class Distillation:
 
     def _teacher_inputs(self, ids_N: Tensor, types_N: Tensor, inputs: dict[str, Any], used: dict) -> tuple:
         """One sample as the teacher reads it, what of the media is used then, and where the student's tokens went."""
-        repeats_N, placeholders = torch.ones_like(ids_N), {}
+        repeats_N = torch.ones_like(ids_N)
+        placeholders: dict[int, tuple[int, int]] = {}
         sample: dict[str, Any] = {}
         for kind, (token, pixels, grid) in _KINDS.items():
             starts = ((ids_N == self.config.vision_start_token_id) & (types_N == kind)).nonzero()[:, 0]
@@ -101,22 +99,6 @@ def _samples(inputs: dict[str, Any]):
         return
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         yield tuple(inputs[name][row][mask] for name in names)
-
-
-def load_teacher(path: str, dtype: str) -> PreTrainedModel:
-    """The teacher with its weights on the CPU; it moves to where the first batch is.
-
-    It is whole in every process: nothing gathers what ZeRO-3 would share out or FSDP would load on the main process
-    only, as the Trainer knows of the student alone.
-    """
-    shared, loading = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FSDP_LOADING, None)
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = shared
-        if loading is not None:
-            os.environ[_FSDP_LOADING] = loading
 
 
 def teacher_mismatch(config: PreTrainedConfig, student: PreTrainedConfig) -> str | None:

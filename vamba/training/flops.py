@@ -23,8 +23,7 @@ _PARTS = {
         "vision": _VISION,
         "merger": (r"(^|\.)visual\.merger\.", "video"),
         "mamba": (r"(^|\.)video_encoder\.", "video"),
-        "video_keys": (r"\.cross_attn\.[kv]_proj\.", "video"),
-        "text": (r"(^|\.)language_model\.(?!embed_tokens\.)(?!.*cross_attn\.[kv]_proj\.)", "text"),
+        "text": (r"(^|\.)language_model\.(?!embed_tokens\.)", "text"),
         "head": _HEAD,
     },
     "video_ma2mba": {

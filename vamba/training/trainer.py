@@ -26,14 +26,13 @@ from transformers.utils import logging
 
 from vamba.data import ABOUT, About, ExampleError, Position, TrainingStream
 from vamba.errors import DiskFullError, UserError, is_disk_full
+from vamba.files import publish
 
 from .distillation import Distillation
-from .flops import FlopsModel
+from .flops import FlopsModel, peak_flops
+from .saving import POSITION_FILE, STAGING
 
 
-# Folders in `output_dir`: the trained model, the same while it is finished, and a checkpoint while it is written.
-FINAL, UNFINISHED, STAGING = "final", "final.unfinished", ".saving"
-POSITION_FILE = "data_position_{rank}.json"
 logger = logging.get_logger(__name__)
 
 
@@ -45,36 +44,47 @@ class VambaTrainer(Trainer):
     """Trains on a `TrainingStream`.
 
     Args:
+        args: `VambaTrainingArguments`, set up. processing_class: the model's processor.
         stream: where batches come from; what `Trainer` knows of data loading does not apply.
-        learning_rates: (regular expression of parameter names, learning rate) of those that do not get the common one.
         distillation: a teacher to follow besides the labels.
-        flops, peak_flops: for the MFU in the log; None where unknown.
-        tokens_per_patch: video tokens made of one patch of the vision tower.
+        flops: counts the arithmetic of a step, for the MFU in the log.
     """
 
     def __init__(
         self,
         *args,
         stream: TrainingStream,
-        learning_rates: list[tuple[str, float]] = (),
         distillation: Distillation | None = None,
         flops: FlopsModel | None = None,
-        peak_flops: float | None = None,
-        tokens_per_patch: float = 0.25,
         **kwargs,
     ):
         loss = distillation.loss if distillation is not None else None
         super().__init__(*args, train_dataset=stream, compute_loss_func=loss, **kwargs)
-        self.stream, self.learning_rates, self.distillation = stream, learning_rates, distillation
+        self.stream, self.distillation, self.flops = stream, distillation, flops
+        tflops = self.args.peak_tflops
+        self.peak_flops = tflops * 1e12 if tflops else peak_flops(self.args.device)
         self.position = Position(stream, max(1, self.args.dataloader_num_workers))
-        self.flops, self.peak_flops, self.tokens_per_patch = flops, peak_flops, tokens_per_patch
-        self.stopping = AfterEachStep(self)
-        self.add_callback(self.stopping)
+        self.stopped = False  # by SIGTERM
+        self.add_callback(AfterEachStep(self))
+        self.save_dtype: torch.dtype | None = None  # of the weights on disk, if not as they are trained
         self._pending: deque[About] = deque()  # batches fetched for the current step, not yet trained on
         self._measured = {"video_tokens": 0.0, "text_tokens": 0.0, "flops": 0.0}
         self._measured_since = time.perf_counter()
         self._staging: Path | None = None
-        self.save_dtype: torch.dtype | None = None
+
+    def train(self, *args, **kwargs):
+        """As `Trainer` does; on SIGTERM it finishes the step, saves and stops. Signals reach the main thread only: a
+        training in another thread leaves them alone."""
+        if threading.current_thread() is not threading.main_thread():
+            return super().train(*args, **kwargs)
+        before = signal.signal(signal.SIGTERM, self._stop)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _stop(self, number, frame) -> None:
+        self.stopped = True
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -127,7 +137,7 @@ class VambaTrainer(Trainer):
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"The loss of step {self.state.global_step + 1} is {loss.item()} for the samples "
-                f"{', '.join(self._pending[0].samples)}; look at them, or lower train.learning_rate. The checkpoints "
+                f"{', '.join(self._pending[0].samples)}; look at them, or lower learning_rate. The checkpoints "
                 f"in {self.args.output_dir} are from before."
             )
         return result
@@ -135,7 +145,7 @@ class VambaTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             super().create_optimizer(model)
-            if self.learning_rates:
+            if self.args.learning_rates:
                 self._split_groups(self.model if model is None else model)
         return self.optimizer
 
@@ -146,9 +156,9 @@ class VambaTrainer(Trainer):
 
     def _split_groups(self, model: nn.Module) -> None:
         """Gives the parameters that a pattern names (the first that matches) groups with their own learning rate."""
-        rates = {}
+        given, rates = self.args.learning_rates, {}
         for name, parameter in model.named_parameters():
-            rates[id(parameter)] = next((r for p, r in self.learning_rates if re.search(p, name)), None)
+            rates[id(parameter)] = next((rate for pattern, rate in given.items() if re.search(pattern, name)), None)
         groups = []
         for group in self.optimizer.param_groups:
             for rate in dict.fromkeys(rates[id(parameter)] for parameter in group["params"]):
@@ -159,8 +169,9 @@ class VambaTrainer(Trainer):
     # --- log --------------------------------------------------------------------------------------------------------
 
     def _measure(self, about: About) -> None:
+        merged = self.processing_class.video_processor.merge_size**2
         for _, _, grids in about.sizes:
-            self._measured["video_tokens"] += sum(t * h * w for t, h, w in grids) * self.tokens_per_patch
+            self._measured["video_tokens"] += sum(t * h * w for t, h, w in grids) / merged
         self._measured["text_tokens"] += sum(size.text for size in about.sizes)
         if self.flops is not None:
             self._measured["flops"] += self.flops.step(about.sizes)
@@ -171,13 +182,16 @@ class VambaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # not the summary at the end
             seconds, now = time.perf_counter() - self._measured_since, time.perf_counter()
-            here = torch.tensor([*self._measured.values(), self.position.skipped], dtype=torch.float64)
+            counts = self.position.skipped, self.position.rows
+            here = torch.tensor([*self._measured.values(), *counts], dtype=torch.float64)
             everywhere = self.accelerator.reduce(here.to(self.args.device, torch.float32)).tolist()
             logs["video_tokens_per_second"] = everywhere[0] / seconds
             logs["text_tokens_per_second"] = everywhere[1] / seconds
             if self.flops is not None and self.peak_flops:
                 logs["mfu"] = everywhere[2] / seconds / (self.peak_flops * self.args.world_size)
             logs["skipped_samples"] = int(everywhere[3])
+            if self.stream.epoch is None:  # of streamed data, for which Trainer can log no epoch
+                logs["seen_samples"] = int(everywhere[4])
             self._measured, self._measured_since = dict.fromkeys(self._measured, 0.0), now
         super().log(logs, start_time)
 
@@ -227,89 +241,31 @@ class VambaTrainer(Trainer):
 
 
 class AfterEachStep(TrainerCallback):
-    """Keeps `epoch` true, and on SIGTERM finishes the step, saves and stops: all processes after the same step,
-    whichever got the signal. Signals reach the main thread only: a training in another thread leaves them alone."""
+    """Keeps `epoch` true, and saves and stops after the same step on all processes, whichever got a SIGTERM."""
 
-    def __init__(self, trainer: "VambaTrainer"):
-        self.trainer, self.received = trainer, False
-        self._before: Any = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, number, frame):
-        self.received = True
+    def __init__(self, trainer: VambaTrainer):
+        self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
-        received, rows = self.received, self.trainer.position.rows
+        trainer = self.trainer
+        stopped, rows = trainer.stopped, trainer.position.rows
         if args.world_size > 1:
-            here = torch.tensor([received, rows], dtype=torch.float64, device=args.device)
-            received, rows = self.trainer.accelerator.reduce(here).tolist()
-        self.received = bool(received)
+            here = torch.tensor([stopped, rows], dtype=torch.float64, device=args.device)
+            stopped, rows = trainer.accelerator.reduce(here).tolist()
+        trainer.stopped = bool(stopped)
         # Trainer, which knows no length of the data, counts a run as one epoch; of streamed data nobody knows it
-        epoch = self.trainer.stream.epoch
-        state.epoch = rows / epoch if epoch else None
-        if self.received:
+        state.epoch = rows / trainer.stream.epoch if trainer.stream.epoch else None
+        if trainer.stopped:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.restore()
-
-    def restore(self) -> None:
-        """Puts the handler back that was there before; also for a training that ended in an error."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
-
-
-def publish(folder: Path, final: Path) -> None:
-    """Makes a folder that was written elsewhere appear as `final` at once, its contents on the disk before its name.
-
-    What was there before is deleted last: at every moment one of the two is whole, the old one as `.replaced` for the
-    moment between two renames.
-    """
-    for file in (file for file in folder.rglob("*") if file.is_file()):
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-    replaced = final.with_name(f"{final.name}.replaced")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    try:
-        folder.rename(final)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The latest whole checkpoint in a folder, None if there is none."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    whole = [p for p in found if (p / "trainer_state.json").is_file() and (p / POSITION_FILE.format(rank=0)).is_file()]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
-def read_position(checkpoint: Path, rank: int) -> dict[str, Any]:
-    """A process's place in the data when `checkpoint` was saved.
-
-    Raises:
-        UserError: this process took no part in it.
-    """
-    path = checkpoint / POSITION_FILE.format(rank=rank)
-    if not path.is_file():
-        raise UserError(f"{checkpoint} has no place in the data for process {rank}: resume with as many processes.")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _outlive_sigterm(worker: int) -> None:
     """Ignores a SIGTERM sent to a whole job, as the step under way needs its data, but not one from the process that
     trains: it sends one when it ends in an error, and waits until its workers are gone."""
-    if hasattr(signal, "sigwaitinfo"):
+    trainer = parent_process()
+    if trainer is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_with, args=(parent_process().pid,), daemon=True).start()
+        threading.Thread(target=_end_with, args=(trainer.pid,), daemon=True).start()
 
 
 def _end_with(process: int) -> None:

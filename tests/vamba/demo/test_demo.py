@@ -1,7 +1,9 @@
 """The demo from end to end in a few steps: what it leaves behind, what it says, and what it never touches."""
 
+import io
 import json
 import os
+import signal
 import sys
 
 import av
@@ -97,18 +99,17 @@ def test_training_changes_the_weights(finished, tmp_path):
         assert any(key.startswith(part) and not torch.equal(before[key], after[key]) for key in before)
 
 
-class Interrupting:
-    """Standard output on which Control-C comes as soon as `text` is printed."""
+class Interrupting(io.StringIO):
+    """Standard output on which a signal comes as soon as `text` is printed."""
 
-    def __init__(self, text: str):
-        self.text = text
+    def __init__(self, text: str, number: int = signal.SIGINT):
+        super().__init__()
+        self.text, self.number = text, number
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         if self.text in text:
-            raise KeyboardInterrupt
-
-    def flush(self) -> None:
-        pass
+            signal.raise_signal(self.number)
+        return len(text)
 
 
 @pytest.mark.parametrize("moment", ["writing 8", "making a tiny", "fine-tuning", "asking about", "0000.mp4"])
@@ -122,6 +123,13 @@ def test_an_interrupted_run_leaves_nothing_and_keeps_the_earlier_output(moment, 
             demo.run(output, **TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
     assert [path.name for path in earlier.iterdir()] == ["demo.json"]
+
+
+def test_a_training_that_is_terminated_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Interrupting("'loss'", signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        demo.run(tmp_path / "runs" / "demo", **TINY)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capsys):

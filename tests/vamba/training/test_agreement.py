@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vamba.training import parse_recipe
-from vamba.training.finetune import finetune
+from vamba.training import finetune
 
 from training_data import free_port, recipe_values, start, write_dataset
 
@@ -50,7 +49,7 @@ def gradients(model, batch):
 def sharded(cells, split_head):
     model = tiny_model().train()
     for module in model.modules():
-        if type(module).__name__ in ("VambaDecoderLayer", "Mamba2Block") or split_head and module is model.lm_head:
+        if type(module).__name__ in ("VambaDecoderLayer", "VambaVideoLevel") or split_head and module is model.lm_head:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     if cells:
@@ -84,7 +83,7 @@ def two(checkpoint, tmp_path_factory):
     values |= {"global_batch_size": 8}
     (folder / "r.yaml").write_text(yaml.safe_dump(values))
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = [str(folder / "r.yaml"), str(Path(__file__).resolve().parents[1])]
+    arguments = [str(folder / "r.yaml"), str(Path(__file__).resolve().parents[2])]
     running = [
         start(TWO, arguments, folder / f"rank{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **common)
         for rank in range(2)
@@ -104,11 +103,11 @@ def test_two_processes_train_as_one(two):
     """Two processes with a batch each see in a step what one process sees with two workers and two batches."""
     values, first, second = two
     assert "trained 3 steps" in first and second == ""
-    output = Path(values["train"]["output_dir"])
+    output = Path(values["output_dir"])
     state = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())
     losses = {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
-    alone = values["train"] | {"output_dir": f"{output}-alone", "dataloader_num_workers": 2, "save_strategy": "no"}
-    assert losses == pytest.approx(finetune(parse_recipe(values | {"train": alone})).losses, rel=1e-4)
+    alone = values | {"output_dir": f"{output}-alone", "dataloader_num_workers": 2, "save_strategy": "no"}
+    assert losses == pytest.approx(finetune(values | alone).losses, rel=1e-4)
     places = {path.name for path in (output / "checkpoint-3").glob("data_*")}
     assert places == {"data_position_0.json", "data_position_1.json"}
 
@@ -125,19 +124,19 @@ from vamba.cli import main
 from datetime import timedelta
 from unittest.mock import patch
 import torch
-from vamba.training import finetune
-from vamba.training.distillation import load_teacher
+from vamba.training import saving
+from vamba.training.model import load_teacher
 missing, fewer, teacher = sys.argv[1:]
 torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=10))
 assert main(["finetune", missing]) == 2
 with patch.dict("os.environ", ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true"):
     whole = load_teacher(teacher, "float32")
     print("teacher", float(sum(weight.double().abs().sum() for weight in whole.parameters())))
-finish = finetune._finish
+finish = saving._finish
 def slow(*args):
     time.sleep(12)  # as merging the adapters of a large model
     finish(*args)
-finetune._finish = slow
+saving._finish = slow
 assert main(["finetune", fewer]) == 0
 """
 
@@ -153,9 +152,9 @@ def test_processes_that_see_different_files(checkpoint, tmp_path):
         recipes = []
         for name in ("missing", "fewer"):
             values = recipe_values(checkpoint, data, tmp_path / name, max_steps=-1, num_train_epochs=2)
-            values["train"]["per_device_train_batch_size"] = 2
+            values["per_device_train_batch_size"] = 2
             source = {"path": str(tmp_path / f"{name}.jsonl"), "media_root": str(tmp_path / "data")}
-            values["data"]["train"] = [source] if rank else values["data"]["train"]
+            values["datasets"] = [source] if rank else values["datasets"]
             recipes.append(tmp_path / f"{name}{rank}.yaml")
             recipes[-1].write_text(yaml.safe_dump(values))
         environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -324,11 +324,10 @@ def wide_peaks(num_layers, tokens, layer_interval, sequence_interval, read, lazy
     sequence = CutSequence.cut(vision, [None] * num_layers, sequence_interval)
     with Peak() as forward:
         levels = LazyLevels(Wide().step, [sequence], layer_interval)
-        if not lazy:
-            levels.finish()
+        last = [] if lazy else [levels.take(num_layers - 1)]  # which runs all of them
         total = torch.zeros(())
         for index in range(num_layers):
-            for (emitted,) in levels.take(index):
+            for (emitted,) in last.pop() if last and index == num_layers - 1 else levels.take(index):
                 total = total + read(emitted)
             del emitted
         del levels, sequence

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vamba.modeling import StateMemory, VideoMemory
-from vamba.modeling.weights_fingerprint import WeightsFingerprint, are_same_weights
+from vamba.modeling.memory_files import WeightsFingerprint, are_same_weights
 
 import tiny_vamba
 import tiny_video_ma2mba

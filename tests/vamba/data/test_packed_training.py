@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from vamba.data import Collator, ConversationEncoder
-from vamba.training.finetune import ADAPTED
+from vamba.training.model import ADAPTED
 
 
 @pytest.fixture(scope="module")

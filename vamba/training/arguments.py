@@ -1,0 +1,365 @@
+"""A recipe: the keys of a training run, read from YAML and the command line, checked before anything is opened.
+
+The keys are the fields of three flat dataclasses; the third is transformers' `TrainingArguments` with a few fields
+more, so all that `Trainer` can do is said in its own words. The file and the overrides go through one
+`HfArgumentParser`: a recipe is a command line that is written down.
+
+What is unusual: `TrainingArguments` looks at the machine and meets the other processes as soon as it is made. Ours does
+so in `set_up`, as a recipe may be read where it is not run. A mistake is a `RecipeError`: one line that names the key.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from vamba.errors import UserError, opening
+
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be followed: one line that names the key and what is accepted."""
+
+
+@dataclass
+class ModelArguments:
+    """What is trained, and who teaches it.
+
+    model_name_or_path: a checkpoint folder or Hub id.
+    dtype: of the weights that do not train; those that do are float32, and `bf16` computes in bfloat16 all the same
+        (DeepSpeed keeps copies of its own: with it all weights have this dtype).
+    trainable: "stage1" or "stage2" of Vamba's paper, "all", "lora" for adapters, or regular expressions of the names of
+        the parameters that train.
+    lora_target_modules: names of linear layers; all projections outside the vision tower by default.
+    lora_modules_to_save: trained whole and saved with the adapter.
+    lora_merge: save the model with the adapter added to its weights, besides the adapter.
+    teacher_model_name_or_path: a Qwen2-VL with the same vocabulary, shown the same media. Its next-token distribution
+        at `distillation_temperature` is matched on the assistant's tokens:
+        loss + distillation_weight * temperature^2 * KL(teacher, student).
+    """
+
+    model_name_or_path: str
+    dtype: Dtype = "bfloat16"
+    attn_implementation: str | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    trainable: list[str] = field(default_factory=lambda: ["all"])
+    lora_r: int = 64
+    lora_alpha: float = 128
+    lora_dropout: float = 0.05
+    lora_target_modules: list[str] | None = None
+    lora_modules_to_save: list[str] | None = None
+    lora_merge: bool = True
+    teacher_model_name_or_path: str | None = None
+    teacher_dtype: Dtype = "bfloat16"
+    distillation_weight: float = 1.0
+    distillation_temperature: float = 1.0
+
+    @property
+    def use_lora(self) -> bool:
+        return self.trainable == ["lora"]
+
+
+@dataclass
+class DatasetArguments:
+    """One entry of `datasets`: a path, or a mapping of these keys.
+
+    path: .jsonl, .json, .parquet, a folder of them, a folder of `save_to_disk` or a Hub id.
+    media_root: what relative media paths start from; the file's folder by default.
+    weight: relative frequency, for all datasets or none (then every example is as frequent).
+    split, name, revision, data_files: of a dataset on the Hub, as for `load_dataset`.
+    """
+
+    path: str
+    media_root: str | None = None
+    weight: float | None = None
+    split: str = "train"
+    name: str | None = None
+    revision: str | None = None
+    data_files: list[str] | None = None
+
+
+@dataclass
+class DataArguments:
+    """What is learnt from.
+
+    datasets: paths, or mappings with the keys of `DatasetArguments`; `sources` are those.
+    fps, max_frames, min_pixels, max_pixels: how videos are sampled where an example does not say; see
+        `vamba.data.ConversationEncoder`.
+    max_video_tokens, max_length: video and text tokens of an example.
+    batch_video_tokens, batch_text_tokens: of a batch, or of a pack with `packing`; no limit by default.
+    on_error: what a broken example does.
+    """
+
+    datasets: list[str] = field(repr=False, compare=False)
+    streaming: bool = False
+    shuffle: bool = True
+    fps: float | None = None
+    max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_video_tokens: int | None = None
+    max_length: int | None = None
+    packing: bool = False
+    batch_video_tokens: int | None = None
+    batch_text_tokens: int | None = None
+    on_error: Literal["skip", "raise"] = "skip"
+    sources: list[DatasetArguments] = field(init=False)
+
+    def __post_init__(self):
+        self.sources = [_dataset(entry, f"datasets[{index}]: ") for index, entry in enumerate(self.datasets)]
+
+
+@dataclass
+class VambaTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults of ours and a few fields more.
+
+    global_batch_size: rows (packs, with `packing`) of an optimizer step on all processes together, instead of
+        `gradient_accumulation_steps`.
+    learning_rates: {regular expression of parameter names: learning rate} of those that do not get `learning_rate`.
+    multi_axis_checkpointing: recompute in the backward pass in cells of layers and sequence.
+    multi_axis_offload: with it, keep what is needed again in pinned CPU memory.
+    peak_tflops: of one GPU, for the MFU in the log, where it is not known by name.
+    """
+
+    report_to: None | str | list[str] = "none"
+    remove_unused_columns: bool = False
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = None
+    ignore_data_skip: bool = True  # the place in the data is always restored
+    logging_nan_inf_filter: bool = False  # such a loss stops the run
+    ddp_find_unused_parameters: bool | None = True
+    use_cache: bool = True  # False would be written into the trained model; steps say so by themselves
+    global_batch_size: int | None = None
+    learning_rates: dict | str | None = None
+    multi_axis_checkpointing: bool = False
+    multi_axis_offload: bool = False
+    peak_tflops: float | None = None
+
+    def __post_init__(self):
+        if isinstance(self.learning_rates, str):
+            try:
+                rates = json.loads(self.learning_rates).items()
+                self.learning_rates = {pattern: float(rate) for pattern, rate in rates}
+            except (ValueError, TypeError, AttributeError) as error:
+                accepted = "a mapping of patterns to learning rates"
+                raise RecipeError(f"learning_rates is {self.learning_rates}; accepted: {accepted}") from error
+
+    def set_up(self) -> None:
+        """What `TrainingArguments` does when it is made, and what follows from how many processes there are."""
+        if not self.dataloader_num_workers:
+            self.dataloader_prefetch_factor = None  # without workers nothing is fetched ahead
+        self.push_to_hub, self.hub_token = False, None  # `finetune` uploads once, with code and card
+        if self.multi_axis_checkpointing:  # of the layers outside the cells, which is the text's
+            self.activation_checkpointing = True
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError, TypeError) as error:
+            raise RecipeError(" ".join(str(error).split())) from error
+        if self.activation_checkpointing and self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = {"use_reentrant": False}
+        self._n_gpu = min(self.n_gpu, 1)  # with several, Trainer would cut a batch's patches anywhere
+        if self.global_batch_size is not None:
+            rows = self.per_device_train_batch_size * self.world_size
+            if self.global_batch_size % rows:
+                raise RecipeError(
+                    f"global_batch_size is {self.global_batch_size}; accepted: a multiple of {rows} "
+                    "(per_device_train_batch_size x processes)"
+                )
+            self.gradient_accumulation_steps = self.global_batch_size // rows
+
+
+class Recipe(NamedTuple):
+    """A checked recipe; `given` are the keys that it names, with their values."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: VambaTrainingArguments
+    given: dict[str, Any]
+
+
+# Fields of `TrainingArguments` that contradict how training works here, and what to do instead.
+_REFUSED = {
+    "auto_find_batch_size": "give batch_video_tokens",
+    "dataloader_drop_last": "the data have no end",
+    "dataloader_in_order": "the order is part of what is restored",
+    "enable_jit_checkpoint": "SIGTERM always saves",
+    "hub_always_push": "the trained model is uploaded once",
+    "hub_revision": "the trained model is uploaded to the main branch",
+    "hub_strategy": "the trained model is uploaded once",
+    "ignore_data_skip": "the place in the data is always restored",
+    "label_smoothing_factor": "it would need all logits",
+    "local_rank": "the launcher sets it",
+    "logging_nan_inf_filter": "such a loss stops the run",
+    "remove_unused_columns": "all columns are used",
+    "resume_from_checkpoint": "pass --resume",
+    "train_sampling_strategy": "give shuffle",
+    "use_liger_kernel": "the loss is computed in chunks already",
+}
+_POSITIVE = (
+    "fps", "max_frames", "min_pixels", "max_pixels", "max_video_tokens", "max_length", "batch_video_tokens",
+    "batch_text_tokens", "global_batch_size", "peak_tflops", "per_device_train_batch_size", "distillation_temperature",
+)  # fmt: skip
+_NO_EVALUATION = ("eval_", "batch_eval", "per_device_eval", "load_best", "metric_for", "greater_is", "do_")
+
+
+class _Parser(HfArgumentParser):
+    """Reads a mapping, and words of a command line that override it. Says a mistake in one line, by its key."""
+
+    def __init__(self, *kinds: type, where: str = ""):
+        super().__init__(kinds, add_help=False, allow_abbrev=False)
+        self.where = where
+
+    def error(self, message: str):
+        raise RecipeError(self.where + re.sub(r"(argument )?--(\w+)(/--[\w-]+)?", r"\2", message))
+
+    def parse(self, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple:
+        """The dataclasses, and all keys that are given with their values."""
+        written = [word for key, value in values.items() for word in self._words(key, value)]
+        namespace, unknown = self.parse_known_args([*written, *overrides])
+        known = vars(namespace)
+        if unknown:
+            if not unknown[0].startswith("--"):
+                raise RecipeError(f"{unknown[0]} follows no key; overrides are written --key value")
+            key = unknown[0][2:].partition("=")[0]
+            close = difflib.get_close_matches(key, known, 1)
+            self.error(f"{key} is no key{f', {close[0]} is' if close else ''}")
+        flags = [word[2:].partition("=")[0] for word in overrides if word.startswith("--")]
+        names = [str(name).replace("-", "_").removeprefix("no_") for name in (*values, *flags)]
+        return (*self.parse_dict(known), {name: known[name] for name in dict.fromkeys(names) if name in known})
+
+    def _words(self, key: str, value: Any) -> list[str]:
+        """A key as it is written on a command line."""
+        action = self._option_string_actions.get(f"--{key}")
+        if value is None and action is not None:
+            if action.default is not None:
+                self.error(f"{key} is null; leave it out for its default, {action.default}")
+            return []
+        if isinstance(value, list) and action is not None and action.nargs != "+":
+            self.set_defaults(**{key: value})  # which `TrainingArguments` takes as well as one text
+            return []
+        if isinstance(value, list):
+            return [f"--{key}", *map(_word, value)]
+        return [f"--{key}={_word(value)}"]
+
+
+def load_recipe(recipe: str | os.PathLike | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, the shipped one of that name, or a mapping of keys.
+
+    Args:
+        overrides: as on the command line, `["--learning_rate", "1e-5"]`.
+
+    Raises:
+        RecipeError: no such file; an unknown or missing key, a value of another type or out of range, or values that
+            exclude each other. Data and models are not opened yet.
+    """
+    values = dict(recipe) if isinstance(recipe, Mapping) else _read(os.fspath(recipe))
+    if nested := [key for key in ("model", "data", "train") if isinstance(values.get(key), Mapping)]:
+        raise RecipeError(
+            f"the recipe has the sections of an earlier format ({', '.join(nested)}); its keys stand on one level "
+            "now (docs/training.md): model.path is model_name_or_path, data.train is datasets, train.X is X"
+        )
+    checked = Recipe(*_Parser(ModelArguments, DataArguments, VambaTrainingArguments).parse(values, overrides))
+    if mistake := next(_mistakes(*checked), None):
+        raise RecipeError(mistake)
+    return checked
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    names = [file.name for file in resources.files("vamba.recipes").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def _read(path: str) -> dict[str, Any]:
+    import yaml
+
+    with opening(path):
+        if Path(path).is_file():
+            text = Path(path).read_text(encoding="utf-8")
+        elif path in shipped_recipes():
+            text = resources.files("vamba.recipes").joinpath(f"{path}.yaml").read_text(encoding="utf-8")
+        else:
+            raise RecipeError(f"{path}: there is no such recipe; shipped ones are {', '.join(shipped_recipes())}.")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} is no mapping of keys to values")
+    return values
+
+
+def _word(value: Any) -> str:
+    """Text as the parser reads it. YAML takes `no` for false, which is a choice of some keys."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+
+
+def _dataset(entry: str, where: str) -> DatasetArguments:
+    try:
+        values = json.loads(entry) if entry.startswith("{") else {"path": entry}
+    except ValueError as error:
+        raise RecipeError(f"{where}{entry} is no mapping; accepted: one, or a path") from error
+    return _Parser(DatasetArguments, where=where).parse(values)[0]
+
+
+def _mistakes(
+    model: ModelArguments, data: DataArguments, training: VambaTrainingArguments, given: dict[str, Any]
+) -> Iterator[str]:
+    """Keys that are not for recipes, values out of range, and values that exclude each other."""
+    for key in given:
+        if reason := _REFUSED.get(key) or (key.startswith(_NO_EVALUATION) and "there is no evaluation set"):
+            yield f"{key} is not accepted: {reason}"
+    if not training.output_dir:
+        yield "output_dir is missing; accepted: a folder for checkpoints and the trained model"
+    yield from _data_mistakes(data, training, given)
+    if training.global_batch_size and training.gradient_accumulation_steps != 1:
+        yield "gradient_accumulation_steps is given beside global_batch_size; accepted: one of them"
+    if training.multi_axis_offload and not training.multi_axis_checkpointing:
+        yield "multi_axis_offload is true; accepted: false, or multi_axis_checkpointing: true"
+    adapting = next((key for key in given if key.startswith(("lora_", "load_in_"))), None)
+    if adapting and not model.use_lora:
+        yield f"trainable is {', '.join(model.trainable)} although {adapting} is given; accepted: lora"
+    if model.load_in_4bit and model.load_in_8bit:
+        yield "load_in_8bit is true beside load_in_4bit; accepted: one of them"
+    if training.push_to_hub and model.use_lora and not model.lora_merge:
+        yield "lora_merge is false; accepted with push_to_hub: true"
+    if model.dtype in ("bfloat16", "float16") and not (training.bf16 or training.fp16 or model.use_lora):
+        yield f"dtype is {model.dtype} while nothing computes in half precision; accepted: float32, or bf16: true"
+
+
+def _data_mistakes(data: DataArguments, training: TrainingArguments, given: dict[str, Any]) -> Iterator[str]:
+    numbers = {key: given.get(key) for key in _POSITIVE}
+    numbers |= {f"datasets[{index}].weight": entry.weight for index, entry in enumerate(data.sources)}
+    for key, value in numbers.items():
+        if value is not None and not value > 0:
+            yield f"{key} is {value}; accepted: a number above 0"
+    weights = [entry.weight is None for entry in data.sources]
+    if any(weights) and (not all(weights) or (data.streaming and len(weights) > 1)):
+        which = "streamed datasets, which have no size" if all(weights) else "all datasets or none"
+        yield f"datasets[{weights.index(True)}].weight is missing; accepted: a weight for {which}"
+    if data.streaming and training.max_steps <= 0:
+        yield "max_steps is missing; accepted with streaming: a number of steps above 0"
+    for one, all_ in (("max_video_tokens", "batch_video_tokens"), ("max_length", "batch_text_tokens")):
+        single, whole = getattr(data, one), getattr(data, all_)
+        if whole is not None and (single is None or single > whole):
+            yield f"{one} is {single}; accepted: at most {all_}, {whole}"
+    rows = training.per_device_train_batch_size
+    if data.packing and rows != 1:
+        yield f"per_device_train_batch_size is {rows}; accepted with packing: 1 (a pack is a row)"
+    if data.packing and data.batch_video_tokens is None and data.batch_text_tokens is None:
+        yield "batch_video_tokens is missing; accepted with packing: a number above 0"
+    if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
+        yield f"min_pixels is {data.min_pixels}; accepted: at most max_pixels, {data.max_pixels}"
+    if data.max_frames is not None and data.max_frames < 2:
+        yield f"max_frames is {data.max_frames}; accepted: a whole number of at least 2"

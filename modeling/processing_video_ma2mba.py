@@ -12,9 +12,10 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import BatchFeature, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 from transformers.processing_utils import MultiModalData
+from transformers.video_utils import is_valid_video
 
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .processing_vamba import VambaProcessor, _factor, _is_frames, vamba_video
+from .processing_vamba import VambaProcessor, vamba_video
 
 
 # In this order after GPT-NeoX's own, from id 50,277 on.
@@ -62,36 +63,37 @@ class VideoMa2mbaProcessor(VambaProcessor):
         }
         return cls(Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes))
 
+    @property
+    def _side(self) -> int:
+        return math.isqrt(self.video_processor.size["longest_edge"])
+
     def _frame_size(self, kwargs: dict) -> dict:
         """The reader's options for frames of the tower's size."""
-        side = math.isqrt(self.video_processor.size["longest_edge"])
-        return {"resized_height": side, "resized_width": side, "factor": _factor(self.video_processor, kwargs)}
+        size = super()._frame_size(kwargs)
+        return {"resized_height": self._side, "resized_width": self._side, "factor": size["factor"]}
 
     def _process_image(self, item: dict, **kwargs) -> BatchFeature:
-        side = math.isqrt(self.image_processor.size["longest_edge"])
-        return super()._process_image(item | {"resized_height": side, "resized_width": side}, **kwargs)
+        return super()._process_image(item | {"resized_height": self._side, "resized_width": self._side}, **kwargs)
 
     def _process_video(self, item: dict, **kwargs) -> BatchFeature:
         item = {key: value for key, value in item.items() if key not in _SIZES}
-        if _is_frames(item["video"]):
+        if is_valid_video(item["video"]):
             item["video"], _ = self.read_frames(item["video"], **self._frame_size(kwargs))
         return super()._process_video(item, **kwargs)
 
     def video_reader(self, source, **options):
         """`read_video` at this processor's frame size and sampling. Raises VideoReadError for another size."""
         if asked := _SIZES & options.keys():
-            size = self._frame_size({})
             error = getattr(vamba_video(), "VideoReadError", ValueError)
             raise error(
-                f"{', '.join(sorted(asked))}: this model takes frames of {size['resized_width']} x "
-                f"{size['resized_height']} pixels only; leave it out."
+                f"{', '.join(sorted(asked))}: this model takes frames of {self._side} x {self._side} pixels only; "
+                "leave it out."
             )
         return super().video_reader(source, **options)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
-        side = math.isqrt(self.video_processor.size["longest_edge"])
-        images = None if image_sizes is None else [(side, side)] * len(image_sizes)
-        videos = None if video_sizes is None else [(frames, side, side) for frames, _, _ in video_sizes]
+        images = image_sizes and [(self._side, self._side)] * len(image_sizes)
+        videos = video_sizes and [(frames, self._side, self._side) for frames, _, _ in video_sizes]
         return super()._get_num_multimodal_tokens(images, videos, **kwargs)
 
 

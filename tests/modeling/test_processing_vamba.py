@@ -572,7 +572,7 @@ def test_a_single_text_may_announce_nothing(processor, frames):
 
 def test_truncation_may_not_cut_media_off(processor, frames):
     text = "what happens " * 20 + START + END
-    with pytest.raises(ValueError, match="likely due to truncation"):
+    with pytest.raises(ValueError, match="Likely due to `truncation"):
         processor(text=text, videos=frames, truncation=True, max_length=20)
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import ProcessorMixin
 from transformers.image_utils import get_image_size
 
-from vamba.modeling.processing_vamba import ALIASES, check_keys
+from vamba.modeling.processing_vamba import plain_item
 from vamba.video import frames_asked_for
 from vamba.video.selection import target_size
 
@@ -106,8 +106,7 @@ class ConversationEncoder:
         """
         messages = to_messages(example, media_root or self.media_root)
         with refusals():
-            for block in (block for turn in messages for block in turn["content"]):
-                check_keys(block, block["type"], "type")
+            messages = [turn | {"content": [plain_item(block) for block in turn["content"]]} for turn in messages]
         text = self._tokenize(_without_sources(messages))["input_ids"].shape[1]
         if self.max_length is not None and text > self.max_length:
             raise ExampleError(f"{text} text tokens are more than the limit of {self.max_length} (max_length)")
@@ -196,9 +195,6 @@ class ConversationEncoder:
 
     def _clip(self, block: dict) -> _Clip:
         """How many frames of what size a video has, as it would be sampled without a budget."""
-        for old, new in ALIASES.items():
-            if old in block:
-                block[new] = block.pop(old)
         if self.fps is not None and not {"fps", "num_frames"} & block.keys():
             block["fps"] = self.fps
         options = {key: block[key] for key in _READING if key in block}

@@ -10,6 +10,7 @@ import io
 import math
 import os
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -58,26 +59,26 @@ class PyavClip:
 
 def _open_container(source):
     """The opened container; of all protocols only the one that carries `source` itself is allowed."""
+    descriptor, timeout, options = None, None, {"protocol_whitelist": "none"}
     try:
         if isinstance(source, Path):
             descriptor = os.open(source, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            try:
-                options = {"fd": str(descriptor), "protocol_whitelist": "fd"}
-                return av.open("fd:", options=options, metadata_errors="replace")
-            finally:
-                os.close(descriptor)
-        if isinstance(source, str):
-            options = {"protocol_whitelist": URL_PROTOCOLS}
-            return av.open(source, options=options, metadata_errors="replace", timeout=URL_TIMEOUT)
-        if isinstance(source, bytes):
+            source, options = "fd:", {"fd": str(descriptor), "protocol_whitelist": "fd"}
+        elif isinstance(source, str):
+            timeout, options = URL_TIMEOUT, {"protocol_whitelist": URL_PROTOCOLS}
+        elif isinstance(source, bytes):
             source = io.BytesIO(source)
-        source.seek(0)
-        return av.open(source, options={"protocol_whitelist": "none"}, metadata_errors="replace")
+        else:
+            source.seek(0)
+        return av.open(source, options=options, metadata_errors="replace", timeout=timeout)
     except (OSError, ValueError, FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error
         raise VideoReadError(
             f"cannot be opened as a video ({reason}); check that it is a complete video file"
         ) from error
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 class PyavStream:
@@ -108,7 +109,8 @@ class PyavStream:
             context.thread_count = self._threads
             context.options = {"max_pixels": str(MAX_PIXELS)}
             self.time_base = float(self.stream.time_base or 0) or 1e-6
-            self.rate = _sound_rate(self.stream)
+            rates = self.stream.average_rate, self.stream.guessed_rate, self.stream.base_rate
+            self.rate = next((float(rate) for rate in rates if rate and 0 < rate <= 1000), None)
             self.duration = _declared_duration(self.stream, self.container)
         except BaseException:
             self.container.close()
@@ -147,7 +149,9 @@ class PyavStream:
             self.info = self.info or self._describe_first(frame)
             yield time, frame
             if self._wanted is not None:
-                self._begin_skip()
+                self._landing, self._wanted = self._wanted, None
+                self._replayed, self._retreats = self._position, 0
+                self._seek(self._landing)
                 decoded = self._decoded()
 
     def skip_to(self, target):
@@ -165,11 +169,6 @@ class PyavStream:
             if key < 0 or (index[key].timestamp - self.origin) * self.time_base - self._position < MIN_GAIN:
                 return
         self._wanted = target
-
-    def _begin_skip(self):
-        self._landing, self._wanted = self._wanted, None
-        self._replayed, self._retreats = self._position, 0
-        self._seek(self._landing)
 
     def _seek(self, time):
         self._clock.jump()
@@ -195,9 +194,8 @@ class PyavStream:
 
     def _decoded(self):
         """Frames from the container's present position; packets that fail are counted and passed over."""
-        for packet in self._packets():
+        for packet in chain(self._packets(), [None]):
             yield from self._decode(packet)
-        yield from self._decode(None)
 
     def _packets(self):
         for _ in range(MAX_READ_FAILURES):
@@ -299,13 +297,6 @@ def _video_stream(container):
     raise VideoReadError(f"has no video stream ({found}); give a file with moving pictures")
 
 
-def _sound_rate(stream):
-    for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
-        if rate and 0 < rate <= 1000:
-            return float(rate)
-    return None
-
-
 def _declared_duration(stream, container):
     """Seconds from the first frame to the end as the headers have it, or None."""
     if stream.duration and stream.time_base and stream.duration > 0:
@@ -341,8 +332,6 @@ class TorchcodecClip(ArrayClip):
     def _errors(self):
         try:
             yield
-        except VideoReadError:
-            raise
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise VideoReadError(f"torchcodec cannot read it ({reason[0]})") from error

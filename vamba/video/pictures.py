@@ -69,13 +69,9 @@ def to_rgb(reformatter, frame, height, width, threads=0):
 
 def _top_field(frame):
     graph = av.filter.Graph()
-    source = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base or Fraction(1, 1000)
-    )
-    field, sink = graph.add("field", "type=top"), graph.add("buffersink")
-    source.link_to(field)
-    field.link_to(sink)
-    graph.configure()
+    size = {"width": frame.width, "height": frame.height, "format": frame.format.name}
+    source = graph.add_buffer(**size, time_base=frame.time_base or Fraction(1, 1000))
+    graph.link_nodes(source, graph.add("field", "type=top"), graph.add("buffersink")).configure()
     graph.push(frame)
     return graph.pull()
 

@@ -6,7 +6,7 @@ gone from torchvision, and without the other two every path fails, which is the 
 
 from vamba.errors import UserError
 
-from .reading import frames_asked_for, load_with_metadata
+from .reading import load_with_metadata
 
 
 def register_with_qwen_vl_utils() -> None:
@@ -29,7 +29,6 @@ def _read(item: dict) -> tuple:
     options = {"resize": False} | {own: item[theirs] for theirs, own in names.items() if theirs in item}
     if "num_frames" not in options:
         options |= {"fps": 2.0} | {name: item[name] for name in ("fps", "min_frames", "max_frames") if name in item}
-    options, _, _ = frames_asked_for(item["video"], options)
     frames, times, metadata = load_with_metadata(item["video"], **options)
     span = float(times[-1] - times[0])
     return frames, metadata, (len(frames) - 1) / span if span else options.get("fps", metadata["fps"])

@@ -10,11 +10,11 @@ import base64
 import math
 import os
 import re
-import stat
 import warnings
 import weakref
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
@@ -28,6 +28,7 @@ from .selection import SampleTimes, check_sizes, check_times, number, target_siz
 
 
 DEFAULT_FPS = 1.0
+BACKENDS = {"pyav": PyavClip, "torchcodec": TorchcodecClip}
 
 
 @dataclass
@@ -47,25 +48,10 @@ class VideoChunk:
 
 
 def read_video(
-    source,
-    *,
-    fps=None,
-    num_frames=None,
-    start=None,
-    end=None,
-    min_pixels=128 * 28 * 28,
-    max_pixels=768 * 28 * 28,
-    total_pixels=None,
-    resized_height=None,
-    resized_width=None,
-    factor=28,
-    resize=True,
-    chunk_frames=64,
-    backend="pyav",
-    allow_urls=False,
-    threads=0,
-    source_fps=None,
-):
+    source, *, fps=None, num_frames=None, start=None, end=None,
+    min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28, total_pixels=None, resized_height=None, resized_width=None,
+    factor=28, resize=True, chunk_frames=64, backend="pyav", allow_urls=False, threads=0, source_fps=None,
+):  # fmt: skip
     """Open a video for reading in chunks; a `VideoReader` that can be iterated as often as wanted.
 
     Args:
@@ -111,7 +97,12 @@ def load_video(source, **options):
 
 
 def load_with_metadata(source, **options):
-    """`load_video`, and third the fields of transformers' `VideoMetadata`, which qwen-vl-utils knows as well."""
+    """`load_video`, and third the fields of transformers' `VideoMetadata`, which qwen-vl-utils knows as well.
+
+    Understands `min_frames` and `max_frames` besides the options of `read_video`; see `frames_asked_for`.
+    """
+    if options.keys() & {"min_frames", "max_frames"}:
+        options, _, _ = frames_asked_for(source, options)
     with read_video(source, **options) as reader:
         chunks, about = list(reader), reader.metadata
     frames = torch.cat([chunk.frames for chunk in chunks])
@@ -207,24 +198,23 @@ class VideoReader:
         return running
 
     def _chunks(self):
-        pixels, times, chosen, before = [], [], 0, (0, 0)
+        total, lost, damaged = 0, 0, 0
         with _naming(self.metadata.name), closing(self._clip.open()) as stream:
+            frames = (
+                (torch.from_numpy(rgb), time)
+                for time, picture in _chosen(stream, self._times)
+                if (rgb := stream.render(picture, *self.frame_size)) is not None
+            )
             try:
-                for time, picture in _chosen(stream, self._times):
-                    rgb = stream.render(picture, *self.frame_size)
-                    if rgb is None:
-                        continue
-                    chosen += 1
-                    pixels.append(torch.from_numpy(rgb))
-                    times.append(time)
-                    if len(times) == self.chunk_frames:
-                        yield _chunk(pixels, times, stream, before)
-                        pixels, times, before = [], [], (stream.lost, stream.damaged)
-                if times:
-                    yield _chunk(pixels, times, stream, before)
+                while chunk := list(islice(frames, self.chunk_frames)):
+                    total += len(chunk)
+                    pixels, times = torch.stack([rgb for rgb, _ in chunk]), [time for _, time in chunk]
+                    harm = stream.lost - lost, stream.damaged - damaged
+                    yield VideoChunk(pixels, torch.tensor(times, dtype=torch.float64), *harm)
+                    lost, damaged = stream.lost, stream.damaged
             finally:
                 self.lost_packets, self.damaged_frames, self.read_packets = stream.lost, stream.damaged, stream.packets
-            self._report(stream, chosen)
+            self._report(stream, total)
 
     def _report(self, stream, chosen):
         """Once per finished pass: an error when there was nothing to see, a warning when something was lost."""
@@ -241,11 +231,6 @@ class VideoReader:
             harm.append(f"the last {missing:.1f} s that it declares are missing")
         if harm:
             warnings.warn(f"{self.metadata.name}: {' and '.join(harm)}; continuing with the rest", stacklevel=3)
-
-
-def _chunk(pixels, times, stream, before):
-    harm = stream.lost - before[0], stream.damaged - before[1]
-    return VideoChunk(torch.stack(pixels), torch.tensor(times, dtype=torch.float64), *harm)
 
 
 def _chosen(stream, times):
@@ -281,7 +266,7 @@ def _describe(source):
 
 def _open_source(source, name, backend, allow_urls, threads, source_fps):
     """Sort out what `source` is: a clip with `info`, `open()` and `last_time()`."""
-    if backend not in ("pyav", "torchcodec"):
+    if backend not in BACKENDS:
         raise VideoReadError(f"backend={backend!r} is unknown; use 'pyav' or 'torchcodec'")
     if isinstance(source, (str, os.PathLike)):
         source = _locate(os.fspath(source), allow_urls)
@@ -299,9 +284,7 @@ def _open_source(source, name, backend, allow_urls, threads, source_fps):
         )
     if source == b"":
         raise VideoReadError("there are no bytes; the upload or download is incomplete")
-    if backend == "torchcodec":
-        return TorchcodecClip(name, source, threads)
-    return PyavClip(name, source, threads)
+    return BACKENDS[backend](name, source, threads)
 
 
 def _locate(text, allow_urls):
@@ -323,13 +306,13 @@ def _locate(text, allow_urls):
         raise VideoReadError("not a path; give the path of a video file")
     path = Path(text)
     try:
-        mode = path.stat().st_mode
+        about = path.stat()
     except OSError as error:
         raise VideoReadError(f"{error.strerror or error}; check the path") from error
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    if not (path.is_file() or path.is_dir()):
         raise VideoReadError("neither a file nor a folder; give a regular file or pass its bytes")
     if not os.access(path, os.R_OK):
         raise VideoReadError("permission denied; make it readable for this user")
-    if stat.S_ISREG(mode) and path.stat().st_size == 0:
+    if path.is_file() and about.st_size == 0:
         raise VideoReadError("the file is empty (0 bytes); the copy or download is incomplete")
     return path

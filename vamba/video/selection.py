@@ -37,12 +37,9 @@ class SampleTimes:
 
     def at_or_after(self, time):
         """The first instant >= `time`, or None when all are before it. Constant time, however far the jump."""
-        if time <= self.start:
-            index = 0
-        elif self.step == 0.0:
+        if time > self.start and self.step == 0.0:
             return None
-        else:
-            index = math.ceil((time - self.start) / self.step)
+        index = math.ceil((time - self.start) / self.step) if time > self.start else 0
         if self.count is not None and index >= self.count:
             return None
         instant = self.start + index * self.step
@@ -122,29 +119,23 @@ def check_times(fps, num_frames, start, end):
 
 
 def check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, resized_width):
-    """The arguments of `read_video` as those of `target_size`, which checks an explicitly asked size."""
+    """The arguments of `read_video` as those of `target_size`."""
+    if (resized_height is None) != (resized_width is None):
+        raise VideoReadError("resized_height and resized_width belong together: give both or neither")
     return {
         "factor": number("factor", factor, low=1, integer=True) or 28,
         "min_pixels": number("min_pixels", min_pixels) or 0,
         "max_pixels": number("max_pixels", max_pixels, low=1) or math.inf,
         "total_pixels": number("total_pixels", total_pixels, low=1),
-        "resized_height": resized_height,
-        "resized_width": resized_width,
+        "resized_height": number("resized_height", resized_height, low=1, integer=True),
+        "resized_width": number("resized_width", resized_width, low=1, integer=True),
     }
 
 
 def target_size(
-    height,
-    width,
-    *,
-    factor,
-    min_pixels,
-    max_pixels,
-    total_pixels=None,
-    num_frames=1,
-    resized_height=None,
-    resized_width=None,
-):
+    height, width, *, factor, min_pixels, max_pixels, total_pixels=None, num_frames=1,
+    resized_height=None, resized_width=None,
+):  # fmt: skip
     """(height, width) that a frame is brought to: multiples of `factor` within the pixel bounds, nearly the same shape.
 
     `total_pixels` bounds all `num_frames` frames together, as in qwen-vl-utils.
@@ -155,11 +146,8 @@ def target_size(
 
     if total_pixels is not None:
         max_pixels = max(min(max_pixels, total_pixels / max(num_frames, 1) * 2), int(min_pixels * 1.05))
-    if (resized_height is None) != (resized_width is None):
-        raise VideoReadError("resized_height and resized_width belong together: give both or neither")
     if resized_height is not None:
-        height = number("resized_height", resized_height, low=1, integer=True)
-        width = number("resized_width", resized_width, low=1, integer=True)
+        height, width = resized_height, resized_width
         min_pixels, max_pixels = IMAGE_MIN_TOKENS * factor**2, IMAGE_MAX_TOKENS * factor**2
     if max_pixels < max(min_pixels, factor**2):
         raise VideoReadError(

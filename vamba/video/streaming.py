@@ -1,9 +1,10 @@
 """Frames decoded in a thread while the caller does something else, such as encoding those before."""
 
-import contextlib
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -23,46 +24,31 @@ def read_ahead(reader: Iterable, chunk_frames: int, pin_memory: bool = False, ma
     Raises:
         whatever the reader raises, after the frames that came before.
     """
-    ready: queue.SimpleQueue = queue.SimpleQueue()
-    slots, stopped = threading.Semaphore(max_waiting), threading.Event()
+    stopped = threading.Event()
 
-    def decode():
+    def chunks():
         group = []
-        try:
-            with contextlib.closing(iter(reader)) as pieces:
-                for piece in pieces:
-                    group.append(piece.frames)
-                    if sum(map(len, group)) >= chunk_frames:
-                        frames, group = _join(group, pin_memory), []
-                        slots.acquire()
-                        ready.put((frames, None))
-                    if stopped.is_set():
-                        return
-            if group:
-                ready.put((_join(group, pin_memory), None))
-        except BaseException as error:  # handed to the consumer, who would wait for ever otherwise
-            ready.put((None, error))
-        else:
-            ready.put((None, None))
+        with closing(iter(reader)) as pieces:
+            for piece in pieces:
+                group.append(piece.frames)
+                if sum(map(len, group)) >= chunk_frames:
+                    frames, group = _join(group, pin_memory), []
+                    yield frames
+                if stopped.is_set():
+                    return
+        if group:
+            yield _join(group, pin_memory)
 
-    thread = threading.Thread(target=decode, name="vamba-read-ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            frames, failure = ready.get()
-            if frames is None:
-                break
-            slots.release()
-            yield frames
-    finally:  # also when the consumer fails, is interrupted or goes away
-        stopped.set()
-        slots.release()
-        thread.join()
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            del failure  # its traceback holds this frame, which would hold it
+    pool = ThreadPoolExecutor(1, thread_name_prefix="vamba-read-ahead")
+    with closing(chunks()) as decoded:
+        try:  # besides those that wait, the thread has one chunk in hand
+            ahead = deque(pool.submit(next, decoded, None) for _ in range(max_waiting + 1))
+            while (frames := ahead.popleft().result()) is not None:
+                ahead.append(pool.submit(next, decoded, None))
+                yield frames
+        finally:  # also when the consumer fails, is interrupted or goes away
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def _join(group: list[Tensor], pin_memory: bool) -> Tensor:

@@ -83,7 +83,7 @@ def test_an_error_comes_after_the_frames_before_it_and_says_where_it_arose(nothi
 def test_an_early_end_stops_the_thread_and_closes_the_reader(nothing_left, end, waiting):
     """Whether the thread waits for room or is in the middle of a long video."""
     reader = Reader(pause=0 if waiting else 0.01)
-    chunks = read_ahead(reader, 4, max_waiting=1 if waiting else 10**9)
+    chunks = read_ahead(reader, 4, max_waiting=1 if waiting else 1000)
     next(chunks)
     time.sleep(0.05)
     if end == "close":

@@ -5,7 +5,7 @@ configuration is any Qwen2-VL-style tower transformers has, chosen by `vision_co
 configuration is Qwen2-VL's with the three switches of the cross-attention; `mamba_config` sizes the Mamba-2 blocks.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -106,9 +106,9 @@ class VambaConfig(PreTrainedConfig):
     }
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    text_config: dict | PreTrainedConfig | None = None  # `VambaTextConfig`
-    vision_config: dict | PreTrainedConfig | None = None  # of any Qwen2-VL-style tower, told by its `model_type`
-    mamba_config: dict | PreTrainedConfig | None = None  # `VambaMamba2Config`; None: as wide as the text
+    text_config: Any = None  # `VambaTextConfig`
+    vision_config: Any = None  # of any Qwen2-VL-style tower, told by its `model_type`
+    mamba_config: Any = None  # `VambaMamba2Config`; None: as wide as the text
     image_token_id: int = 151655  # of Qwen2-VL's tokenizer; a media item is written as <|vision_start|><|vision_end|>
     video_token_id: int = 151656  # the same; there is no placeholder per video token
     vision_start_token_id: int = 151652  # the n-th of a batch stands for its n-th media item

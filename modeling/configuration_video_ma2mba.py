@@ -6,7 +6,7 @@ output is what is read. The text configuration is the Mamba-2 block's, shared wi
 needs. GPT-NeoX's tokenizer has no vision tokens; they take the first of the padded vocabulary's spare ids.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, PreTrainedConfig
@@ -81,8 +81,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     }
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    text_config: dict | PreTrainedConfig | None = None  # `VideoMa2mbaTextConfig`
-    vision_config: dict | PreTrainedConfig | None = None  # `VideoMa2mbaVisionConfig`
+    text_config: Any = None  # `VideoMa2mbaTextConfig`
+    vision_config: Any = None  # `VideoMa2mbaVisionConfig`
     vision_start_token_id: int = 50277  # a media item is written <|vision_start|><|vision_end|>;
     vision_end_token_id: int = 50278  # its tokens come between the two
     image_token_id: int = 50279  # understood by the processor, never seen by the model

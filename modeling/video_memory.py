@@ -14,7 +14,7 @@ import copy
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -68,12 +68,11 @@ class VideoLevel(NamedTuple):
         if self.key_scales_BHM is None:
             return self.map(lambda t: t.to(dtype))
         compute = torch.promote_types(dtype, torch.bfloat16)  # bfloat16 holds all powers of two and four bits more
-        return VideoLevel(
-            *(
-                (t.to(compute) * torch.exp2(scales.to(compute)).unsqueeze(-1)).to(dtype)
-                for t, scales in zip(self[:2], self[2:])
-            )
-        )
+
+        def widened(t: Tensor, scales: Any) -> Tensor:
+            return (t.to(compute) * torch.exp2(scales.to(compute)).unsqueeze(-1)).to(dtype)
+
+        return VideoLevel(*map(widened, self[:2], self[2:]))
 
     def cut(self, reads: "list[VideoRead]") -> "list[VideoLevel]":
         """The part that each read sees; views, unless padding lies between its tokens."""
@@ -81,8 +80,8 @@ class VideoLevel(NamedTuple):
             return [self] * len(reads)
         # split, not indexed: its backward joins the rows' gradients instead of padding each to all rows
         by_row = zip(*(itertools.repeat(None) if t is None else t.split(1) for t in self))
-        rows = [VideoLevel(*row) for row in by_row]
-        return [rows[row]._of_tokens(tokens) for _, row, tokens in reads]
+        rows = [*map(VideoLevel._make, by_row)]
+        return [rows[row or 0]._of_tokens(tokens) for _, row, tokens in reads]
 
     def _of_tokens(self, tokens: int | Tensor | None) -> "VideoLevel":
         if isinstance(tokens, Tensor):
@@ -128,7 +127,7 @@ class _Buffer:
         self.level, self.capacity, self.claimed = like.map(empty), capacity, 0
 
     def claim(self, start: int, length: int) -> bool:
-        """Whether the caller may write `length` tokens after the first `start`; of several threads one may."""
+        """Whether the caller may write after the first `start` tokens; of several threads one may."""
         with _CLAIMING:
             is_free = self.claimed == start and start + length <= self.capacity
             self.claimed += length if is_free else 0
@@ -150,7 +149,7 @@ class LevelStore:
         keys_are_rotated: whether the keys carry M-RoPE, where `cross_attn_use_position_embeddings` asks for it.
     """
 
-    def __init__(self, parts: list[VideoLevel] = (), buffer: _Buffer | None = None, keys_are_rotated: bool = True):
+    def __init__(self, parts: Iterable[VideoLevel] = (), buffer: _Buffer | None = None, keys_are_rotated: bool = True):
         self.parts, self._buffer, self.keys_are_rotated = list(parts), buffer, keys_are_rotated
 
     @property
@@ -250,7 +249,7 @@ class VideoMemory(Cache):
         self.temporal_patch_size = 2
 
     @classmethod
-    def of(cls, cache: Cache | None, config: PreTrainedConfig) -> "VideoMemory":
+    def of(cls, cache: Any, config: PreTrainedConfig) -> "VideoMemory":
         """`cache` itself if it is a memory, else a memory without video around it, or around nothing."""
         # by its methods, as a checkpoint loaded with remote code has a class of its own of the same name
         return cache if hasattr(cache, "video_key_values") else cls(config, text_cache=cache)

@@ -42,9 +42,10 @@ __all__ = list(_HOMES)
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _HOMES[name] is None:
+    home = _HOMES[name]
+    if home is None:
         return importlib.import_module(f".{name}", __name__)
-    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+    return getattr(importlib.import_module(home, __name__), name)
 
 
 def __dir__():

@@ -51,14 +51,16 @@ def run(args: argparse.Namespace) -> None:
     if args.video.endswith(".safetensors"):
         try:
             with opening(args.video):
-                chat.memory = MEMORIES[chat.model.config.model_type].load(args.video, device=chat.model.device)
+                watched = chat.memory = MEMORIES[chat.model.config.model_type].load(
+                    args.video, device=chat.model.device
+                )
         except ValueError as error:
             raise UserError(str(error)) from error
     else:
-        chat.watch(args.video, progress=not args.quiet, allow_urls=args.allow_urls, **reading)
+        watched = chat.watch(args.video, progress=not args.quiet, allow_urls=args.allow_urls, **reading)
     if args.save_memory:
         with opening(args.save_memory):
-            chat.memory.save(args.save_memory)
+            watched.save(args.save_memory)
     for question in args.questions:
         if len(args.questions) > 1:
             print(f"> {question}")

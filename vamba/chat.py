@@ -160,6 +160,7 @@ class VideoChat:
         grows = any(
             _setting(generate_kwargs, name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens")
         )
+        assert self.memory is not None  # as `ask` has seen
         if grows or not isinstance(self.memory, VideoMemory) or not GraphedDecoding.suits(self.model):
             return self.memory.fork()
         new_tokens, length = _setting(generate_kwargs, "max_new_tokens"), _setting(generate_kwargs, "max_length")
@@ -169,6 +170,7 @@ class VideoChat:
 
     def _prompt(self, question: str) -> dict:
         """The question after one media item for each that was watched, as the model was trained."""
+        assert self.memory is not None  # as `ask` has seen
         items = [{"type": kind} for kind, *_ in self.memory.media[0]]
         messages = [{"role": "user", "content": [*items, {"type": "text", "text": question}]}]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)

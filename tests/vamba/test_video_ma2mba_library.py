@@ -174,7 +174,7 @@ def test_a_machine_without_the_package_loads_it(ma2mba, clip, tmp_path, saved_by
 def test_the_code_stands_alone(tmp_path):
     files = hub.write_remote_code(tmp_path, "video_ma2mba")
     names = {file.stem for file in files}
-    assert {"modeling_video_ma2mba", "media_stream", "state_memory", "mamba2", "processing_vamba"} <= names
+    assert {"modeling_video_ma2mba", "media", "state_memory", "mamba2", "processing_vamba"} <= names
     for file in files:
         assert not {"vamba", "modeling"} & set(get_imports(file)), file.name
         assert set(get_relative_imports(file)) <= names, file.name

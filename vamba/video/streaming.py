@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def read_ahead(reader: Iterable, chunk_frames: int, pin_memory: bool = False, max_waiting: int = 2) -> Iterator[Tensor]:
+def read_ahead(
+    reader: Iterable, chunk_frames: int, pin_memory: bool = False, max_waiting: int = 2
+) -> Generator[Tensor, None, None]:
     """The frames of a `VideoReader`, uint8 (T, 3, H, W), decoded in a thread while the caller does something else.
 
     Closing the iterator, or dropping it, ends the thread within one chunk of the reader and the reader's pass with it.

@@ -319,6 +319,7 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
                         parts.append(next(media).to(text_ND))
                         left -= len(parts[-1])
             by_row.append(torch.cat(parts))
+        media_tokens.clear()  # whoever holds the list would otherwise keep them while the layers are computed
         if zero is not None:
             by_row[0] = by_row[0] + zero.to(by_row[0])
         lengths = [len(row) for row in by_row]

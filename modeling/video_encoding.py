@@ -101,6 +101,7 @@ class VideoEncodingMixin:
         """Extends the memory by one chunk; `tokens` (S, D) are those of its items in order, wherever they are cut."""
         lengths = [sum(item.num_patches for item in row) // self.merged for row in chunk]
         vision_BSD = nn.utils.rnn.pad_sequence(torch.cat(tokens).split(lengths), batch_first=True)
+        tokens.clear()  # whoever holds the list would otherwise keep them while the levels are computed
         positions = None
         if self.config.text_config.cross_attn_use_position_embeddings:
             positions_3BS = media_positions(chunk, self.config.vision_config.spatial_merge_size)

@@ -7,7 +7,7 @@ transformers' own modules). This file and those import without Triton. Another G
 
 Shapes, in mamba2.py and all kernels: B batch, M video tokens, N text tokens, S tokens of a sequence, D hidden, H heads,
 P head dim, G groups, K state size, C convolution channels, W its width, T = W - 1 inputs that it remembers, Z chunks of
-Q tokens, R rows (all leading dims as one).
+Q tokens, R rows (all leading dims as one), E outputs of in_proj, O outputs of another projection.
 """
 
 import contextlib
@@ -52,22 +52,17 @@ TILES = {9: Tiles()}  # by major compute capability: 9 is Hopper's, tried on an 
 
 def tiles(t: Tensor) -> Tiles:
     """For the tensor's GPU; a generation that nobody has tried takes Hopper's."""
-    return TILES.get(_generation(t.device), TILES[9])
+    return TILES.get(gpu_properties(t.device).major, TILES[9]) if t.is_cuda else TILES[9]
 
 
 @functools.cache
-def _generation(device: torch.device) -> int | None:
-    return torch.cuda.get_device_properties(device).major if device.type == "cuda" else None
+def gpu_properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)
 
 
 def on_gpu(t: Tensor) -> bool:
     """Whether kernels can run where `t` is; Triton's interpreter takes the CPU for a GPU."""
     return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def prefers_kernel(t: Tensor) -> bool:
-    """Whether kernels are what "auto" stands for where `t` is: on a GPU with Triton, but for float64."""
-    return triton is not None and t.is_cuda and t.dtype != torch.float64
 
 
 def can_use_kernel(*tensors: Tensor) -> bool:
@@ -112,8 +107,9 @@ def overwritable(output: Tensor, producer: nn.Module) -> Tensor:
 
 
 def wants_kernel(backend: str, t: Tensor, fits: bool = True) -> bool:
-    """Whether this option asks for our kernels: by name, or as "auto" where they are preferred and `fits` is true."""
-    return backend == "triton" or (backend == "auto" and prefers_kernel(t) and fits)
+    """Whether this option asks for our kernels: by name, or as "auto" on a GPU with Triton, where `fits` is true."""
+    preferred = triton is not None and t.is_cuda and t.dtype != torch.float64 and fits
+    return backend == "triton" or (backend == "auto" and preferred)
 
 
 def choose_backend(part: str, backend: str, backends: dict[str, Callable], t: Tensor, fits: bool = True) -> Callable:
@@ -186,9 +182,10 @@ def rows_of(t: Tensor) -> Tensor:
     return unit_stride(t).reshape(-1, t.shape[-1])
 
 
-def num_warps(block: int, numbers: int = 512) -> int:
-    """For a program that holds a row of `block` numbers, with about so many for each warp."""
-    return min(max(block // numbers, 1), 8)
+def row_options(width: int, numbers: int = 512) -> dict[str, int]:
+    """For a program that holds a row of this width: a power of two, and warps for about so many `numbers` each."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(max(block // numbers, 1), 8)}
 
 
 if triton is not None:

@@ -4,8 +4,7 @@ What is unusual: the query heads that share a key/value head, and all text rows 
 folded into the rows of one tile, so that keys and values are read once; enough splits of the keys fill the GPU however
 few queries there are (flash attention gives 128 queries 28 blocks). Keys and values may be fp8 with a power of two per
 token and head (`VideoLevel`), widened in registers. Offsets are 64-bit. A row of video without any token reads zeros.
-
-Shapes: B batch (rows of video), H key/value heads, N text tokens (queries), M video tokens (keys), P head dim.
+The letters of shapes are explained in kernels.py; here H counts key/value heads, and B rows of video.
 """
 
 import functools
@@ -13,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .kernels import on_device_of, on_gpu, tl, triton
+from .kernels import can_use_kernel, gpu_properties, on_device_of, tl, triton
 
 
 MAX_HEAD_DIM = 256
@@ -22,9 +21,7 @@ _LOG2_E = 1.4426950408889634
 
 def can_split_keys(queries_BHNP: Tensor) -> bool:
     """Whether the kernel takes these queries: on a GPU, or in Triton's interpreter, and not in float64."""
-    P = queries_BHNP.shape[-1]
-    known = queries_BHNP.dtype != torch.float64 and P in (16, 32, 64, 128, MAX_HEAD_DIM)
-    return triton is not None and on_gpu(queries_BHNP) and known
+    return can_use_kernel(queries_BHNP) and queries_BHNP.shape[-1] in (16, 32, 64, 128, MAX_HEAD_DIM)
 
 
 @functools.cache
@@ -59,10 +56,12 @@ def split_key_attention(
     block_rows, block_keys, resident, num_warps, num_stages = tiles(rows, P, queries_BHNP.dtype, fp8)
     blocks = triton.cdiv(rows, block_rows)
     # as many splits whatever the number of keys: a CUDA graph or compiled step for another video is the same
-    splits = max(1, min(256, _multiprocessors(queries_BHNP.device) * resident // (B * H * blocks)))
-    partial = torch.empty(B, H, splits, rows, P, dtype=torch.float32, device=queries_BHNP.device)
-    sums = torch.empty(2, B, H, splits, rows, dtype=torch.float32, device=queries_BHNP.device)
-    output = torch.empty(B, N, heads, P, dtype=queries_BHNP.dtype, device=queries_BHNP.device)
+    device = queries_BHNP.device
+    multiprocessors = gpu_properties(device).multi_processor_count if queries_BHNP.is_cuda else 1
+    splits = max(1, min(256, multiprocessors * resident // (B * H * blocks)))
+    partial = torch.empty(B, H, splits, rows, P, dtype=torch.float32, device=device)
+    sums = torch.empty(2, B, H, splits, rows, dtype=torch.float32, device=device)
+    output = torch.empty(B, N, heads, P, dtype=queries_BHNP.dtype, device=device)
     mask_BM = mask_BM.contiguous() if mask_BM is not None else None
     scale_strides = (0, 0) if not fp8 else key_scales_BHM.stride()[:2]
     if fp8 and (key_scales_BHM.stride() != value_scales_BHM.stride() or key_scales_BHM.stride(2) != 1):
@@ -78,11 +77,6 @@ def split_key_attention(
             partial, sums, output, H, N, rows, splits, P=P, SPLITS=triton.next_power_of_2(splits), num_warps=4
         )
     return output
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def tiles(rows: int, P: int, dtype: torch.dtype, fp8: bool) -> tuple[int, int, int, int, int]:

@@ -3,9 +3,8 @@
 What is unusual: x may be a view of wider rows (in_proj's output), so nothing is copied or transposed; the inputs
 before the first token are the state; offsets are 64-bit, for a video's rows exceed 2**31 numbers. A program walks some
 channels down the rows, with the rows that the taps still need in registers, so that each number is read and written
-once; the backward recomputes the pre-activation and sums dweight and dbias per program.
-
-Shapes: B batch, S tokens, C channels, W width of the convolution (at most 4), T = W - 1 remembered inputs.
+once; the backward recomputes the pre-activation and sums dweight and dbias per program. The letters of shapes are
+explained in kernels.py; here W is at most 4.
 """
 
 import torch
@@ -56,14 +55,14 @@ class _CausalConv1d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_BSC):
         saved = x_BSC, *_ = ctx.saved_tensors  # to be asked for once: a checkpoint gives them once
-        dx_BSC = torch.empty(x_BSC.shape, dtype=x_BSC.dtype, device=x_BSC.device)
+        dx_BSC = x_BSC.new_empty(x_BSC.shape)
         return dx_BSC, *convolution_gradients(*saved, unit_stride(dy_BSC), dx_BSC)
 
 
 def convolve(x_BSC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, state_BTC: Tensor) -> Tensor:
     """The forward pass; x's channels lie together, weight and state are contiguous."""
     (B, S, C), W = x_BSC.shape, weight_CW.shape[1]
-    y_BSC = torch.empty(B, S, C, dtype=x_BSC.dtype, device=x_BSC.device)
+    y_BSC = x_BSC.new_empty(x_BSC.shape)
     block, rows, warps = tiles(x_BSC).conv1d_forward
     with torch.cuda.device_of(x_BSC):
         _forward_kernel[(triton.cdiv(C, block) * triton.cdiv(S, rows), B)](

@@ -5,9 +5,7 @@ Qwen2-VL's operations make some 30 of them a layer. Here they are six: the norm 
 queries, keys and values, the rotary embedding, the entry into a static cache, the mix of self- and cross-attention with
 residual and norm (equation 4 of arXiv 2503.11579), and the gate of the MLP. In a vision tower such steps move bytes and
 compute little, so each passes over its rows once, in place where nobody else reads. All compute in float32 and round
-where the plain operations round to memory; offsets are 64-bit.
-
-Shapes: B batch, N text tokens, D hidden, H heads, P head dim, R rows (all leading dims), O outputs of a projection.
+where the plain operations round to memory; offsets are 64-bit. The letters of shapes are explained in kernels.py.
 """
 
 import torch
@@ -15,10 +13,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2MLP, Qwen2VLAttention, eager_attention_forward
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 
-from .kernels import can_use_inference_kernel, has_hooks, is_plain, num_warps, on_device_of, overwritable, tl, triton
+from .kernels import can_use_inference_kernel, has_hooks, is_plain, on_device_of, overwritable, row_options, tl, triton
 
 
 _GATE_ELEMENTS, _GELU_ELEMENTS = 1024, 2048  # for one program
@@ -35,7 +31,7 @@ class VambaSelfAttention(Qwen2VLAttention):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         if not can_use_inference_kernel(hidden_states, *position_embeddings):
             return super().forward(
@@ -76,22 +72,20 @@ def three_linears_triton(x_BND: Tensor, modules: tuple[nn.Linear, nn.Linear, nn.
     They have to if they are more than `nn.Linear`: adapters, quantised weights, hooks.
     """
     R, D = x_BND.shape[0] * x_BND.shape[1], x_BND.shape[2]
-    if R > _MAX_TOKENS or x_BND.dtype == torch.float32 or not all(_can_project(m, x_BND) for m in modules):
+    if R > _MAX_TOKENS or x_BND.dtype == torch.float32:
+        return None
+    weights = [m.weight for m in modules if is_plain(m, nn.Linear) and m.weight.is_contiguous()]
+    if len(weights) < len(modules) or not can_use_inference_kernel(x_BND, *weights):
         return None
     x_BND = x_BND.contiguous()
-    outputs = [x_BND.new_empty(*x_BND.shape[:2], m.out_features) for m in modules]
     sizes = [m.out_features for m in modules]
+    outputs = [x_BND.new_empty(*x_BND.shape[:2], size) for size in sizes]
     with on_device_of(x_BND):
         _three_linears_kernel[(sum(triton.cdiv(size, 16) for size in sizes),)](
             x_BND, *(t for m, y in zip(modules, outputs) for t in (m.weight, m.bias, y)), *sizes, R,
             D=D, BLOCK_O=16, BLOCK_D=256, num_warps=4, num_stages=4,
         )  # fmt: skip
     return outputs
-
-
-def _can_project(module: nn.Module, x: Tensor) -> bool:
-    plain = is_plain(module, nn.Linear) and can_use_inference_kernel(x, module.weight)
-    return plain and module.weight.is_contiguous()
 
 
 def rotate_triton(queries_BNHP: Tensor, keys_BNHP: Tensor, cos_BNP: Tensor, sin_BNP: Tensor) -> None:
@@ -107,9 +101,8 @@ def rotate_triton(queries_BNHP: Tensor, keys_BNHP: Tensor, cos_BNP: Tensor, sin_
 def store_token_triton(keys_BHNP: Tensor, values_BHNP: Tensor, layer: CacheLayerMixin) -> bool:
     """`layer.update` in one launch, for one token of each row and a plain static layer; else False, and call it."""
     B, H, N, P = keys_BHNP.shape
-    if N != 1 or type(layer) is not StaticLayer or not layer.is_initialized:
-        return False
-    if layer.dtype != keys_BHNP.dtype or layer.keys.device != keys_BHNP.device:  # offloaded
+    static = type(layer) is StaticLayer and layer.is_initialized
+    if N != 1 or not static or layer.dtype != keys_BHNP.dtype or layer.keys.device != keys_BHNP.device:  # offloaded
         return False
     keys_BHNP, values_BHNP = keys_BHNP.contiguous(), values_BHNP.contiguous()
     with on_device_of(keys_BHNP):
@@ -130,12 +123,10 @@ def mix_norm_triton(
     residual, attended, crossed = (t.contiguous() for t in (residual, attended, crossed))
     mixed, normed = torch.empty_like(residual), torch.empty_like(residual)
     D = residual.shape[-1]
-    block = triton.next_power_of_2(D)
     with on_device_of(residual):
         _mix_norm_kernel[(residual.numel() // D,)](
-            residual, attended, crossed, alpha, weight_D, mixed, normed, eps,
-            D=D, BLOCK=block, num_warps=num_warps(block),
-        )  # fmt: skip
+            residual, attended, crossed, alpha, weight_D, mixed, normed, eps, D=D, **row_options(D)
+        )
     return mixed, normed
 
 

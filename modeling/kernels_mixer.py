@@ -2,10 +2,8 @@
 
 What is unusual: the kernels are those of the single operations, but their gradients are written straight into the
 columns of in_proj's output, (B, S, [z, x, B, C, dt]). Autograd would join them by copying, twice, and would pad the
-gradient of the convolution's last inputs, three rows, to the length of the sequence.
-
-Shapes: B batch, S tokens, E outputs of in_proj, H heads, P head dim, G groups, K state size, C convolution channels, T
-inputs that it remembers, R rows (all leading dims).
+gradient of the convolution's last inputs, three rows, to the length of the sequence. The letters of shapes are
+explained in kernels.py.
 """
 
 import torch
@@ -31,18 +29,7 @@ def split_convolved(convolved_BSC: Tensor, config: VambaMamba2Config) -> tuple[T
     return x.unflatten(-1, (config.num_heads, config.head_dim)), Bm.unflatten(-1, (G, K)), Cm.unflatten(-1, (G, K))
 
 
-def mix_triton(
-    projected_BSE: Tensor,
-    conv: tuple[Tensor, Tensor | None, Tensor],
-    dt_BSH: Tensor,
-    dt_bias_H: Tensor,
-    A_H: Tensor,
-    D_H: Tensor,
-    ssm_BHPK: Tensor,
-    norm_weight: Tensor,
-    lengths_B: Tensor | None,
-    config: VambaMamba2Config,
-) -> tuple[Tensor, Tensor, Tensor]:
+def mix_triton(projected_BSE, conv, dt_BSH, dt_bias_H, A_H, D_H, ssm_BHPK, norm_weight, lengths_B, config):
     """The gated and normalised outputs, (B, S, H·P), and both states after each row's last token.
 
     `conv` holds weight (C, W), bias (C,) or None, and the last inputs (B, T, C). `dt_BSH` are the step sizes as the

@@ -6,16 +6,14 @@ dweight is a short sum of partial sums. The residual stream's norm hands its inp
 backward adds the gradient of the stream where it makes its own, in one pass over memory. A stream wider than the
 weights (float32 beside bfloat16) is rounded, normed, and added to within the kernels; PyTorch's operations of mixed
 types reach a third of the bandwidth. The gate may be a view of wider rows (in_proj's output) and is not copied; offsets
-are 64-bit.
-
-Shapes: B batch, S tokens, D width, R rows (all leading dims), G groups.
+are 64-bit. The letters of shapes are explained in kernels.py.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .kernels import can_use_inference_kernel, num_warps, on_device_of, require_kernel, rows_of, tiles, tl, triton
+from .kernels import can_use_inference_kernel, on_device_of, require_kernel, row_options, rows_of, tiles, tl, triton
 
 
 MAX_GROUP = 16384  # numbers that one program holds in registers
@@ -43,8 +41,7 @@ class _GatedRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout_BSD):
         y_RD, gate_RD, weight_D = ctx.saved_tensors
-        dgate_RD = torch.empty(gate_RD.shape, dtype=gate_RD.dtype, device=gate_RD.device)
-        dout_RD = rows_of(dout_BSD)
+        dgate_RD, dout_RD = gate_RD.new_empty(gate_RD.shape), rows_of(dout_BSD)
         dy_RD, dweight_D = gated_norm_gradients(y_RD, gate_RD, weight_D, ctx.n_groups, ctx.eps, dout_RD, dgate_RD)
         return dy_RD.view(ctx.shape), dgate_RD.view(ctx.shape), dweight_D, None, None
 
@@ -52,12 +49,11 @@ class _GatedRMSNorm(torch.autograd.Function):
 def gated_norm(y_RD: Tensor, gate_RD: Tensor, weight_D: Tensor, n_groups: int, eps: float) -> Tensor:
     """The forward pass over rows as `rows_of` makes them; the weight is contiguous."""
     (R, D), width = y_RD.shape, y_RD.shape[1] // n_groups
-    out_RD = torch.empty(R, D, dtype=y_RD.dtype, device=y_RD.device)
-    block = triton.next_power_of_2(width)
+    out_RD = y_RD.new_empty(R, D)
     with torch.cuda.device_of(y_RD):
         _gated_norm_kernel[(R, n_groups)](
             y_RD, gate_RD, weight_D, out_RD, D, width, eps, y_RD.stride(0), gate_RD.stride(0),
-            BLOCK=block, num_warps=num_warps(block, 1024),
+            **row_options(width, 1024),
         )  # fmt: skip
     return out_RD
 
@@ -65,15 +61,15 @@ def gated_norm(y_RD: Tensor, gate_RD: Tensor, weight_D: Tensor, n_groups: int, e
 def gated_norm_gradients(y_RD, gate_RD, weight_D, n_groups, eps, dout_RD, dgate_RD):
     """dy and dweight; dgate is written to `dgate_RD`, whose columns lie together."""
     (R, D), width = y_RD.shape, y_RD.shape[1] // n_groups
-    dy_RD = torch.empty(R, D, dtype=y_RD.dtype, device=y_RD.device)
-    programs = min(R, tiles(y_RD).norm_backward_programs)
+    dy_RD, programs = y_RD.new_empty(R, D), min(R, tiles(y_RD).norm_backward_programs)
     partial = torch.empty(programs, D, dtype=torch.float32, device=y_RD.device)
-    block = triton.next_power_of_2(width)
+    options = row_options(width, 1024)
+    options["num_warps"] *= 2
     with torch.cuda.device_of(y_RD):
         _gated_norm_backward_kernel[(programs, n_groups)](
             y_RD, gate_RD, weight_D, dout_RD, dy_RD, dgate_RD, partial,
             R, D, width, eps, y_RD.stride(0), gate_RD.stride(0), dout_RD.stride(0), dgate_RD.stride(0),
-            BLOCK=block, STAGES=_stages(y_RD, block), num_warps=2 * num_warps(block, 1024),
+            STAGES=_stages(y_RD, options["BLOCK"]), **options,
         )  # fmt: skip
     return dy_RD, partial.sum(0).to(weight_D.dtype)
 
@@ -111,14 +107,14 @@ class _ResidualNorm(torch.autograd.Function):
         narrow_BSD, weight_D = ctx.saved_tensors
         shape, D = dhidden_BSD.shape, dhidden_BSD.shape[-1]
         x_RD, dresidual_RD, dnormed_RD = (rows_of(t).contiguous() for t in (narrow_BSD, dhidden_BSD, dnormed_BSD))
-        R, block = x_RD.shape[0], triton.next_power_of_2(D)
-        dx_RD, programs = torch.empty_like(dresidual_RD), min(R, tiles(x_RD).norm_backward_programs)
+        R, dx_RD = x_RD.shape[0], torch.empty_like(dresidual_RD)
+        programs = min(R, tiles(x_RD).norm_backward_programs)
         partial = torch.empty(programs, D, dtype=torch.float32, device=x_RD.device)
         if R:
             with on_device_of(x_RD):
                 _residual_norm_backward_kernel[(programs,)](
                     x_RD, weight_D, dnormed_RD, dresidual_RD, dx_RD, partial, R, ctx.eps,
-                    D=D, BLOCK=block, STAGES=2 if x_RD.is_cuda else 1, num_warps=num_warps(block),
+                    D=D, STAGES=2 if x_RD.is_cuda else 1, **row_options(D),
                 )  # fmt: skip
         return dx_RD.view(shape), partial.sum(0).to(weight_D.dtype), None
 
@@ -130,13 +126,11 @@ def rms_norm(hidden_BSD: Tensor, weight_D: Tensor, eps: float, keeps_narrow: boo
     rounds = keeps_narrow and torch.promote_types(hidden_BSD.dtype, weight_D.dtype) != weight_D.dtype
     narrow_BSD = torch.empty_like(normed_BSD) if rounds else hidden_BSD
     D = hidden_BSD.shape[-1]
-    block = triton.next_power_of_2(D)
     if hidden_BSD.numel():
         with on_device_of(hidden_BSD):
             _rms_norm_kernel[(hidden_BSD.numel() // D,)](
-                hidden_BSD, weight_D, narrow_BSD, normed_BSD, eps,
-                D=D, BLOCK=block, KEEPS=rounds, num_warps=num_warps(block),
-            )  # fmt: skip
+                hidden_BSD, weight_D, narrow_BSD, normed_BSD, eps, D=D, KEEPS=rounds, **row_options(D)
+            )
     return normed_BSD, narrow_BSD
 
 
@@ -179,11 +173,10 @@ def layer_norm_triton(
     R, D = x_RD.shape
     stream_RD = x_RD if residual_RD is None else torch.empty_like(x_RD)
     normed_RD = torch.empty_like(x_RD)
-    block = triton.next_power_of_2(D)
     with on_device_of(x_RD):
         _layer_norm_kernel[(R,)](
             x_RD, x_RD if residual_RD is None else residual_RD, weight_D, bias_D, stream_RD, normed_RD, eps,
-            ADD=residual_RD is not None, D=D, BLOCK=block, num_warps=num_warps(block),
+            ADD=residual_RD is not None, D=D, **row_options(D),
         )  # fmt: skip
     return stream_RD, normed_RD
 

@@ -6,11 +6,11 @@ state is summed beforehand, all segments at once, and passed on (`_state_passing
 rows, read in place with 64-bit offsets; whole chunks are not masked, which would cost registers. Decays are applied in
 float32, as powers of two, dt among them as log2(dt); products are in the inputs' dtype and sum in float32. Backward
 walks states and their gradients once more, writes them chunk by chunk, and reads them in two kernels, neither of which
-needs more registers than there are. No sum of large terms of opposite sign stands in dt's gradient.
-
-Shapes: B batch, S tokens, H heads, P head dim, G groups (H is a multiple), K state size, Z chunks of Q tokens.
-`cumsums` (3, B, H, Z, Q) holds three numbers per token, see `_chunk_cumsum`.
+needs more registers than there are. No sum of large terms of opposite sign stands in dt's gradient. The letters of
+shapes are explained in kernels.py; `cumsums` (3, B, H, Z, Q) holds three numbers per token, see `_chunk_cumsum`.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from .kernels import require_kernel, tiles, tl, triton, unit_stride
 
 GROUP_TOKENS = 16384  # whose states between chunks backward holds at once; with fewer a GPU idles between kernels
 _BLOCK_HEADS = 16
-_BLOCK_STATE = 1024
 
 
 def ssd_scan_triton(x_BSHP, dt_BSH, A_H, B_BSGK, C_BSGK, D_H=None, state_BHPK=None, chunk_size=256):
@@ -56,7 +55,7 @@ class _SSDScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dfinal):
         saved = x, _, Bm, Cm, *_ = ctx.saved_tensors  # to be asked for once: a checkpoint gives them once
-        dx, dB, dC = (torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, Bm, Cm))
+        dx, dB, dC = (t.new_empty(t.shape) for t in (x, Bm, Cm))
         dy = unit_stride(dy.to(x.dtype))
         ddt, dA, dD, dstate = scan_gradients(*saved, dy, dfinal, dx, dB, dC)
         return dx, ddt, dA, dB, dC, dD, dstate, None
@@ -74,7 +73,7 @@ def scan(x, dt, A, Bm, Cm, D, state, chunk_size):
         cumsums = _chunk_cumsum(dt, A, Q)
         segment = _segment_chunks(cumsums)
         entering = _state_passing(x, Bm, state, cumsums, segment, reverse=False)
-        y, final = torch.empty(B, S, H, P, dtype=x.dtype, device=x.device), torch.empty_like(state)
+        y, final = x.new_empty(B, S, H, P), torch.empty_like(state)
         _chunk_scan_kernel[(H, entering.shape[1], B)](
             x, Bm, Cm, D, *cumsums[1:], entering, y, final,
             S, cumsums.shape[3], segment, H // G, *x.stride()[:3], *Bm.stride()[:3], *Cm.stride()[:3],
@@ -117,10 +116,7 @@ def _group_gradients(A, D, cumsums, segment, entering, leaving, x, Bm, Cm, dy, d
     many, few = tiles(x).scan_backward_heads
     heads = many if B * chunks * G * triton.cdiv(H // G, many) >= tiles(x).scan_backward_programs else few
     blocks = triton.cdiv(H // G, heads)
-
-    def empty(*shape):
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
-
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     ddt, (ddt_direct, ddA), (dA, dD) = empty(B, S, H), empty(2, B, H, chunks * Q), empty(2, B, chunks, H)
     dscores, parts = empty(blocks, B, chunks, G, Q, Q), empty(2, blocks, B, S, G, K)
     x_strides, B_strides, C_strides, dy_strides = (t.stride()[:3] for t in (x, Bm, Cm, dy))
@@ -172,7 +168,7 @@ def _state_passing(v_BSHP, w_BSGK, state_BHPK, cumsums, segment, reverse):
     entering = torch.empty(B, segments, H, P, K, dtype=torch.float32, device=v_BSHP.device)
     totals = torch.empty(B, segments, H, dtype=torch.float32, device=v_BSHP.device)
     _chunk_state(segments - 1, v_BSHP, w_BSGK, None, cumsums, segment, entering, totals, None, segments, reverse)
-    block = min(P * K, _BLOCK_STATE)
+    block = min(P * K, 1024)
     _state_passing_kernel[(P * K // block, H, B)](
         state_BHPK, totals, entering, segments, SIZE=P * K, BLOCK=block, num_warps=4
     )

@@ -4,10 +4,8 @@ What is unusual: there is no cache object and no "decoding mode". A block takes 
 and returns the state after its last token, differentiably; one token or a million go the same way. Rows of a batch
 may be padded on the right: padding changes neither the outputs before it nor the state. In order: the convolution, the
 scan (state space duality, section 6) and the gated norm, each with its plain PyTorch reference and a table of backends,
-then mixer, block and initialisation. The kernels are in kernels_*.py, and kernels.py says when they are used.
-
-Shapes: B batch, S tokens, D hidden, H heads, P head dim, G groups, K state size, C convolution channels, W its width,
-T = W - 1 inputs that it remembers, Z chunks of Q tokens.
+then mixer, block and initialisation. The kernels are in kernels_*.py; kernels.py says when they are used, and what the
+letters of shapes mean.
 """
 
 import math
@@ -148,9 +146,8 @@ def ssd_scan_torch(x_BSHP, dt_BSH, A_H, B_BSGK, C_BSGK, D_H=None, state_BHPK=Non
 
     # 1. Each token reads the earlier tokens of its own chunk.
     rows = dA_cumsum.permute(0, 1, 3, 4, 2)  # (B, Z, G, R, Q)
-    between = rows.unsqueeze(-1) - rows.unsqueeze(-2)
-    causal = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
-    between = between.masked_fill(~causal, float("-inf")).exp()  # masked before exp, so that no inf * 0 in backward
+    later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)  # masked before exp: no inf * 0 in backward
+    between = (rows.unsqueeze(-1) - rows.unsqueeze(-2)).masked_fill(later, float("-inf")).exp()
     scores = torch.einsum("bzigk,bzjgk->bzgij", C_BZQGK, B_BZQGK).unsqueeze(3) * between
     y = torch.einsum("bzgrij,bzjgrp->bzigrp", scores, x_dt)
 
@@ -172,16 +169,13 @@ def ssd_scan_torch(x_BSHP, dt_BSH, A_H, B_BSGK, C_BSGK, D_H=None, state_BHPK=Non
     return y.flatten(3, 4).flatten(1, 2)[:, :S].to(dtype), state.flatten(1, 2)
 
 
-# mamba-ssm's kernels index with 32 bits; beyond this many elements of one tensor they go wrong silently.
-_MAX_KERNEL_ELEMENTS = 2**31 - 1
-
-
 def ssd_scan_mamba_ssm(x_BSHP, dt_BSH, A_H, B_BSGK, C_BSGK, D_H=None, state_BHPK=None, chunk_size=256):
     """mamba-ssm's Triton kernels, called on pieces short enough for their 32-bit offsets (state-spaces/mamba 1015)."""
     mamba_chunk_scan_combined = require_optional("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
     row = max(t.stride(1) for t in (x_BSHP, dt_BSH, B_BSGK, C_BSGK)) * x_BSHP.shape[0]
     state_row = x_BSHP.shape[0] * x_BSHP.shape[2] * x_BSHP.shape[3] * B_BSGK.shape[3]  # per chunk
-    piece = min(_MAX_KERNEL_ELEMENTS // row, _MAX_KERNEL_ELEMENTS // state_row * chunk_size)
+    most = 2**31 - 1  # elements of one tensor, with more of which they go wrong silently
+    piece = min(most // row, most // state_row * chunk_size)
     piece = max(chunk_size, piece // chunk_size * chunk_size)
     outputs = []
     for start in range(0, x_BSHP.shape[1], piece):
@@ -259,19 +253,25 @@ class Mamba2Mixer(nn.Module):
         `lengths_B` (B,) int64 counts each row's valid tokens, the rest being padding on the right; None means all.
         """
         config, projected = self.config, self.in_proj(hidden_BSD)
-        if torch.is_grad_enabled() and self._is_one_operation(projected):
-            y_BSD, *state = self._mix(projected, state, lengths_B)
-            return self.out_proj(y_BSD), Mamba2State(*state)
         gate, xBC, dt = split_projected(projected, config)
-        conv_state, ssm_state = (None, None) if state is None else state
-        xBC, conv_state = self.conv1d(xBC, conv_state, lengths_B, config.conv_backend)
-        x, B, C = split_convolved(xBC, config)
-        dt, A = self._step_sizes(dt, lengths_B), self._decay_rates()
-        y, ssm_state = ssd_scan(x, dt, A, B, C, self.D, ssm_state, config.chunk_size, config.ssd_backend)
-        return self.out_proj(self.norm(y.flatten(-2), gate)), Mamba2State(conv_state, ssm_state)
-
-    def _decay_rates(self) -> Tensor:
-        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+        A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+        rows = projected.shape[0]
+        conv_state, ssm_state = state or (
+            projected.new_zeros(rows, config.conv_kernel - 1, config.conv_dim),
+            A.new_zeros(rows, config.num_heads, config.head_dim, config.state_size),
+        )
+        if torch.is_grad_enabled() and self._is_one_operation(projected):
+            conv = self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state
+            scan = A, self.D.float(), ssm_state.float()
+            with torch.no_grad():
+                dt = self._step_sizes(dt, lengths_B)
+            y, *states = mix_triton(projected, conv, dt, self.dt_bias, *scan, self.norm.weight, lengths_B, config)
+        else:
+            xBC, conv_state = self.conv1d(xBC, conv_state, lengths_B, config.conv_backend)
+            (x, B, C), dt = split_convolved(xBC, config), self._step_sizes(dt, lengths_B)
+            y, ssm_state = ssd_scan(x, dt, A, B, C, self.D, ssm_state, config.chunk_size, config.ssd_backend)
+            y, states = self.norm(y.flatten(-2), gate), (conv_state, ssm_state)
+        return self.out_proj(y), Mamba2State(*states)
 
     def _is_one_operation(self, projected: Tensor) -> bool:
         """Whether our kernels take all between the projections, and nobody watches or replaces what is there."""
@@ -281,18 +281,6 @@ class Mamba2Mixer(nn.Module):
         fits = fits and all(size >= 16 and size & (size - 1) == 0 for size in (config.head_dim, config.state_size))
         fits = fits and all(wants_kernel(backend, projected) for backend in backends) and can_use_kernel(projected)
         return fits and is_plain(self.conv1d, CausalConv1d) and is_plain(self.norm, GatedRMSNorm)
-
-    def _mix(self, projected: Tensor, state: Mamba2State | None, lengths_B: Tensor | None) -> tuple[Tensor, ...]:
-        config, B = self.config, projected.shape[0]
-        conv_state, ssm_state = state or (
-            projected.new_zeros(B, config.conv_kernel - 1, config.conv_dim),
-            projected.new_zeros(B, config.num_heads, config.head_dim, config.state_size, dtype=torch.float32),
-        )
-        conv = self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state
-        with torch.no_grad():
-            dt_BSH = self._step_sizes(split_projected(projected, config)[2], lengths_B)
-        A, D, ssm_state = self._decay_rates(), self.D.float(), ssm_state.float()
-        return mix_triton(projected, conv, dt_BSH, self.dt_bias, A, D, ssm_state, self.norm.weight, lengths_B, config)
 
     def _step_sizes(self, dt_BSH: Tensor, lengths_B: Tensor | None) -> Tensor:
         compute = torch.promote_types(dt_BSH.dtype, torch.float32)

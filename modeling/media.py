@@ -430,3 +430,13 @@ def activation_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     token = (3 * mamba.hidden_size + projected + mamba.conv_dim + 2 * mamba.intermediate_size) * size
     token += 4 * mamba.intermediate_size * mamba.state_size // mamba.chunk_size
     return max(tower, token // vision.spatial_merge_size**2)
+
+
+def copy_to_gpu(t_BHM: Tensor, device: torch.device) -> Tensor:
+    """Copies per head: a slice of a larger buffer is not contiguous, and `.to()` would first compact it on the CPU."""
+    if t_BHM.nbytes == t_BHM.untyped_storage().nbytes():
+        return t_BHM.to(device, non_blocking=True)
+    copy = torch.empty(t_BHM.shape, dtype=t_BHM.dtype, device=device)
+    for target, source in zip(copy.flatten(0, 1), t_BHM.flatten(0, 1)):
+        target.copy_(source, non_blocking=True)
+    return copy

@@ -67,13 +67,13 @@ def warn_of_unknown_weights(path: str | os.PathLike) -> None:
     )
 
 
-def describe(memory: Cache, kept: Tensor | None, frames: int) -> str:
+def describe(name: str, memory: Cache, kept: Tensor | None, frames: int) -> str:
     """What a memory holds, in one line; `kept` is one of its tensors, None if it holds nothing."""
     seconds = "" if memory.seconds is None else f" ({memory.seconds:g} s)"
     where = "" if kept is None else f", {kept.device}, {kept.dtype}"
     text = int(memory.get_seq_length())
     return (
-        f"{type(memory).__name__}({frames} frames{seconds}, {sum(memory.num_video_tokens)} video tokens, "
+        f"{name}({frames} frames{seconds}, {sum(memory.num_video_tokens)} video tokens, "
         f"{text} text tokens, {memory.video_nbytes} bytes{where})"
     )
 

@@ -15,8 +15,10 @@ from transformers.processing_utils import MultiModalData
 from transformers.video_utils import is_valid_video
 
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .processing_vamba import VambaProcessor, vamba_video
+from .processing_vamba import VambaProcessor, VambaProcessorKwargs, vamba_video
 
+
+VideoMa2mbaProcessorKwargs = VambaProcessorKwargs  # by the name under which transformers looks for it
 
 # In this order after GPT-NeoX's own, from id 50,277 on.
 SPECIAL_TOKENS = (

@@ -262,7 +262,7 @@ class StateMemory(Cache):
 
     def __repr__(self) -> str:
         state = None if self.states[0] is None else self.states[0].ssm_BHPK
-        return describe(self, state, frames=sum(t for row in self.media for _, t, _, _ in row))
+        return describe("StateMemory", self, state, frames=sum(t for row in self.media for _, t, _, _ in row))
 
     # --- files ------------------------------------------------------------------------------------------------------
 

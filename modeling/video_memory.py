@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from .mamba2 import Mamba2State, rebuildable
-from .media import MediaItem, free_bytes, side_stream
+from .media import MediaItem, copy_to_gpu, free_bytes, side_stream
 from .memory_files import describe, read_memory, warn_of_unknown_weights, write_memory
 
 
@@ -220,8 +220,10 @@ class VideoMemory(Cache):
     """
 
     def __new__(cls, config=None, max_cache_len=None, text_cache=None, *args, **kwargs):
-        is_static = max_cache_len is not None or isinstance(text_cache, StaticCache)
-        return super().__new__(StaticVideoMemory if is_static else cls)
+        if cls is VideoMemory:  # else it is copied or unpickled
+            of_own_text = DynamicVideoMemory if max_cache_len is None else StaticVideoMemory
+            cls = of_own_text if text_cache is None else _memory_class(text_cache)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -256,7 +258,7 @@ class VideoMemory(Cache):
 
     def with_text(self, text_cache: Cache) -> "VideoMemory":
         """The same video with another text cache, nothing copied."""
-        memory = object.__new__(StaticVideoMemory if isinstance(text_cache, StaticCache) else VideoMemory)
+        memory = object.__new__(_memory_class(text_cache))
         memory.__dict__.update(vars(self), text=text_cache, _fetched={})
         return memory
 
@@ -382,13 +384,20 @@ class VideoMemory(Cache):
 
     def _fetch(self, layer_idx: int, device: torch.device) -> VideoLevel:
         if layer_idx not in self._fetched or self._fetched[layer_idx][0].keys_BHMP.device != device:
-            self._fetched = {layer_idx: _copy_beside(self._levels[layer_idx].read(), device)}
+            self._fetched = {layer_idx: self._copy_beside(layer_idx, device)}
         level, ready = self._fetched.pop(layer_idx)
         following = (layer_idx + 1) % len(self._levels)  # after the last layer comes the first, of the next token
-        self._fetched = {following: _copy_beside(self._levels[following].read(), device)}
+        self._fetched = {following: self._copy_beside(following, device)}
         stream = torch.cuda.current_stream(device)
         stream.wait_event(ready)
         return level.map(lambda t: (t.record_stream(stream), t)[1])
+
+    def _copy_beside(self, layer_idx: int, device: torch.device) -> tuple[VideoLevel, torch.cuda.Event]:
+        """A layer's copy under way on `device`, beside what is computed there, and the event that it has arrived."""
+        stream = side_stream(device, "copy")
+        with torch.cuda.stream(stream):
+            level = self._levels[layer_idx].read()
+            return level.map(lambda t: copy_to_gpu(t, device)), stream.record_event()
 
     def mark_static(self) -> None:
         """Joins all layers and tells `torch.compile` that they stay where they are, as CUDA graphs would copy them."""
@@ -552,7 +561,9 @@ class VideoMemory(Cache):
     def __repr__(self) -> str:
         keys = self._levels[0].parts[0].keys_BHMP if self._levels[0].parts else None
         per_item = {"image": 1, "video": self.temporal_patch_size}
-        return describe(self, keys, frames=sum(t * per_item[kind] for row in self.media for kind, t, _, _ in row))
+        return describe(
+            "VideoMemory", self, keys, frames=sum(t * per_item[kind] for row in self.media for kind, t, _, _ in row)
+        )
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -625,12 +636,9 @@ class VideoMemory(Cache):
         """Raises ValueError if this memory was not made by a model of this shape and dtype, or for this many rows."""
         if not self._levels[0].parts:  # nothing, or in cells, which made it in this very forward pass
             return
-        keys = self._levels[0].parts[0].keys_BHMP
-        made_by, head_dim = (
-            (len(self._levels), keys.shape[1], keys.shape[3]),
-            config.hidden_size // config.num_attention_heads,
-        )
-        wanted = (config.num_hidden_layers, config.num_key_value_heads, head_dim)
+        keys, heads = self._levels[0].parts[0].keys_BHMP, config.num_attention_heads
+        made_by = (len(self._levels), keys.shape[1], keys.shape[3])
+        wanted = (config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // heads)
         if made_by != wanted:
             raise ValueError(
                 f"This video memory has (layers, key/value heads, head dim) = {made_by}, the model {wanted}: "
@@ -650,8 +658,17 @@ class VideoMemory(Cache):
             raise ValueError(f"{kept}, the {of} in {dtype}: load the model in that dtype.")
 
 
+class DynamicVideoMemory(VideoMemory, DynamicCache):
+    """A memory whose text cache grows, which transformers asks by `isinstance`."""
+
+
 class StaticVideoMemory(VideoMemory, StaticCache):
-    """A memory whose text cache is static, which transformers asks by `isinstance`."""
+    """A memory whose text cache is static, for compiled decoding."""
+
+
+def _memory_class(text_cache: Cache) -> type[VideoMemory]:
+    kinds = {DynamicCache: DynamicVideoMemory, StaticCache: StaticVideoMemory}
+    return next((memory for kind, memory in kinds.items() if isinstance(text_cache, kind)), VideoMemory)
 
 
 def repeats_in_order(rows: list[int], num_video_rows: int) -> bool:
@@ -668,23 +685,6 @@ def _valid_tokens(mask_M: Tensor) -> int | Tensor | None:
     return len(valid) if int(valid[-1]) == len(valid) - 1 else valid
 
 
-def _copy_beside(level: VideoLevel, device: torch.device) -> tuple[VideoLevel, torch.cuda.Event]:
-    """A copy under way on `device`, beside what is computed there, and the event that it has arrived."""
-    stream = side_stream(device, "copy")
-    with torch.cuda.stream(stream):
-        return level.map(lambda t: _copy_of(t, device)), stream.record_event()
-
-
-def _copy_of(t_BHM: Tensor, device: torch.device) -> Tensor:
-    """Copy per head: a slice of a larger buffer is not contiguous, and `.to()` would first compact it on the CPU."""
-    if t_BHM.nbytes == t_BHM.untyped_storage().nbytes():
-        return t_BHM.to(device, non_blocking=True)
-    copy = torch.empty(t_BHM.shape, dtype=t_BHM.dtype, device=device)
-    for target, source in zip(copy.flatten(0, 1), t_BHM.flatten(0, 1)):
-        target.copy_(source, non_blocking=True)
-    return copy
-
-
 def _empty_text_cache(num_layers: int, max_cache_len: int | None) -> Cache:
     if max_cache_len is None:
         cache = DynamicCache()
@@ -698,6 +698,3 @@ def _copy_layer(layer):
     if not isinstance(layer, DynamicLayer):  # a growing layer replaces its tensors, others write into them
         vars(new).update({name: t.clone() for name, t in vars(layer).items() if isinstance(t, Tensor)})
     return new
-
-
-__all__ = ["VideoMemory"]

@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from vamba.modeling import VideoMemory
+from vamba.modeling.media import copy_to_gpu
 from vamba.modeling.video_memory import FP8, VideoLevel
 
 from tiny_vamba import media, prompt, tiny_config, tiny_model

@@ -53,7 +53,7 @@ def split_key_attention(
     (B, heads, N, P), (H, M) = queries_BHNP.shape, keys_BHMP.shape[1:3]
     rows = heads // H * N
     fp8 = key_scales_BHM is not None
-    block_rows, block_keys, resident, num_warps, num_stages = tiles(rows, P, queries_BHNP.dtype, fp8)
+    block_rows, block_keys, resident, num_warps, num_stages = attention_tiles(rows, P, queries_BHNP.dtype, fp8)
     blocks = triton.cdiv(rows, block_rows)
     # as many splits whatever the number of keys: a CUDA graph or compiled step for another video is the same
     device = queries_BHNP.device
@@ -79,7 +79,7 @@ def split_key_attention(
     return output
 
 
-def tiles(rows: int, P: int, dtype: torch.dtype, fp8: bool) -> tuple[int, int, int, int, int]:
+def attention_tiles(rows: int, P: int, dtype: torch.dtype, fp8: bool) -> tuple[int, int, int, int, int]:
     """Rows and keys of a tile, programs that share a multiprocessor, warps and pipeline stages, tried on an H200."""
     if dtype == torch.float32:
         return min(32, max(16, triton.next_power_of_2(rows))), 32, 2, 4, 1

@@ -10,60 +10,13 @@ where the plain operations round to memory; offsets are 64-bit. The letters of s
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2MLP, Qwen2VLAttention, eager_attention_forward
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
-from .kernels import can_use_inference_kernel, has_hooks, is_plain, on_device_of, overwritable, row_options, tl, triton
+from .kernels import can_use_inference_kernel, is_plain, on_device_of, row_options, tl, triton
 
 
 _GATE_ELEMENTS, _GELU_ELEMENTS = 1024, 2048  # for one program
 _MAX_TOKENS = 16  # that one program of the projections takes; with more of them a matrix product is not so small
-
-
-class VambaSelfAttention(Qwen2VLAttention):
-    """Qwen2-VL's, with the rotary embedding in one kernel where no gradient is recorded on a GPU."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        if not can_use_inference_kernel(hidden_states, *position_embeddings):
-            return super().forward(
-                hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
-            )
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        projected = three_linears_triton(hidden_states, projections) or (
-            overwritable(proj(hidden_states), proj) for proj in projections
-        )
-        queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)
-        rotate_triton(queries, keys, *position_embeddings)
-        queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
-        if past_key_values is not None:
-            layers = [] if past_key_values.offloading else past_key_values.layers  # those have to be brought back first
-            layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
-            if store_token_triton(keys, values, layer):
-                keys, values = layer.keys, layer.values
-            else:
-                keys, values = past_key_values.update(keys, values, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        kwargs |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "position_ids": position_ids}
-        output, weights = attention(self, queries, keys, values, attention_mask, **kwargs)
-        return self.o_proj(output.flatten(2)), weights
-
-
-class VambaMLP(Qwen2MLP):
-    """Qwen2-VL's, with the gate in one kernel where no gradient is recorded on a GPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.config.hidden_act != "silu" or has_hooks(self.act_fn) or not can_use_inference_kernel(x):
-            return super().forward(x)
-        return self.down_proj(silu_mul_triton(overwritable(self.gate_proj(x), self.gate_proj), self.up_proj(x)))
 
 
 def three_linears_triton(x_BND: Tensor, modules: tuple[nn.Linear, nn.Linear, nn.Linear]) -> list[Tensor] | None:

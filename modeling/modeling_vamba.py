@@ -27,6 +27,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2MLP,
     Qwen2VLAttention,
     Qwen2VLRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -40,9 +41,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_vamba import VambaConfig, VambaTextConfig
 from .generation import VambaGenerationMixin
-from .kernels import can_use_inference_kernel, has_hooks
+from .kernels import can_use_inference_kernel, has_hooks, is_plain, overwritable
 from .kernels_attention import can_split_keys, reads_fp8, split_key_attention
-from .kernels_elementwise import VambaMLP, VambaSelfAttention, mix_norm_triton
+from .kernels_elementwise import (
+    mix_norm_triton,
+    rotate_triton,
+    silu_mul_triton,
+    store_token_triton,
+    three_linears_triton,
+)
 from .kernels_norm import FusedRMSNorm
 from .mamba2 import Mamba2Block, Mamba2Mixer, Mamba2State, init_mamba2_mixer
 from .media import flattened_lengths, normalized, without_seen_grids
@@ -329,6 +336,51 @@ def _in_order(outputs: list[tuple[TextSlice, Tensor]], like_BNHP: Tensor) -> Ten
     return torch.cat([*pieces, torch.zeros_like(like_BNHP.narrow(dim, at, size - at))], dim)
 
 
+class VambaSelfAttention(Qwen2VLAttention):
+    """Qwen2-VL's, with the rotary embedding in one kernel where no gradient is recorded on a GPU."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not can_use_inference_kernel(hidden_states, *position_embeddings):
+            return super().forward(
+                hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
+            )
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        projected = three_linears_triton(hidden_states, projections) or (
+            overwritable(proj(hidden_states), proj) for proj in projections
+        )
+        queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)
+        rotate_triton(queries, keys, *position_embeddings)
+        queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
+        if past_key_values is not None:
+            layers = [] if past_key_values.offloading else past_key_values.layers  # those have to be brought back first
+            layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+            if store_token_triton(keys, values, layer):
+                keys, values = layer.keys, layer.values
+            else:
+                keys, values = past_key_values.update(keys, values, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        kwargs |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "position_ids": position_ids}
+        output, weights = attention(self, queries, keys, values, attention_mask, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+
+class VambaMLP(Qwen2MLP):
+    """Qwen2-VL's, with the gate in one kernel where no gradient is recorded on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.config.hidden_act != "silu" or has_hooks(self.act_fn) or not can_use_inference_kernel(x):
+            return super().forward(x)
+        return self.down_proj(silu_mul_triton(overwritable(self.gate_proj(x), self.gate_proj), self.up_proj(x)))
+
+
 class VambaDecoderLayer(GradientCheckpointingLayer):
     """T' = T + alpha * SelfAttention(h) + (1 - alpha) * CrossAttention(h, V), then the MLP (equations 3 and 4).
 
@@ -392,7 +444,7 @@ class VambaDecoderLayer(GradientCheckpointingLayer):
         """T' of equation 4, and its norm."""
         norm, alpha = self.post_attention_layernorm, self.alpha
         tensors = residual, attended, crossed, norm.weight
-        if crossed is not None and not has_hooks(norm) and can_use_inference_kernel(*tensors):
+        if crossed is not None and is_plain(norm, FusedRMSNorm) and can_use_inference_kernel(*tensors):
             return mix_norm_triton(residual, attended, crossed, alpha, norm.weight, norm.eps)
         if alpha is not None:  # clamped; its gradient passes straight through, so that a step outside can be undone
             alpha = (alpha + (alpha.clamp(0, 1) - alpha).detach()).to(attended.dtype)

@@ -29,7 +29,11 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parse(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and "overrides" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = unknown  # `vamba finetune` takes every key of a recipe
     try:
         code = args.run(args) or 0
         sys.stdout.flush()
@@ -76,15 +80,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown and "overrides" not in args:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.overrides = unknown  # `vamba finetune` takes every key of a recipe
-    return args
 
 
 def _parser() -> argparse.ArgumentParser:

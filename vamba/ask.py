@@ -43,17 +43,17 @@ def run(args: argparse.Namespace) -> None:
     from .chat import MEMORIES, load_chat
 
     reading = {name: value for name in READING if (value := getattr(args, name)) is not None}
-    if not args.video.endswith(".safetensors"):  # tell of a bad video before loading a large model
+    saved = args.video.endswith(".safetensors")
+    if not saved:  # tell of a bad video before loading a large model
         from .video import read_video
 
         read_video(args.video, allow_urls=args.allow_urls, **reading).close()
     chat = load_chat(args.model, dtype=args.dtype, device=args.device)
-    if args.video.endswith(".safetensors"):
+    if saved:
+        kind = MEMORIES[chat.model.config.model_type]
         try:
             with opening(args.video):
-                watched = chat.memory = MEMORIES[chat.model.config.model_type].load(
-                    args.video, device=chat.model.device
-                )
+                watched = chat.memory = kind.load(args.video, device=chat.model.device)
         except ValueError as error:
             raise UserError(str(error)) from error
     else:

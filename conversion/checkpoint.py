@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig
 
 from vamba.errors import MissingPathError, UserError
 from vamba.files import check_destination, check_space, staged_folder
+from vamba.hub import inherited_metadata, write_model_card, write_remote_code
 
 from . import vamba_family, video_ma2mba
-from .companions import write_hub_files
 from .formats import MAMBA2, STATE_SPACES, VIDEO_MA2MBA, format_of, read_config
 from .initialization import fresh_tensor
 from .safetensors_io import write_files
@@ -111,7 +111,15 @@ def convert(
         conversion.write_companions(folder)
         if to != "original":
             config.save_pretrained(folder)
-            write_hub_files(source, folder, config, conversion.kind, destination.name)
+            write_remote_code(folder, config.model_type)
+            write_model_card(
+                folder,
+                config,
+                repo_id=destination.name,
+                origin=f"Converted from {source.name} ({conversion.kind}).",
+                state="converted" if conversion.rules.fresh else "trained",
+                **inherited_metadata(source),
+            )
     return destination
 
 

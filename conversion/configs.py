@@ -54,13 +54,7 @@ def config_from_qwen2_vl(source: dict, mamba_config: dict | None = None) -> Vamb
     sizes = own_fields(VambaMamba2Config)
     if unknown := sorted(set(mamba_config or ()).difference(sizes)):
         raise ConversionError(f"mamba_config has no {', '.join(unknown)}; it has {', '.join(sorted(sizes))}.")
-    qwen = _qwen2_vl(source)
-    mamba = {
-        "hidden_size": qwen.text_config.hidden_size,
-        "initializer_range": qwen.text_config.initializer_range,
-        **(mamba_config or {}),
-    }
-    return _vamba_config(qwen, mamba, {})
+    return _vamba_config(source, mamba_config or {}, {})
 
 
 def config_from_original(source: dict) -> VambaConfig:
@@ -82,10 +76,8 @@ def config_from_original(source: dict) -> VambaConfig:
         raise ConversionError(
             f"The original's config.json lacks {', '.join(absent)}: say whether each is true or false."
         )
-    qwen = _qwen2_vl(source)
-    mamba = {"hidden_size": qwen.text_config.hidden_size, "initializer_range": qwen.text_config.initializer_range}
-    mamba |= {ours: mixer[theirs] for ours, theirs in MAMBA_FIELDS.items() if mixer.get(theirs) is not None}
-    return _vamba_config(qwen, mamba, {key: source[key] for key in SWITCHES})
+    mamba = {ours: mixer[theirs] for ours, theirs in MAMBA_FIELDS.items() if mixer.get(theirs) is not None}
+    return _vamba_config(source, mamba, {key: source[key] for key in SWITCHES})
 
 
 def config_to_original(config: VambaConfig) -> dict:
@@ -124,13 +116,12 @@ def config_to_original(config: VambaConfig) -> dict:
     }
 
 
-def _qwen2_vl(source: dict) -> Qwen2VLConfig:
+def _vamba_config(source: dict, mamba: dict, switches: dict) -> VambaConfig:
+    """What a config.json says of Qwen2-VL, beside what is given of the Mamba blocks and for the text model."""
     with naming_bad_values():
-        return Qwen2VLConfig.from_dict(json.loads(json.dumps(source)))  # its constructor writes into nested dicts
-
-
-def _vamba_config(qwen: Qwen2VLConfig, mamba: dict, switches: dict) -> VambaConfig:
+        qwen = Qwen2VLConfig.from_dict(json.loads(json.dumps(source)))  # its constructor writes into nested dicts
     text = own_values(qwen.text_config)
+    common = {key: text[key] for key in ("hidden_size", "initializer_range")}
     text["rope_parameters"] = {key: value for key, value in text["rope_parameters"].items() if key != "type"}
     vision = {key: getattr(qwen.vision_config, key) for key in own_fields(Qwen2VLVisionConfig)}
     with naming_bad_values(""):  # which may be one of `mamba_config`
@@ -138,7 +129,7 @@ def _vamba_config(qwen: Qwen2VLConfig, mamba: dict, switches: dict) -> VambaConf
             architectures=["VambaForConditionalGeneration"],
             text_config=text | switches,
             vision_config=vision | {"model_type": qwen.vision_config.model_type},
-            mamba_config=mamba,
+            mamba_config=common | mamba,
             tie_word_embeddings=qwen.tie_word_embeddings,
             initializer_range=qwen.text_config.initializer_range,
             **{key: getattr(qwen, key) for key in TOKENS},

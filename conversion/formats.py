@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
-
-from vamba import modeling
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from .safetensors_io import CheckpointReader, TorchReader
 from .table import DROPPED, ConversionError, Rules, Table
@@ -27,7 +25,6 @@ SUPPORTED = (
     "for another dtype or sharding or from the earlier format, to vamba; a Mamba-2 language model (model_type mamba2, "
     "or with ssm_cfg as state-spaces has it) and a CLIP to video_ma2mba."
 )
-MODELS = {"vamba": "VambaForConditionalGeneration", "video_ma2mba": "VideoMa2mbaForConditionalGeneration"}
 
 
 class Conversion(NamedTuple):
@@ -64,6 +61,10 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n", encoding="utf-8")
+
+
 def format_of(config: dict) -> str:
     """One of the formats named above. Raises ConversionError naming the values that fit none of them."""
     if config.get("quantization_config"):
@@ -95,7 +96,7 @@ def rules_for(config: PreTrainedConfig, table: Table, inverse: Table, fresh: str
 def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of our checkpoint, in the model's order, asked from the model without allocating it."""
     with torch.device("meta"):
-        model = getattr(modeling, MODELS[config.model_type])(config)
+        model = AutoModelForImageTextToText.from_config(config)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]

@@ -147,11 +147,11 @@ def _write_file(path: Path, steps: list[Step], produce: Callable, on_bytes: Call
 def _header(path: Path) -> dict[str, TensorSpec]:
     try:
         with safe_open(path, framework="pt") as file:
-            slices = ((key, file.get_slice(key)) for key in file.keys())
-            dtypes = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices}
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            stored = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except SafetensorError as error:
         raise ConversionError(f"{path} is damaged or incomplete: {error}") from error
-    return {key: TensorSpec(shape, TORCH_DTYPES.get(dtype, dtype)) for key, (shape, dtype) in dtypes.items()}
+    return {key: TensorSpec(shape, TORCH_DTYPES.get(dtype, dtype)) for key, (shape, dtype) in stored.items()}
 
 
 def _no_weights(folder: Path) -> str:

@@ -5,7 +5,6 @@ output V_L is never read), so we do not have it; and the cross-attention of a Va
 of the self-attention (arXiv 2503.11579, section 4).
 """
 
-import json
 import re
 from collections.abc import Iterable
 from functools import partial
@@ -19,7 +18,7 @@ from vamba.modeling.mamba2 import Mamba2Block
 
 from .companions import copy_companions, set_generation_flag
 from .configs import config_from_original, config_from_qwen2_vl, config_to_original, naming_bad_values
-from .formats import EARLIER, ORIGINAL, QWEN2_VL, SUPPORTED, VAMBA, Conversion, read_config, rules_for
+from .formats import EARLIER, ORIGINAL, QWEN2_VL, SUPPORTED, VAMBA, Conversion, read_config, rules_for, write_json
 from .safetensors_io import CheckpointReader
 from .table import DROPPED, UNCHANGED, ConversionError, Rules, Table, rename
 
@@ -128,8 +127,7 @@ def vamba_rules(kind: str, config: VambaConfig, to: str | None = None) -> Rules:
 
 def _write_companions(source: Path, config: VambaConfig, kind: str, to: str | None, folder: Path) -> None:
     if to == "original":
-        content = json.dumps(config_to_original(config), indent=2, sort_keys=True)
-        (folder / "config.json").write_text(content + "\n", encoding="utf-8")
+        write_json(folder / "config.json", config_to_original(config), sort_keys=True)
         copy_companions(source, folder, config, "Qwen2VLProcessor")
         set_generation_flag(folder, "unrotate_video_keys", None)
         return

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .checkpoint_folder import base_of, check_kind
-from .cli import quiet_transformers
+from .cli import positive, quiet_transformers
 from .errors import UserError, opening
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=float, metavar="SECONDS", help="begin here")
     parser.add_argument("--end", type=float, metavar="SECONDS", help="end here")
     parser.add_argument("--max-pixels", type=int, help="pixels per frame at most")
-    parser.add_argument("--max-new-tokens", type=_positive, default=256, help="length of an answer; default: 256")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="length of an answer; default: 256")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", help='e.g. "cuda:0" or "cpu"; default: the GPUs if there are any')
     parser.add_argument("--save-memory", metavar="FILE", help="write the video memory, to be asked again later")
@@ -43,17 +43,17 @@ def run(args: argparse.Namespace) -> None:
     from .chat import MEMORIES, load_chat
 
     reading = {name: value for name in READING if (value := getattr(args, name)) is not None}
-    if not args.video.endswith(".safetensors"):  # tell of a bad video before loading a large model
+    saved = args.video.endswith(".safetensors")
+    if not saved:  # tell of a bad video before loading a large model
         from .video import read_video
 
         read_video(args.video, allow_urls=args.allow_urls, **reading).close()
     chat = load_chat(args.model, dtype=args.dtype, device=args.device)
-    if args.video.endswith(".safetensors"):
+    if saved:
+        kind = MEMORIES[chat.model.config.model_type]
         try:
             with opening(args.video):
-                watched = chat.memory = MEMORIES[chat.model.config.model_type].load(
-                    args.video, device=chat.model.device
-                )
+                watched = chat.memory = kind.load(args.video, device=chat.model.device)
         except ValueError as error:
             raise UserError(str(error)) from error
     else:
@@ -67,12 +67,6 @@ def run(args: argparse.Namespace) -> None:
         for piece in chat.ask(question, stream=True, max_new_tokens=args.max_new_tokens):
             print(piece, end="", flush=True)
         print(flush=True)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return int(text)
 
 
 def _question(text: str) -> str:

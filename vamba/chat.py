@@ -89,8 +89,10 @@ class VideoChat:
             reader = stack.enter_context(self.processor.video_reader(video, chunk_frames=temporal, **options))
             total = reader.num_frames_expected
             bar = stack.enter_context(tqdm(total=total, unit="frame", disable=not progress, desc="watching"))
-            chunk_frames = chunk_frames or self._chunk_frames(*reader.frame_size)
-            memory = self._with_room(memory, total or 0, *reader.frame_size)
+            height, width = reader.frame_size
+            patch = self.processor.video_processor.patch_size
+            chunk_frames = chunk_frames or default_chunk_frames(self.model, (height // patch) * (width // patch))
+            memory = self._with_room(memory, total or 0, height, width)
             device = self.model.device
             chunks = stack.enter_context(
                 contextlib.closing(read_ahead(reader, chunk_frames, pin_memory=device.type == "cuda"))
@@ -116,10 +118,6 @@ class VideoChat:
         tokens = -(-frames // processor.temporal_patch_size) * (height // side) * (width // side)
         memory.reserve(memory.video_length + tokens)
         return memory
-
-    def _chunk_frames(self, height: int, width: int) -> int:
-        patch = self.processor.video_processor.patch_size
-        return default_chunk_frames(self.model, (height // patch) * (width // patch))
 
     def _patches(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches and grid of frames of their final size, made on the GPU where the model is on one."""

@@ -29,7 +29,11 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parse(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and "overrides" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = unknown  # `vamba finetune` takes every key of a recipe
     try:
         code = args.run(args) or 0
         sys.stdout.flush()
@@ -78,15 +82,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown and "overrides" not in args:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.overrides = unknown  # `vamba finetune` takes every key of a recipe
-    return args
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vamba", description="Linear-time video understanding.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -100,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
     return parser
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
 
 
 def quiet_transformers() -> None:

@@ -15,21 +15,25 @@ from .errors import DiskFullError, OccupiedPathError, UserError, is_disk_full, o
 
 
 def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
-    """Refuses what must not be written over.
+    """Refuses what the converter must not write over.
 
     Raises:
-        OccupiedPathError: `destination` is a file, or holds something and `overwrite` is false, or holds no checkpoint.
+        OccupiedPathError: see `check_replaceable`; or `destination` holds something and `overwrite` is false.
         UserError: source and destination lie in each other.
     """
     if destination == source or destination in source.parents or source in destination.parents:
         raise UserError(f"Source {source} and destination {destination} must not lie in each other.")
-    if destination.exists() and not destination.is_dir():
-        raise OccupiedPathError(f"{destination} exists and is no folder.")
-    if destination.exists() and any(destination.iterdir()):
-        if not overwrite:
-            raise OccupiedPathError(f"{destination} is not empty; choose another folder or pass overwrite.")
-        if not (destination / "config.json").is_file():
-            raise OccupiedPathError(f"{destination} holds something that is no checkpoint; it is not overwritten.")
+    if not overwrite and destination.is_dir() and any(destination.iterdir()):
+        raise OccupiedPathError(f"{destination} is not empty; choose another folder or pass overwrite.")
+    check_replaceable(destination, "checkpoint", "config.json")
+
+
+def check_replaceable(folder: Path, kind: str, mark: str) -> None:
+    """Raises OccupiedPathError if `folder` is a file, or holds something but not the file `mark` of each `kind`."""
+    if folder.exists() and not folder.is_dir():
+        raise OccupiedPathError(f"{folder} exists and is no folder; choose another.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise OccupiedPathError(f"{folder} holds something that is no {kind}; choose another folder.")
 
 
 def check_space(destination: Path, needed: int) -> None:

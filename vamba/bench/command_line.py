@@ -2,39 +2,34 @@
 
 import argparse
 
+from vamba.cli import positive, quiet_transformers
+from vamba.errors import UserError, check_writable
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="PATH|7b", help='a Vamba checkpoint, or "7b": the published size with random weights'
     )
     parser.add_argument(
-        "--frames", type=_positive, nargs="+", default=[128, 512, 1024], help="lengths; default: 128 512 1024"
+        "--frames", type=positive, nargs="+", default=[128, 512, 1024], help="lengths; default: 128 512 1024"
     )
     parser.add_argument("--peer", choices=("qwen2-vl",), help="measure transformers' model of the same sizes as well")
     parser.add_argument("--out", metavar="DIR", help="write tables (CSV), plots (PNG) and a report (Markdown) here")
     parser.add_argument("--plot", metavar="CSV", help="only draw the plots of a table, beside it")
     parser.add_argument("--video", nargs="+", metavar="FILE", help="decode these; default: a 720p clip made here")
-    parser.add_argument("--patches", type=_positive, nargs=2, default=[26, 46], metavar=("H", "W"),
+    parser.add_argument("--patches", type=positive, nargs=2, default=[26, 46], metavar=("H", "W"),
                         help="patches of a frame; default: 26 46, which are 640x360 pixels")  # fmt: skip
-    parser.add_argument("--chunk-frames", type=_positive, default=128, help="frames encoded at once; default: 128")
-    parser.add_argument("--prompt-tokens", type=_positive, default=128, help="default: 128")
-    parser.add_argument("--new-tokens", type=_positive, default=32, help="default: 32")
+    parser.add_argument("--chunk-frames", type=positive, default=128, help="frames encoded at once; default: 128")
+    parser.add_argument("--prompt-tokens", type=positive, default=128, help="default: 128")
+    parser.add_argument("--new-tokens", type=positive, default=32, help="default: 32")
     parser.add_argument(
         "--max-seconds", type=float, default=60, help="leave out lengths whose prefill would take longer; default: 60"
     )
     parser.add_argument("--device", help='e.g. "cuda:0" or "cpu"; default: a GPU if there is one')
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return int(text)
-
-
 def run(args: argparse.Namespace) -> int:
     """Measures, prints and writes; raises UserError for a user's mistake."""
-    from vamba.errors import UserError, check_writable
-
     from . import report
 
     if args.plot:
@@ -45,12 +40,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--model is missing: give the folder of a Vamba checkpoint, or 7b for random weights.")
     if args.out:
         check_writable(args.out)
-    from vamba.cli import quiet_transformers
-
     from .measure import measure_all
 
     quiet_transformers()
-
     results = measure_all(args)
     print(report.markdown(results))
     if args.out:

@@ -13,7 +13,7 @@ import torch
 
 from . import GIB
 from .clock import default_device, machine, measure_rates, release
-from .models import load_ours, load_peer
+from .models import decode_bytes, load_ours, load_peer
 from .parts import measure_kernels, measure_parts, measure_videos
 from .subjects import Ours, Peer
 
@@ -76,7 +76,7 @@ def _measure_length(subject: Ours, frames: int, rates: dict) -> dict:
     return {
         **row,
         "prefill_floor_s": subject.prefill_operations(frames) / rates["matrix_per_s"],
-        "decode_floor_ms": 1e3 * subject.decode_bytes(row["video_memory_bytes"]) / rates["copied_bytes_per_s"],
+        "decode_floor_ms": 1e3 * decode_bytes(subject.model, row["video_memory_bytes"]) / rates["copied_bytes_per_s"],
         "tokens_per_s": 1e3 / row["decode_ms"],
         "frames_per_s": frames / row["prefill_s"],
         "runs": len(runs),

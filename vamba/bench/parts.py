@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
+from vamba.demo.videos import write_video
 from vamba.video import read_video
 
 from .clock import Stopwatch, TokenClock, kernels_of, now
@@ -172,16 +174,6 @@ def _read(file: str | Path, every: bool, vision) -> dict:
 
 def make_clip(path: Path, seconds: int = 20, fps: int = 30, width: int = 1280, height: int = 720) -> Path:
     """H.264 of a moving texture, a picture that a codec has some work with."""
-    import av
-    import numpy as np
-
     texture = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     texture = texture.repeat(8, 0).repeat(8, 1)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for index in range(seconds * fps):
-            picture = np.roll(texture, 3 * index, 1)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    return write_video(path, (np.roll(texture, 3 * index, 1) for index in range(seconds * fps)), fps, crf=23)

@@ -6,6 +6,8 @@ What is unusual: plots are drawn from the written table, so that it may be done 
 import csv
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +41,11 @@ _LENGTHS = {
     "last_to_first": "last/first tenth",
     "runs": "runs",
     "status": "status",
+}
+_SECTIONS = {
+    "parts": "Parts, one chunk and one prompt",
+    "kernels": "Kernels of one Mamba-2 block, one chunk",
+    "videos": "Reading video",
 }
 
 
@@ -97,17 +104,15 @@ def _cell(value) -> str:
 
 def read_table(path: Path) -> list[dict]:
     """The rows of a CSV file: numbers where they are some, None where there is nothing."""
-
-    def value(text: str):
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except (TypeError, ValueError):
-                continue
-        return text or None
-
     with opening(path), path.open(newline="", encoding="utf-8") as file:
-        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(text: str | None) -> int | float | str | None:
+    for kind in (int, float):
+        with suppress(TypeError, ValueError):
+            return kind(text)
+    return text or None
 
 
 def write_table(path: Path, rows: list[dict], columns: Iterable[str] | None = None) -> Path:
@@ -124,8 +129,8 @@ def write(results: dict, folder: str | os.PathLike) -> list[Path]:
     with opening(folder):
         folder.mkdir(parents=True, exist_ok=True)
     stem = f"{results['machine']['date']}_video_length"
-    names = {"lengths": stem, **{name: f"{stem}_{name}" for name in ("parts", "kernels", "videos")}}
-    paths = [write_table(folder / f"{file}.csv", results[name]) for name, file in names.items()]
+    paths = [write_table(folder / f"{stem}.csv", results["lengths"])]
+    paths += [write_table(folder / f"{stem}_{name}.csv", results[name]) for name in _SECTIONS]
     try:
         plots = plot(paths[0])
     except UserError as error:
@@ -165,24 +170,18 @@ def plot(table: str | os.PathLike) -> list[Path]:
 def markdown(results: dict) -> str:
     """The report: the facts, then a table for each measurement, ratios to the peer beside."""
     machine = dict(results["machine"])
-    names = ("video", "kept", "frames", "seconds", "decoded_frames_per_s", "times_real_time")
-    return "\n".join(
-        [
-            f"# The model against the length of the video\n\n{machine.pop('date')}, `{machine.pop('command')}`\n",
-            ", ".join(f"{name}: {value}" for name, value in machine.items() if value is not None) + ".\n",
-            "Medians. Floors: operations of the matrix products at the measured rate; bytes of weights and video "
-            "memory at the measured rate of copies. The peak does not count the peer's pixels.\n",
-            table([_in_gib(row) for row in results["lengths"]], _LENGTHS),
-            *_ratios(results["lengths"]),
-            "\n## Parts, one chunk and one prompt\n",
-            table(results["parts"], {"part": "part", "calls": "calls", "ms": "ms", "floor_ms": "floor ms"}),
-            "\n## Kernels of one Mamba-2 block, one chunk\n",
-            table(results["kernels"], {"kernel": "kernel", "calls": "calls", "ms": "ms"}),
-            "\n## Reading video\n",
-            table(results["videos"], {name: name.replace("_", " ") for name in names}),
-            "",
-        ]
-    )
+    parts = [
+        f"# The model against the length of the video\n\n{machine.pop('date')}, `{machine.pop('command')}`\n",
+        ", ".join(f"{name}: {value}" for name, value in machine.items() if value is not None) + ".\n",
+        "Medians. Floors: operations of the matrix products at the measured rate; bytes of weights and video "
+        "memory at the measured rate of copies. The peak does not count the peer's pixels.\n",
+        table([_in_gib(row) for row in results["lengths"]], _LENGTHS),
+        *_ratios(results["lengths"]),
+    ]
+    for name, title in _SECTIONS.items():
+        columns = {column: column.replace("_", " ") for row in results[name] for column in row}
+        parts += [f"\n## {title}\n", table(results[name], columns)]
+    return "\n".join([*parts, ""])
 
 
 def _in_gib(row: dict) -> dict:
@@ -192,13 +191,9 @@ def _in_gib(row: dict) -> dict:
 
 def _ratios(rows: list[dict]) -> list[str]:
     """How many times faster the first model is than the second, where both ran."""
-    by_frames: dict[int, list[dict]] = {}
-    for row in rows:
-        if row["status"] == "ok":
-            by_frames.setdefault(row["frames"], []).append(row)
-    pairs = {frames: pair for frames, pair in by_frames.items() if len(pair) == 2}
     return [
-        f"\n{frames} frames: {ours['model']}'s prefill is {peer['prefill_s'] / ours['prefill_s']:.1f} times as fast as "
-        f"{peer['model']}'s, its decoding {peer['decode_ms'] / ours['decode_ms']:.1f} times."
-        for frames, (ours, peer) in pairs.items()
+        f"\n{ours['frames']} frames: {ours['model']}'s prefill is {peer['prefill_s'] / ours['prefill_s']:.1f} times as "
+        f"fast as {peer['model']}'s, its decoding {peer['decode_ms'] / ours['decode_ms']:.1f} times."
+        for ours, peer in combinations([row for row in rows if row["status"] == "ok"], 2)
+        if ours["frames"] == peer["frames"]
     ]

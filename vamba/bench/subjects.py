@@ -13,7 +13,7 @@ from vamba.errors import UserError
 from vamba.modeling import VideoMemory
 
 from .clock import Stopwatch, TokenClock, allocated, last_to_first, now, peak, reset_peak
-from .models import decode_bytes, linear_weights
+from .models import linear_weights
 
 
 class Ours:
@@ -101,9 +101,6 @@ class Ours:
         prompt = N * linear_weights(core.language_model) + linear_weights(self.model.lm_head)
         reading = 4 * N * M * text.hidden_size * text.num_hidden_layers
         return self.vision_operations(frames) + 2 * (encoder + prompt) + reading
-
-    def decode_bytes(self, memory_bytes: int) -> int:
-        return decode_bytes(self.model, memory_bytes)
 
 
 class Peer(Ours):

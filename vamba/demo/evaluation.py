@@ -68,10 +68,12 @@ def chance(replies: Sequence[Reply]) -> float:
 
 def scores(replies: Sequence[Reply], blind: Sequence[Reply]) -> dict:
     """The numbers of an evaluation, with and without video."""
-    by_kind = {kind: [reply for reply in replies if reply.kind == kind] for kind in QUESTIONS}
     return {
         "accuracy": accuracy(replies),
         "text_only_accuracy": accuracy(blind),
         "chance": chance(replies),
-        "accuracy_by_question": {QUESTIONS[kind]: accuracy(of_kind) for kind, of_kind in by_kind.items()},
+        "accuracy_by_question": {
+            question: accuracy([reply for reply in replies if reply.kind == kind])
+            for kind, question in QUESTIONS.items()
+        },
     }

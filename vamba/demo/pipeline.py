@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.conversion import convert
-from vamba.errors import OccupiedPathError, check_writable
-from vamba.files import staged_folder
+from vamba.errors import check_writable
+from vamba.files import check_replaceable, staged_folder
 from vamba.hub import write_model_card
 from vamba.training import Result, finetune
 
@@ -73,7 +73,8 @@ def run(
         UserError: the output folder cannot be used. Nothing was done.
     """
     output = Path(output_dir).expanduser().resolve()
-    check_output(output)
+    check_replaceable(output, "demo's output", RESULTS_FILE)
+    check_writable(output)
     settings = {"model": model, "seed": seed, "steps": STEPS if steps is None else steps, "train_videos": train_videos}
     settings |= {"test_videos": test_videos, "batch_size": batch_size, "learning_rate": learning_rate}
     with staged_folder(output) as folder:
@@ -82,15 +83,6 @@ def run(
     print(f"without the video: accuracy {shown(results['text_only_accuracy'])} (the questions alone tell nothing)")
     print(last_line(results))
     return results
-
-
-def check_output(output: Path) -> None:
-    """Raises UserError if `output` is something else than an earlier demo's output, or cannot be made."""
-    if output.exists() and not output.is_dir():
-        raise OccupiedPathError(f"{output} exists and is no folder; choose another output folder.")
-    if output.is_dir() and any(output.iterdir()) and not (output / RESULTS_FILE).is_file():
-        raise OccupiedPathError(f"{output} holds something that is no demo output; choose another output folder.")
-    check_writable(output)
 
 
 def _run_in(folder: Path, settings: dict) -> dict:
@@ -184,7 +176,7 @@ def train(checkpoint: Path, data: Path, output: Path, settings: dict) -> Result:
         "weight_decay": 0.01,
         "logging_steps": max(1, settings["steps"] // 10),
         "save_strategy": "no",
-        "dataloader_num_workers": min(4, os.cpu_count() or 1),  # reading a batch takes longer than training on it
+        "dataloader_num_workers": 2,  # whatever the machine, as the order of the data follows from it
         "use_cpu": not torch.cuda.is_available(),
         "seed": settings["seed"],
     }

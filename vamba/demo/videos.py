@@ -7,10 +7,10 @@ came before what. Who sees the frames but not their order cannot tell which of t
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import cycle, islice, permutations
+from itertools import chain, cycle, islice, permutations
 from pathlib import Path
 
 import av
@@ -136,13 +136,16 @@ def _mask(shape: str, y: float, x: float, radius: float) -> np.ndarray:
     return (np.minimum(abs(dy), abs(dx)) <= 0.3 * radius) & (np.maximum(abs(dy), abs(dx)) <= radius)
 
 
-def write_video(path: Path, frames: np.ndarray) -> None:
-    """Encodes uint8 (T, H, W, 3) frames as H.264 in an mp4 file at `FPS`."""
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = FPS, crf: int = 18) -> Path:
+    """Encodes uint8 (H, W, 3) frames as H.264 in an mp4 file; returns its path."""
+    frames = iter(frames)
+    first = next(frames)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "18"})
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "crf": f"{crf}"})
+        stream.height, stream.width = first.shape[:2]
         stream.codec_context.thread_count = 1  # starting threads takes longer than encoding so small a video
-        stream.codec_context.time_base = Fraction(1, FPS)
-        for frame in frames:
+        stream.codec_context.time_base = Fraction(1, fps)
+        for frame in chain([first], frames):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    return path

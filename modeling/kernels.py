@@ -32,7 +32,7 @@ except ImportError:
 
 
 class Tiles(NamedTuple):
-    """Sizes that suit one generation of GPUs. Those of the split-key attention are `kernels_attention.attention_tiles`."""
+    """Sizes that suit one generation of GPUs; those of attention stand in `kernels_attention.attention_tiles`."""
 
     # Channels, rows and warps of a program, each thread 8 bytes of a row: wider loads cost registers, and with them
     # programs in flight. More rows mean fewer read twice, and fewer partial sums.

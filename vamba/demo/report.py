@@ -1,4 +1,4 @@
-"""What the demo shows at its end: a few answers, a picture of what the model saw and said, and one last line."""
+"""What the demo shows at its end: a few answers and a picture of what the model saw and said."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,6 @@ def print_examples(replies: Sequence[Reply], videos: int = 3) -> None:
         for reply in (reply for reply in replies if reply.video == video):
             verdict = "" if reply.correct else f"   (wrong: {reply.truth})"
             print(f"  {QUESTIONS[reply.kind]:32} {reply.answer}{verdict}")
-
-
-def last_line(results: dict) -> str:
-    """What the demo comes to."""
-    reached, chance = shown(results["accuracy"]), shown(results["chance"])
-    return f"demo: accuracy {reached} on {results['test_videos']} held-out videos (chance {chance})"
 
 
 def shown(share: float) -> str:

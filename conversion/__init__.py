@@ -8,11 +8,8 @@ from importlib import import_module
 
 _LAZY = {
     "convert": "checkpoint",
-    "ConversionError": "table",
+    "ConversionError": "planning",
     "is_earlier_format": "vamba_family",
-    "plan": "table",
-    "add_arguments": "command_line",
-    "run": "command_line",
 }
 
 __all__ = sorted(_LAZY)

@@ -20,8 +20,8 @@ from vamba.hub import inherited_metadata, write_model_card, write_remote_code
 from . import vamba_family, video_ma2mba
 from .formats import MAMBA2, STATE_SPACES, VIDEO_MA2MBA, format_of, read_config
 from .initialization import fresh_tensor
+from .planning import DTYPES, ConversionError, Step, TensorSpec, dominant_dtype, plan
 from .safetensors_io import write_files
-from .table import DTYPES, ConversionError, Step, TensorSpec, dominant_dtype, plan
 
 
 EMBEDDING_OR_HEAD = r"(?:model\.(?:language_model\.)?embed_tokens|backbone\.embeddings?|lm_head)\.weight"

@@ -1,6 +1,7 @@
 """The thin command line of the converter, shared by `vamba convert` and `python -m vamba.conversion`."""
 
 import argparse
+import inspect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,5 @@ def run(args: argparse.Namespace) -> None:
     """
     from .checkpoint import convert
 
-    kept_by_cli = ("run", "debug", "overrides")
-    options = {name: value for name, value in vars(args).items() if name not in kept_by_cli}
-    print(convert(options.pop("source"), options.pop("destination"), **options))
+    accepted = inspect.signature(convert).parameters
+    print(convert(**{name: value for name, value in vars(args).items() if name in accepted}))

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 
 from vamba.modeling.configuration_vamba import VambaConfig, VambaMamba2Config
 
-from .table import ConversionError
+from .planning import ConversionError
 
 
 # Ours → the original's, in vision_mamba_mixer_config.

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
+from .planning import DROPPED, ConversionError, Rules, Table
 from .safetensors_io import CheckpointReader, TorchReader
-from .table import DROPPED, ConversionError, Rules, Table
 
 
 QWEN2_VL, ORIGINAL, VAMBA = "a Qwen2-VL checkpoint", "an original Vamba checkpoint", "a Vamba checkpoint"

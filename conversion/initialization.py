@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from vamba.modeling.mamba2 import init_mamba2_parameter
 
-from .table import rename
+from .planning import rename
 from .vamba_family import FROM_ORIGINAL, TO_EARLIER
 
 

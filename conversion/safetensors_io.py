@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from .table import ConversionError, Step, TensorSpec
+from .planning import ConversionError, Step, TensorSpec
 
 
 SINGLE, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"

@@ -19,8 +19,8 @@ from vamba.modeling.mamba2 import Mamba2Block
 from .companions import copy_companions, set_generation_flag
 from .configs import config_from_original, config_from_qwen2_vl, config_to_original, naming_bad_values
 from .formats import EARLIER, ORIGINAL, QWEN2_VL, SUPPORTED, VAMBA, Conversion, read_config, rules_for, write_json
+from .planning import DROPPED, UNCHANGED, ConversionError, Rules, Table, rename
 from .safetensors_io import CheckpointReader
-from .table import DROPPED, UNCHANGED, ConversionError, Rules, Table, rename
 
 
 TEXT = r"model\.(?:language_model\.)?"

@@ -15,8 +15,8 @@ from vamba.modeling.processing_video_ma2mba import VideoMa2mbaProcessor
 
 from .configs import MAMBA_FIELDS, MAMBA_FIXED, naming_bad_values, own_values
 from .formats import STATE_SPACES, VIDEO_MA2MBA, Conversion, read_config, rules_for
+from .planning import DROPPED, UNCHANGED, ConversionError, Table
 from .safetensors_io import open_checkpoint
-from .table import DROPPED, UNCHANGED, ConversionError, Table
 
 
 FROM_MAMBA2: Table = (

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .checkpoint_folder import base_of, check_kind
-from .cli import positive, quiet_transformers
+from .console import positive, quiet_transformers
 from .errors import UserError, opening
 
 

@@ -11,7 +11,6 @@ import select
 import sys
 import tempfile
 import traceback
-from logging import ERROR, getLogger
 
 from .errors import UserError, VideoReadError
 
@@ -95,22 +94,3 @@ def _parser() -> argparse.ArgumentParser:
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
     return parser
-
-
-def positive(text: str) -> int:
-    """An argument's type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return int(text)
-
-
-def quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    getLogger("huggingface_hub").setLevel(ERROR)  # its retries, where the Hub cannot be reached
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,7 @@
 import argparse
 
 from .checkpoint_folder import checkpoint_folder
-from .cli import quiet_transformers
+from .console import quiet_transformers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from vamba.cli import main as vamba
-from vamba.conversion import add_arguments, run
+from vamba.conversion.command_line import add_arguments, run
 
 
 def main(arguments):

@@ -6,7 +6,7 @@ import pytest
 
 from vamba.conversion.companions import copy_companions, strip_pads
 from vamba.conversion.configs import config_from_qwen2_vl
-from vamba.conversion.table import ConversionError
+from vamba.conversion.planning import ConversionError
 
 from tiny_checkpoints import STRIPPED, TEMPLATE
 

@@ -11,7 +11,7 @@ from vamba.conversion.configs import (
     config_to_original,
 )
 from vamba.conversion.formats import ORIGINAL, QWEN2_VL, VAMBA, format_of, read_config
-from vamba.conversion.table import ConversionError
+from vamba.conversion.planning import ConversionError
 
 
 # The 2B's config.json as it is on the Hub: flat, "mrope", no vision model_type.

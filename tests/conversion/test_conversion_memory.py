@@ -16,7 +16,7 @@ from vamba.conversion import convert
 from vamba.conversion.configs import config_from_qwen2_vl
 from vamba.conversion.formats import expected_shapes
 from vamba.conversion.safetensors_io import write_files
-from vamba.conversion.table import Step
+from vamba.conversion.planning import Step
 
 def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from vamba.chat import load_chat
 from vamba.conversion import ConversionError, convert, is_earlier_format
-from vamba.conversion.table import rename
+from vamba.conversion.planning import rename
 from vamba.conversion.vamba_family import TO_EARLIER
 from vamba.errors import UserError
 from vamba.modeling import VambaForConditionalGeneration

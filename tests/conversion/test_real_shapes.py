@@ -8,8 +8,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from vamba.conversion.configs import config_from_qwen2_vl, config_to_original
 from vamba.conversion.formats import ORIGINAL, QWEN2_VL, VAMBA
+from vamba.conversion.planning import TensorSpec, plan
 from vamba.conversion.safetensors_io import split_into_files
-from vamba.conversion.table import TensorSpec, plan
 from vamba.conversion.vamba_family import vamba_rules
 from vamba.modeling.modeling_vamba import VambaForConditionalGeneration
 

@@ -7,12 +7,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from vamba.conversion.planning import ConversionError, Step
 from vamba.conversion.safetensors_io import (
     CheckpointReader,
     split_into_files,
     write_files,
 )
-from vamba.conversion.table import ConversionError, Step
 
 
 def steps_for(tensors):

@@ -2,7 +2,7 @@
 
 import argparse
 
-from vamba.cli import positive, quiet_transformers
+from vamba.console import positive, quiet_transformers
 from vamba.errors import UserError, check_writable
 
 

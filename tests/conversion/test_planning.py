@@ -1,11 +1,11 @@
-"""conversion/table.py: names, shapes and dtypes, without a checkpoint."""
+"""conversion/planning.py: names, shapes and dtypes, without a checkpoint."""
 
 import pytest
 import torch
 
 from vamba.conversion import vamba_family as tables
 from vamba.conversion.formats import ORIGINAL
-from vamba.conversion.table import ConversionError, Rules, TensorSpec, plan, rename
+from vamba.conversion.planning import ConversionError, Rules, TensorSpec, plan, rename
 from vamba.modeling import VambaConfig
 
 

@@ -94,3 +94,7 @@ def _parser() -> argparse.ArgumentParser:
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """conversion/command_line.py, in process and as `python -m vamba.conversion`."""
 
 import argparse
+import functools
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from vamba.cli import main as vamba
+from vamba.conversion import checkpoint
 from vamba.conversion.command_line import add_arguments, run
 
 
@@ -26,14 +28,22 @@ def test_converts_as_a_program(qwen2_vl, tmp_path):
 
 def test_every_argument_arrives(monkeypatch):
     seen = {}
-    monkeypatch.setattr("vamba.conversion.checkpoint.convert", lambda *args, **options: seen.update(options, args=args))
+
+    @functools.wraps(checkpoint.convert)
+    def convert(**options):
+        seen.update(options)
+
+    monkeypatch.setattr(checkpoint, "convert", convert)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     line = "a b --dtype float16 --to original --seed 3 --max-shard-size 1MB --overwrite --no-progress"
     line += " --vision c --tokenizer d"
-    run(parser.parse_args(line.split()))
-    assert seen.pop("args") == ("a", "b")
+    args = parser.parse_args(line.split())
+    args.debug = False  # as the command line adds it
+    run(args)
     assert seen == {
+        "source": "a",
+        "destination": "b",
         "dtype": "float16",
         "to": "original",
         "seed": 3,

@@ -16,16 +16,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from .graphed_decoding import GraphedDecoding, GraphedStateDecoding
-from .media import (
-    MediaItem,
-    item_starts,
-    list_media,
-    media_of_rows,
-    runs_of,
-    to_device,
-    uncached_media,
-    without_seen_grids,
-)
+from .media import item_starts, list_media, runs_of, to_device, uncached_media, unread_media, without_seen_grids
 from .ranks import calls_are_shared, weights_are_sharded
 from .state_memory import StateMemory
 from .video_memory import VideoMemory
@@ -209,7 +200,7 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
             _check_prefix(memory, starts_BN & ~unread_BN, types)
         images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in pixels)
         if images or videos:
-            rows, starts_BN = _unread_media(images, videos, starts_BN, unread_BN, types)
+            rows, starts_BN = unread_media(images, videos, starts_BN, unread_BN, types)
             if starts_BN[:, -1].any():
                 raise ValueError("The prompt ends with <|vision_start|>. Write <|vision_end|> after it.")
             unread_BN, starts_BN = unread_BN[:, :-1], starts_BN[:, :-1]
@@ -234,19 +225,6 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         memory.expand_rows(batch_size, _copies(generation_config))
         model_kwargs["past_key_values"] = memory
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
-
-
-def _unread_media(
-    images, videos, starts_BN: Tensor, unread_BN: Tensor, mm_token_type_ids: Tensor | None
-) -> tuple[list[list[MediaItem]], Tensor]:
-    """Returns each row's items that the memory has not seen, and their starts; those it has seen may be given too."""
-    count = len(images) + len(videos)
-    all_BN = item_starts(starts_BN, mm_token_type_ids, count)
-    if count == int(all_BN.sum()):
-        rows, new_BN = media_of_rows(images, videos, all_BN, mm_token_type_ids), all_BN & unread_BN
-        return [row[len(row) - new :] for row, new in zip(rows, new_BN.sum(1).tolist())], new_BN
-    new_BN = item_starts(starts_BN & unread_BN, mm_token_type_ids, count)
-    return media_of_rows(images, videos, new_BN, mm_token_type_ids), new_BN
 
 
 def _check_prefix(memory: StateMemory, read_BN: Tensor, mm_token_type_ids: Tensor | None) -> None:

@@ -48,11 +48,7 @@ class MediaItem(NamedTuple):
 
 
 def list_media(kind: str, pixels: Tensor | None, grid_thw: Tensor | None) -> list[MediaItem]:
-    """Lists the items of `grid_thw`, which has shape (number of items, 3); the rows of `pixels` are their patches.
-
-    Raises:
-        ValueError: one of the two is missing, or the grid announces another number of patches.
-    """
+    """Lists the items of `grid_thw`, (number of items, 3). Raises ValueError unless `pixels` are their patches."""
     if pixels is None and grid_thw is None:
         return []
     names = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}[kind]
@@ -104,49 +100,41 @@ def assign_media(
 ) -> list[list[MediaItem]]:
     """Returns the items of each row, in the order of the text.
 
-    Args:
-        starts_BN: True at each `<|vision_start|>`.
-        mm_token_type_ids: (B, N), 1 at the start of an image and 2 at that of a video; needed to mix the two.
-
-    Raises:
-        ValueError: there are several rows, and the `<|vision_start|>`s differ in number from the items or do not tell
-            which of them are images.
+    `starts_BN` is True at each `<|vision_start|>`; `mm_token_type_ids` (B, N) is 1 there for an image, 2 for a video.
+    With several rows, raises ValueError if there are more or fewer starts than items, or if their order is unknown.
     """
     total = len(images) + len(videos)
     if not total:
         return [[] for _ in starts_BN]
     starts_BN = item_starts(starts_BN, mm_token_type_ids, total)
-    items = _in_text_order(images, videos, starts_BN, mm_token_type_ids)
     if len(starts_BN) == 1:
-        return [[*images, *videos] if items is None else items]
+        return [_in_text_order(images, videos, starts_BN, mm_token_type_ids, required=False)]
     counts = starts_BN.sum(1).tolist()
     if sum(counts) != total:
         raise ValueError(
             f"The {len(counts)} rows of text hold {sum(counts)} <|vision_start|> tokens, but {len(images)} images and "
             f"{len(videos)} videos were given. Write one <|vision_start|><|vision_end|> for each item."
         )
-    if items is None:
-        raise ValueError(
-            f"Which of the {sum(counts)} <|vision_start|> tokens are images ({len(images)}) and which videos "
-            f"({len(videos)})? Pass mm_token_type_ids, as the processor returns them."
-        )
-    remaining = iter(items)
+    remaining = iter(_in_text_order(images, videos, starts_BN, mm_token_type_ids, required=True))
     return [list(islice(remaining, count)) for count in counts]
 
 
 def _in_text_order(
-    images: list[MediaItem], videos: list[MediaItem], starts_BN: Tensor, types_BN: Tensor | None
-) -> list[MediaItem] | None:
-    """Returns all items in the order of the text, or None if both kinds come and the types do not tell their order."""
-    if not (images and videos):
-        return [*images, *videos]
-    if types_BN is None or types_BN.shape != starts_BN.shape:
-        return None
-    kinds = types_BN[starts_BN.to(types_BN.device)].tolist()
-    if sorted(kinds) != [1] * len(images) + [2] * len(videos):
-        return None
-    of_kind = {1: iter(images), 2: iter(videos)}
-    return [next(of_kind[kind]) for kind in kinds]
+    images: list[MediaItem], videos: list[MediaItem], starts_BN: Tensor, types_BN: Tensor | None, required: bool
+) -> list[MediaItem]:
+    """Orders items by the types of their starts; if these do not tell, lists images first or, if `required`, raises."""
+    if images and videos:
+        told = types_BN is not None and types_BN.shape == starts_BN.shape
+        kinds = types_BN[starts_BN.to(types_BN.device)].tolist() if told else None
+        if told and sorted(kinds) == [1] * len(images) + [2] * len(videos):
+            of_kind = {1: iter(images), 2: iter(videos)}
+            return [next(of_kind[kind]) for kind in kinds]
+        if required:
+            raise ValueError(
+                f"In which order do the {len(images)} images and {len(videos)} videos come? mm_token_type_ids, as the "
+                f"processor returns them, should be 1 and 2 at their <|vision_start|> tokens, and are {kinds}."
+            )
+    return [*images, *videos]
 
 
 def media_of_rows(
@@ -154,11 +142,7 @@ def media_of_rows(
 ) -> list[list[MediaItem]]:
     """Does what `assign_media` does, but raises ValueError if images and videos are mixed in an unknown order."""
     rows = assign_media(images, videos, starts_BN, mm_token_type_ids)
-    if _in_text_order(images, videos, starts_BN, mm_token_type_ids) is None:
-        raise ValueError(
-            f"In which order do the {len(images)} images and {len(videos)} videos come? Pass mm_token_type_ids as the "
-            "processor returns them, which are 1 at the <|vision_start|> of an image and 2 at that of a video."
-        )
+    _in_text_order(images, videos, starts_BN, mm_token_type_ids, required=True)
     return rows
 
 
@@ -174,6 +158,23 @@ def uncached_media(
     return [row[seen:] if len(row) == written else row for row, written, seen in zip(rows, total, cached)]
 
 
+def unread_media(
+    images: list[MediaItem],
+    videos: list[MediaItem],
+    starts_BN: Tensor,
+    unread_BN: Tensor,
+    mm_token_type_ids: Tensor | None,
+) -> tuple[list[list[MediaItem]], Tensor]:
+    """Returns each row's items in the unread part of the text, and their starts; those of the rest may be given too."""
+    count = len(images) + len(videos)
+    all_BN = item_starts(starts_BN, mm_token_type_ids, count)
+    if count == int(all_BN.sum()):
+        rows, new_BN = media_of_rows(images, videos, all_BN, mm_token_type_ids), all_BN & unread_BN
+        return [row[len(row) - new :] for row, new in zip(rows, new_BN.sum(1).tolist())], new_BN
+    new_BN = item_starts(starts_BN & unread_BN, mm_token_type_ids, count)
+    return media_of_rows(images, videos, new_BN, mm_token_type_ids), new_BN
+
+
 def flattened_lengths(
     position_ids: Tensor | None, attention_mask: Tensor | dict | None, cu_seq_lens: Tensor | None
 ) -> list[int] | None:
@@ -181,9 +182,7 @@ def flattened_lengths(
 
     They follow from `cu_seq_lens`, or from positions that restart within the row: (1, N), or (3 or 4, 1, N) as for
     Qwen2-VL. Positions that come with padding say nothing, and while a graph is traced their values are not known.
-
-    Raises:
-        ValueError: there are several rows, and positions restart within one of them.
+    Raises ValueError if positions restart within one of several rows.
     """
     given = position_ids if cu_seq_lens is None else cu_seq_lens
     if given is None or given.shape[-1] < 2 or is_tracing(given):
@@ -216,13 +215,9 @@ class Run(NamedTuple):
 def runs_of(unread_BN: Tensor, starts_BN: Tensor, rows: list[list[MediaItem]]) -> list[list[Run]]:
     """Returns the stream of each row.
 
-    Args:
-        unread_BN: True at the tokens of text that belong to the stream.
-        starts_BN: True at each `<|vision_start|>`.
-        rows: the media of each row in order; a first item whose `first_frame` is not 0 continues one seen before.
-
-    Raises:
-        ValueError: a row has more or fewer media than `<|vision_start|>`s.
+    `unread_BN` is True at the tokens of text that belong to the stream, and `starts_BN` at each `<|vision_start|>`.
+    `rows` lists each row's media, of which the first may continue one seen before (its `first_frame` is not 0). Raises
+    ValueError if a row has more or fewer of the other media than `<|vision_start|>`s.
     """
     streams = []
     for unread_N, starts_N, items in zip(unread_BN.cpu(), starts_BN.cpu(), rows):
@@ -332,9 +327,8 @@ def load_ahead(
 ) -> Iterator[tuple[Item, Any]]:
     """Yields (item, load(item)); on a GPU an item is loaded while the consumer's work on the previous one runs.
 
-    Args:
-        load: makes tensors on `device` from an item. On a GPU it runs on its own stream, and the consumer's current
-            stream waits for that. Tensors that `load` returns unchanged must be ready before it is called.
+    There `load`, which returns tensors on `device`, runs on its own stream, for which the consumer's current stream
+    waits. Tensors that `load` returns unchanged must be ready before it is called.
     """
     if device.type != "cuda":
         yield from ((item, load(item)) for item in items)

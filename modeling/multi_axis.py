@@ -37,17 +37,11 @@ from .ranks import largest_of_ranks, weights_are_sharded
 
 @dataclass
 class CutSequence:
-    """A sequence, cut into blocks, on its way through the layers; `LazyLevels` updates it in place.
+    """A sequence, cut into blocks, on its way through the layers; `LazyLevels` updates it in place."""
 
-    Attributes:
-        blocks: the hidden states of each block, (B, S, D).
-        states: for each layer the `Mamba2State` before its next block, None for an empty one.
-        context: the further arguments of `step` for each block.
-    """
-
-    blocks: list[Tensor]
-    states: list[Mamba2State | None]
-    context: list[tuple]
+    blocks: list[Tensor]  # the hidden states of each block, (B, S, D)
+    states: list[Mamba2State | None]  # for each layer the state before its next block, None for an empty one
+    context: list[tuple]  # the further arguments of `LazyLevels.step` for each block
 
     @classmethod
     def cut(
@@ -60,11 +54,8 @@ class CutSequence:
     ) -> "CutSequence":
         """Cuts after every `sequence_interval` tokens, or into blocks of the given sizes, of which the last are padded.
 
-        Args:
-            lengths_B: valid tokens of each row, (B,) int64, before padding on the right; None if all are valid.
-            along: tensors of shape (B, S, ...) that are cut in the same way.
-
-        The context of a block is its own lengths (or None), then its slice of each tensor of `along`.
+        `lengths_B` (int64) counts each row's tokens before padding on the right; None means that there is none. The
+        tensors of `along`, (B, S, ...), are cut alike. A block's context is its own lengths (or None) and its slices.
         """
         B, S = hidden_BSD.shape[:2]
         if not isinstance(sequence_interval, int) and (missing := sum(sequence_interval) - S):
@@ -91,9 +82,6 @@ class LazyLevels:
         sequences: independent sequences, each with one state per layer.
         layer_interval: the number of layers in a group.
         offload: whether what crosses the borders of recomputed cells waits in (pinned) CPU memory.
-
-    Attributes:
-        keeps_last: whether the last cell is kept, as backward begins with it; set it before taking anything.
     """
 
     def __init__(
@@ -101,16 +89,13 @@ class LazyLevels:
     ):
         self.step, self.sequences = step, sequences
         self.layer_interval, self.offload = layer_interval, offload
-        self.num_levels, self.keeps_last = len(sequences[0].states), True
+        self.num_levels = len(sequences[0].states)
+        self.keeps_last = True  # whether the last cell is kept, as backward begins with it; set before taking anything
         self._reached = 0
         self._emitted: dict[int, list[tuple[Tensor, ...]]] = {}
 
     def take(self, index: int) -> list[tuple[Tensor, ...]]:
-        """Returns, and no longer holds, what layer `index` emits for each block of each sequence, in order.
-
-        Raises:
-            KeyError: it was taken before.
-        """
+        """Hands over what layer `index` emits for each block of each sequence, in order; KeyError the second time."""
         while self._reached <= index:
             levels = range(self._reached, min(self._reached + self.layer_interval, self.num_levels))
             self._emitted.update({index: [] for index in levels})
@@ -237,31 +222,22 @@ def mamba2_costs(
 
     `layer` is what autograd saves, which tests compare with measurements. `work` and `scan` are estimates: the
     gradients of the layer's intermediate tensors, and the states between the scan's tiles with their gradients.
-
-    Args:
-        emitted: numbers that a layer emits per token, such as keys and values.
-        residual_dtype: that of the hidden states between layers, if it is not `dtype`; the first layer widens them.
+    `emitted` counts the numbers that a layer emits per token, such as keys and values. `residual_dtype` is that of the
+    hidden states between layers, if it is not `dtype`; the first layer widens them.
     """
     size, inner, heads = dtype.itemsize, config.intermediate_size, config.num_heads
     rows = inner + config.conv_dim + heads  # of in_proj
     exact = max(size, 4)  # dt and the states are computed in float32
     state = exact * inner * config.state_size + size * (config.conv_kernel - 1) * config.conv_dim
-    layer = 2 * size * config.hidden_size  # before and after the norm
-    layer += size * rows + exact * 3 * heads  # in_proj's gate, inputs and dt; three numbers of each step and its decay
-    layer += size * (config.conv_dim + 2 * inner)  # after the convolution, the scan, and the gated norm
+    work = size * (rows + config.conv_dim + 2 * inner)  # after in_proj, the convolution, the scan, and the gated norm
+    layer = work + 2 * size * config.hidden_size + exact * 3 * heads  # around the norm; three numbers for each dt
     tile = 64 if size < 4 else 16
     layer += exact * inner * config.state_size // (8 * tile)  # the states before the scan's segments of 8 tiles or more
+    scan = 2 * size * inner * config.state_size // tile
     border = (residual_dtype or dtype).itemsize * config.hidden_size
-    return MemoryCosts(
-        border,
-        state,
-        layer,
-        work=size * (rows + config.conv_dim + 2 * inner),
-        scan=2 * size * inner * config.state_size // tile,
-        emitted=emitted * size,
-        spared=max(border - size * config.hidden_size, 0),
-        weights=size * config.hidden_size * (rows + inner),  # of the two projections
-    )
+    spared = max(border - size * config.hidden_size, 0)
+    weights = size * config.hidden_size * (rows + inner)  # of the two projections
+    return MemoryCosts(border, state, layer, work, scan, emitted * size, spared, weights)
 
 
 def paper_costs(config: VambaMamba2Config, dtype: torch.dtype = torch.bfloat16) -> MemoryCosts:

@@ -96,7 +96,7 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     def of_size(cls, name: str, **kwargs) -> "VideoMa2mbaConfig":
         """Configures a model with a published language model: "370m", "1.3b" or "2.7b"."""
         if name not in SIZES:
-            raise ValueError(f"There is no size {name!r}. Choose one of {', '.join(SIZES)}.")
+            raise ValueError(f"There is no size {name!r}; choose one of {', '.join(SIZES)}.")
         return cls(text_config=dict(SIZES[name]), **kwargs)
 
     def validate_vision(self):

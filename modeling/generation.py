@@ -111,7 +111,7 @@ class VambaGenerationMixin(GenerationMixin):
         past = model_kwargs.get("past_key_values")
         if generation_mode == GenerationMode.ASSISTED_GENERATION and past is not None and past.is_compileable:
             raise ValueError(
-                "Assisted decoding takes tokens back, which a static text cache cannot do. Use a fork() of the memory "
+                "Assisted decoding takes tokens back, which a static text cache cannot do: use a memory's fork() "
                 "without max_cache_len."
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
@@ -134,7 +134,7 @@ def _check_room(cache: Cache | None, input_ids: Tensor, attention_mask: Tensor |
     tokens = max(t.shape[1] for t in (input_ids, attention_mask) if isinstance(t, Tensor))
     if tokens > (room := cache.get_max_length()):
         raise ValueError(
-            f"The static text cache has room for {room} tokens, and this is token {tokens}. Give it more room with "
+            f"The static text cache has room for {room} tokens, and this is token {tokens}: make it longer with "
             "max_cache_len, or use a fork() of the memory without it."
         )
 
@@ -237,6 +237,6 @@ def _check_prefix(memory: StateMemory, read_BN: Tensor, mm_token_type_ids: Tenso
     if any(seen) and (any(map(int.__lt__, named, seen)) or (mm_token_type_ids is not None and named != seen)):
         raise ValueError(
             f"The memory has seen {seen} images and videos, but the part of the prompt that it has read names {named}. "
-            "Begin the prompt with one <|vision_start|><|vision_end|> for each video watched, as the chat template "
-            "does, and continue as the conversation did."
+            "A prompt begins with one <|vision_start|><|vision_end|> for each video watched, as the chat template "
+            "writes them, and continues as the conversation did."
         )

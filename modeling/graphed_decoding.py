@@ -104,7 +104,8 @@ class GraphedDecoding:
 
     def _capture(self, step: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGraph:
         """Records a step on `device`, which need not be the current device."""
-        graph, stream = torch.cuda.CUDAGraph(), side_stream(device, "record")  # cuBLAS has one workspace per stream.
+        # One stream serves all recordings on a GPU, as cuBLAS keeps a workspace for each stream.
+        graph, stream = torch.cuda.CUDAGraph(), side_stream(device, "record")
         with _RECORDING:
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
@@ -113,7 +114,7 @@ class GraphedDecoding:
                 try:
                     self._outputs = step()
                 except Exception as error:
-                    with contextlib.suppress(RuntimeError):  # An error may have ended the recording already.
+                    with contextlib.suppress(RuntimeError):  # Ending a failed recording raises an error of its own.
                         graph.capture_end()
                     raise RuntimeError(
                         f"A decoding step cannot be recorded as a CUDA graph ({error}), perhaps because a hook or an "

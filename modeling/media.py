@@ -159,20 +159,16 @@ def uncached_media(
 
 
 def unread_media(
-    images: list[MediaItem],
-    videos: list[MediaItem],
-    starts_BN: Tensor,
-    unread_BN: Tensor,
-    mm_token_type_ids: Tensor | None,
+    images: list[MediaItem], videos: list[MediaItem], starts_BN: Tensor, unread_BN: Tensor, types_BN: Tensor | None
 ) -> tuple[list[list[MediaItem]], Tensor]:
     """Returns each row's items in the unread part of the text, and their starts; those of the rest may be given too."""
     count = len(images) + len(videos)
-    all_BN = item_starts(starts_BN, mm_token_type_ids, count)
+    all_BN = item_starts(starts_BN, types_BN, count)
     if count == int(all_BN.sum()):
-        rows, new_BN = media_of_rows(images, videos, all_BN, mm_token_type_ids), all_BN & unread_BN
+        rows, new_BN = media_of_rows(images, videos, all_BN, types_BN), all_BN & unread_BN
         return [row[len(row) - new :] for row, new in zip(rows, new_BN.sum(1).tolist())], new_BN
-    new_BN = item_starts(starts_BN & unread_BN, mm_token_type_ids, count)
-    return media_of_rows(images, videos, new_BN, mm_token_type_ids), new_BN
+    new_BN = item_starts(starts_BN & unread_BN, types_BN, count)
+    return media_of_rows(images, videos, new_BN, types_BN), new_BN
 
 
 def flattened_lengths(

@@ -51,7 +51,7 @@ def read_memory(path: str | os.PathLike, kind: str, device: str = "cpu") -> tupl
                 raise ValueError(f"{os.fspath(path)!r} holds {holds}, not {kind}. Write one with memory.save().")
             return {name: file.get_tensor(name) for name in file.keys()}, header
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)!r} is damaged or not a safetensors file: {error}.") from error
+        raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}.") from error
 
 
 def warn_of_unknown_weights(path: str | os.PathLike) -> None:

@@ -5,8 +5,8 @@ cell is one call of `torch.utils.checkpoint`, so autograd chains them, and DDP, 
 Forward keeps what crosses the borders of cells, and backward recomputes cell by cell; only the last cell is kept whole.
 A group of layers runs when its levels are asked for (`LazyLevels`). As autograd goes back in the opposite order, the
 gradients that Vamba's text layers send to the levels exist for one group at a time. Hidden states stay a list of
-blocks, as joining them would double their memory. The paper's memory model (equation 12) and ours are one formula with
-two sets of constants (`MemoryCosts`). What crosses borders can wait in CPU memory (`offload_saved`).
+blocks, as joining them would double their memory. How much memory cells take is the paper's equation 12 with costs of
+our own (`MemoryCosts`). What crosses borders can wait in CPU memory (`offload_saved`).
 
 Shapes: B batch, S tokens of one block, D hidden.
 """
@@ -52,7 +52,7 @@ class CutSequence:
         lengths_B: Tensor | None = None,
         *along: Tensor,
     ) -> "CutSequence":
-        """Cuts after every `sequence_interval` tokens, or into blocks of the given sizes, of which the last are padded.
+        """Cuts after every `sequence_interval` tokens, or into blocks of the given sizes, padded if these are too long.
 
         `lengths_B` (int64) counts each row's tokens before padding on the right; None means that there is none. The
         tensors of `along`, (B, S, ...), are cut alike. A block's context is its own lengths (or None) and its slices.
@@ -240,19 +240,6 @@ def mamba2_costs(
     return MemoryCosts(border, state, layer, work, scan, emitted * size, spared, weights)
 
 
-def paper_costs(config: VambaMamba2Config, dtype: torch.dtype = torch.bfloat16) -> MemoryCosts:
-    """Returns the constants of the paper's table 7 in bytes, which hold for mamba-ssm's fused layer.
-
-    The paper counts C_state per token (equation 16), though backward recomputes one state per chunk of the scan. So
-    counted, the model is close to the paper's measurements (table 3), which are 1.0 to 1.9 times as large.
-    """
-    inner, conv_dim = config.intermediate_size, config.conv_dim
-    state = inner * config.state_size
-    layer = inner + conv_dim + config.num_heads + inner
-    numbers = (config.hidden_size, state + (config.conv_kernel - 1) * conv_dim, layer, state + conv_dim)
-    return MemoryCosts(*(dtype.itemsize * number for number in numbers))
-
-
 # The price of a cell (see `choose_intervals`), as measured on an H200, is relative to the time of a training step.
 BYTES_PER_S = 1e14  # bytes of weights times tokens that forward and backward compute in a second
 IDLE = 0.94e-3  # seconds that the GPU idles between kernels, for each layer of each block
@@ -289,10 +276,11 @@ class MultiAxisSettings(NamedTuple):
             least = [-(budget or 0), -(waiting or 0)]
             *least, longest, rows = largest_of_ranks([*least, longest, rows], hidden_BSD.device)
             budget, waiting = (None if mine is None else -all_of for mine, all_of in zip((budget, waiting), least))
-        given = {name: None if (value := getattr(self, name)) == "auto" else value for name in self._fields[:2]}
+        layer, sequence = (None if value == "auto" else value for value in self[:2])
         layer, sequence = choose_intervals(
-            costs, num_layers, longest, budget, rows=rows, offload=self.offload, cpu_budget=waiting, **given
-        )
+            costs, num_layers, longest, budget,
+            rows=rows, offload=self.offload, cpu_budget=waiting, layer_interval=layer, sequence_interval=sequence,
+        )  # fmt: skip
         blocks = ceil(longest / sequence)
         if sharded:
             return layer, [max(1, S // blocks + (index < S % blocks)) for index in range(blocks)]

@@ -110,8 +110,8 @@ class VambaProcessor(Qwen2VLProcessor):
             VideoReadError: a video cannot be read.
         """
         images, videos = _flat_images(images) or None, _flat_videos(videos) or None
-        texts = [text] if isinstance(text, str) else text
-        if texts is not None and not all(isinstance(sample, str) for sample in texts):
+        texts = [text] if isinstance(text, str) else text or []
+        if not all(isinstance(sample, str) for sample in texts):
             raise ValueError("`text` must be a string or list of strings.")
         kinds = self._kinds(texts, len(images or []), len(videos or []), media_kinds) if texts else []
         if isinstance(kwargs.get("fps"), (list, tuple)):
@@ -281,7 +281,7 @@ class VambaProcessor(Qwen2VLProcessor):
         return self.video_processor([frames], **kwargs)
 
     def _reader_options(self, source, options: dict, kwargs: dict) -> dict:
-        """Returns the sampling and the sizes for `read_video`; takes those that sample out of the call's `kwargs`."""
+        """Returns the options of `read_video` for sampling and size; takes those for sampling out of `kwargs`."""
         call = {key: kwargs.pop(key) for key in ("fps", "num_frames") if key in kwargs}
         do_sample_frames = kwargs.pop("do_sample_frames", None)
         if options.keys() & {"fps", "num_frames"}:
@@ -474,8 +474,8 @@ def vamba_video():
 def _read_by_transformers(source, **options) -> tuple[torch.Tensor, VideoMetadata]:
     """Does what `VambaProcessor.read_frames` does for frames in memory, files and allowed URLs, without vamba."""
     logger.warning_once(
-        "The package vamba cannot be imported, so videos are read by transformers' load_video, which knows fewer "
-        "formats, fails on damaged files and needs more memory. Use pip install vamba."
+        "Videos are read by transformers' load_video, as the package vamba cannot be imported, whose reader knows more "
+        "formats, withstands damage and needs less memory. Use pip install vamba."
     )
     choose = partial(_chosen_frames, **options)
     if is_valid_video(source):

@@ -34,19 +34,13 @@ from vamba.bench.clock import (
     reset_peak,
     seconds_of_steps,
 )
-from vamba.bench.models import random_model
+from vamba.bench.models import paper_costs, random_model
 from vamba.bench.report import Line, draw, read_table, table, write_table
 from vamba.errors import UserError
 from vamba.modeling import StateMemory, VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from vamba.modeling.configuration_video_ma2mba import SIZES
 from vamba.modeling.media import default_chunk_frames
-from vamba.modeling.multi_axis import (
-    choose_intervals,
-    cpu_memory_budget,
-    mamba2_costs,
-    memory_budget,
-    paper_costs,
-)
+from vamba.modeling.multi_axis import choose_intervals, cpu_memory_budget, mamba2_costs, memory_budget
 from vamba.modeling.video_model import chunked_causal_lm_loss
 
 

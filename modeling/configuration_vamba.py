@@ -1,8 +1,8 @@
 """Configuration of Vamba (arXiv 2503.11579).
 
-A Vamba is a Qwen2-VL whose video tokens go through Mamba-2 blocks instead of the language model. The vision tower's
-configuration is any Qwen2-VL-style tower transformers has, chosen by `vision_config.model_type`; the text
-configuration is Qwen2-VL's with the three switches of the cross-attention; `mamba_config` sizes the Mamba-2 blocks.
+A Vamba is a Qwen2-VL whose video tokens go through Mamba-2 blocks instead of the language model. `vision_config` is
+that of any Qwen2-VL-style tower in transformers, chosen by its `model_type`; `text_config` is Qwen2-VL's with three
+switches for the cross-attention; `mamba_config` sizes the Mamba-2 blocks.
 """
 
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ AUTO_MAP = {
 
 @strict
 class VambaMamba2Config(PreTrainedConfig):
-    """Sizes of one Mamba-2 block (arXiv 2405.21060), in transformers' `Mamba2Config` terms."""
+    """Sizes of one Mamba-2 block (arXiv 2405.21060), under the names of transformers' `Mamba2Config`."""
 
     model_type = "vamba_mamba2"
     base_config_key = "mamba_config"
@@ -37,19 +37,19 @@ class VambaMamba2Config(PreTrainedConfig):
     expand: int = 2  # the inner width is `expand * hidden_size`
     head_dim: int = 64  # P, channels per head; the inner width must be a multiple of it
     n_groups: int = 1  # G, how many (B, C) pairs the heads share
-    chunk_size: int = 256  # tokens per chunk of the state space duality scan; a matter of speed, not of result
-    use_bias: bool = False  # of both projections
-    use_conv_bias: bool = True  # of the convolution
+    chunk_size: int = 256  # tokens per chunk of the state space duality scan; changes the speed, not the result
+    use_bias: bool = False  # whether the two projections have a bias
+    use_conv_bias: bool = True  # whether the convolution has a bias
     layer_norm_epsilon: float = 1e-5  # of both RMSNorms of the block
     time_step_min: float = 0.001  # least initial step dt; dt_bias is drawn so that steps are log-uniform
     time_step_max: float = 0.1  # largest initial step
-    time_step_floor: float = 1e-4  # to which a smaller initial step is raised
+    time_step_floor: float = 1e-4  # a smaller initial step is raised to this
     time_step_limit: list[float] | tuple[float, ...] = (0.0, float("inf"))  # dt is clamped to it after the softplus
-    A_init_bounds: list[float | int] | tuple[float | int, ...] = (1, 16)  # between which -A is initialised, uniformly
+    A_init_bounds: list[float | int] | tuple[float | int, ...] = (1, 16)  # -A is initialised uniformly between these
     initializer_range: float = 0.02  # standard deviation of the initial weights of linear layers
-    # Which implementation runs the scan, the convolution, and the block's norms and residual stream: "auto" (the
-    # fastest there is), "torch" (the reference), "triton" (on a GPU), or the optional packages "mamba_ssm" for the scan
-    # and "causal_conv1d" for the convolution. A matter of speed, not of result.
+    # The implementations of the scan, the convolution, and the block's norms and residual stream: "auto" (the fastest
+    # available), "torch" (the reference), "triton" (on a GPU), or the optional packages "mamba_ssm" for the scan and
+    # "causal_conv1d" for the convolution. They change the speed, not the result.
     ssd_backend: str = "auto"
     conv_backend: str = "auto"
     norm_backend: str = "auto"
@@ -70,7 +70,7 @@ class VambaMamba2Config(PreTrainedConfig):
 
     @property
     def conv_dim(self) -> int:
-        """Channels that pass the convolution: x, B and C."""
+        """Number of channels that go through the convolution: x, B and C."""
         return self.intermediate_size + 2 * self.n_groups * self.state_size
 
 
@@ -82,15 +82,15 @@ class VambaTextConfig(Qwen2VLTextConfig):
 
     hidden_size: int = 3584  # D, width of the residual stream
     intermediate_size: int = 18944  # inner width of the MLP
-    num_hidden_layers: int = 28  # L, and as many levels of the video
-    num_attention_heads: int = 28  # of self- and cross-attention alike
-    num_key_value_heads: int | None = 4  # each shared by equally many heads of queries
+    num_hidden_layers: int = 28  # L, the number of decoder layers and of levels of the video
+    num_attention_heads: int = 28  # heads of self-attention, and of cross-attention
+    num_key_value_heads: int | None = 4  # each is shared by equally many heads of queries
     rms_norm_eps: float = 1e-6  # of all RMSNorms
-    # T + alpha * self + (1 - alpha) * cross, one learnable alpha per layer; without it the two are added
+    # Whether a layer adds alpha * self + (1 - alpha) * cross with one learnable alpha per layer, or else self + cross.
     use_alpha_balancing: bool = True
-    # the layer's `input_layernorm` also normalises the video, for the cross-attention and for Mamba block and residual
+    # Whether the layer's `input_layernorm` also normalises the video, for cross-attention, Mamba-2 block and residual.
     cross_attn_use_layer_norm: bool = False
-    # M-RoPE on queries (text positions) and keys ((t, h, w) of each media item counted from zero) of cross-attention
+    # Whether cross-attention applies M-RoPE, to queries at text positions and keys at the (t, h, w) of each media item.
     cross_attn_use_position_embeddings: bool = False
 
 
@@ -107,14 +107,14 @@ class VambaConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     text_config: Any = None  # `VambaTextConfig`
-    vision_config: Any = None  # of any Qwen2-VL-style tower, told by its `model_type`
-    mamba_config: Any = None  # `VambaMamba2Config`; None: as wide as the text
-    image_token_id: int = 151655  # of Qwen2-VL's tokenizer; a media item is written as <|vision_start|><|vision_end|>
-    video_token_id: int = 151656  # the same; there is no placeholder per video token
+    vision_config: Any = None  # that of any Qwen2-VL-style tower, chosen by its `model_type`
+    mamba_config: Any = None  # `VambaMamba2Config`; None makes it as wide as the text
+    image_token_id: int = 151655  # of Qwen2-VL's tokenizer; a prompt names an image by <|vision_start|><|vision_end|>
+    video_token_id: int = 151656  # of Qwen2-VL's tokenizer; there is no placeholder per video token
     vision_start_token_id: int = 151652  # the n-th of a batch stands for its n-th media item
-    vision_end_token_id: int = 151653  # right after each start
-    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)  # per channel, as the processor has it;
-    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)  # the model normalises uint8 patches itself
+    vision_end_token_id: int = 151653  # follows each start
+    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)  # of each channel; the model, too, can
+    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)  # normalise patches (see `media.normalized`)
     tie_word_embeddings: bool = False  # whether the head's weights are those of the embedding
     initializer_range: float = 0.02  # standard deviation of the initial weights
 
@@ -125,7 +125,7 @@ class VambaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_widths(self):
-        """Vision tower, Mamba blocks and language model share one residual width."""
+        """Raises ValueError unless vision tower, Mamba-2 blocks and language model have the same width."""
         vision_width = getattr(self.vision_config, "out_hidden_size", None) or self.vision_config.hidden_size
         widths = {
             "text_config.hidden_size": self.text_config.hidden_size,
@@ -140,8 +140,5 @@ class VambaConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, **kwargs)
 
 
-# Saving brings the file of a registered class, and what it imports, along with the checkpoint.
+# Saving a checkpoint copies the file of a registered class, and the files it imports, along with it.
 VambaConfig.register_for_auto_class("AutoConfig")
-
-
-__all__ = ["VambaConfig", "VambaMamba2Config", "VambaTextConfig"]

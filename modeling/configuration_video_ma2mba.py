@@ -1,9 +1,9 @@
 """Configuration of Video-Ma2mba (arXiv 2411.19460).
 
 A Video-Ma2mba is a CLIP vision tower, a projector, and a Mamba-2 language model over one stream of text and video
-tokens. The vision configuration is CLIP's as it is published, though its last layer is not built: its penultimate
-output is what is read. The text configuration is the Mamba-2 block's, shared with Vamba, plus what a language model
-needs. GPT-NeoX's tokenizer has no vision tokens; they take the first of the padded vocabulary's spare ids.
+tokens. The vision configuration is CLIP's as published, but the last layer is not built, as the model reads the
+output of the one before. The text configuration is that of Vamba's Mamba-2 block, plus what a language model needs.
+GPT-NeoX's tokenizer has no vision tokens; they take the first of the spare ids that pad the vocabulary.
 """
 
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_video_ma2mba.VideoMa2mbaForConditionalGeneration",
     "AutoProcessor": "processing_video_ma2mba.VideoMa2mbaProcessor",
 }
-# Of the language models state-spaces/mamba2-*; everything else about them is the same.
+# The sizes of the language models state-spaces/mamba2-*, which differ in nothing else.
 SIZES = {
     "370m": {"num_hidden_layers": 48, "hidden_size": 1024},
     "1.3b": {"num_hidden_layers": 48, "hidden_size": 2048},
@@ -36,17 +36,17 @@ class VideoMa2mbaVisionConfig(CLIPVisionConfig):
     """CLIP's vision tower; the defaults are CLIP-ViT-L/14-336's."""
 
     model_type = "video_ma2mba_vision"
-    # Sizes of chunks are reckoned in the terms of Qwen2-VL's towers.
+    # These two let sizes of chunks be computed as for Qwen2-VL's towers.
     temporal_patch_size: ClassVar[int] = 1  # a frame is a temporal patch by itself
     spatial_merge_size: ClassVar[int] = 2  # 2 x 2 patches become one token
 
     hidden_size: int = 1024  # width of the residual stream
     intermediate_size: int = 4096  # inner width of the MLP
-    num_hidden_layers: int = 24  # of which the last is not built
+    num_hidden_layers: int = 24  # number of layers, of which the last is not built
     num_attention_heads: int = 16  # heads of each attention
     image_size: int = 336  # pixels along each side of a frame
     patch_size: int = 14  # pixels along each side of a patch
-    projection_dim: int = 768  # CLIP's, for contrastive training; not used
+    projection_dim: int = 768  # width of CLIP's contrastive training; not used
 
     @property
     def in_channels(self) -> int:
@@ -62,12 +62,12 @@ class VideoMa2mbaTextConfig(VambaMamba2Config):
 
     vocab_size: int = 50288  # rows of the embedding: GPT-NeoX's 50,277 tokens padded to a multiple of 16
     hidden_size: int = 2560  # width of the residual stream
-    num_hidden_layers: int = 64  # Mamba-2 blocks
-    residual_in_fp32: bool = True  # the residual stream is float32 whatever the weights are
-    use_cache: bool = True  # whether forward returns the memory it extended
-    bos_token_id: int | None = 0  # GPT-NeoX's <|endoftext|> is all three
-    eos_token_id: int | list[int] | None = 0
-    pad_token_id: int | None = 0
+    num_hidden_layers: int = 64  # number of Mamba-2 blocks
+    residual_in_fp32: bool = True  # whether the residual stream is float32 whatever the dtype of the weights
+    use_cache: bool = True  # whether forward returns the memory that it extended
+    bos_token_id: int | None = 0  # GPT-NeoX's <|endoftext|>
+    eos_token_id: int | list[int] | None = 0  # the same
+    pad_token_id: int | None = 0  # the same
 
 
 @strict
@@ -83,37 +83,38 @@ class VideoMa2mbaConfig(PreTrainedConfig):
 
     text_config: Any = None  # `VideoMa2mbaTextConfig`
     vision_config: Any = None  # `VideoMa2mbaVisionConfig`
-    vision_start_token_id: int = 50277  # a media item is written <|vision_start|><|vision_end|>;
-    vision_end_token_id: int = 50278  # its tokens come between the two
+    vision_start_token_id: int = 50277  # stands for a media item, whose tokens come after it
+    vision_end_token_id: int = 50278  # follows each start
     image_token_id: int = 50279  # understood by the processor, never seen by the model
     video_token_id: int = 50280  # the same
-    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)  # per channel, as the processor has it;
-    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)  # the model normalises uint8 patches itself
+    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)  # of each channel; the model, too, can
+    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)  # normalise patches (see `media.normalized`)
     tie_word_embeddings: bool = True  # whether the head's weights are those of the embedding
     initializer_range: float = 0.02  # standard deviation of the initial weights
 
     @classmethod
     def of_size(cls, name: str, **kwargs) -> "VideoMa2mbaConfig":
-        """The configuration of a published language model: "370m", "1.3b" or "2.7b"."""
+        """Configures a model with a published language model: "370m", "1.3b" or "2.7b"."""
         if name not in SIZES:
             raise ValueError(f"There is no size {name!r}; choose one of {', '.join(SIZES)}.")
         return cls(text_config=dict(SIZES[name]), **kwargs)
 
     def validate_vision(self):
-        if self.vision_config.num_hidden_layers < 2 or self.grid_size % 2:
+        layers = self.vision_config.num_hidden_layers
+        if layers < 2 or self.grid_size % 2:
             raise ValueError(
-                f"vision_config has {self.vision_config.num_hidden_layers} layers and {self.grid_size} patches along "
-                "each side: there must be two layers at least, as the last is not used, and an even number of patches."
+                f"vision_config has {layers} layers and {self.grid_size} patches along each side. There must be at "
+                "least two layers, as the last is not used, and an even number of patches."
             )
 
     @property
     def mamba_config(self) -> VideoMa2mbaTextConfig:
-        """The blocks' configuration under the name it has in `VambaConfig`."""
+        """The configuration of the Mamba-2 blocks, under its name in `VambaConfig`."""
         return self.text_config
 
     @property
     def grid_size(self) -> int:
-        """Patches along each side of a frame."""
+        """Number of patches along each side of a frame."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
@@ -125,8 +126,5 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, **kwargs)
 
 
-# Saving brings the file of a registered class, and what it imports, along with the checkpoint.
+# Saving a checkpoint copies the file of a registered class, and the files it imports, along with it.
 VideoMa2mbaConfig.register_for_auto_class("AutoConfig")
-
-
-__all__ = ["VideoMa2mbaConfig", "VideoMa2mbaTextConfig", "VideoMa2mbaVisionConfig"]

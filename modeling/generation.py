@@ -1,9 +1,9 @@
-"""What `generate` does differently for the two models: media are read once, before rows are repeated for beams.
+"""How `generate` differs for the two models: media are read once, before rows are repeated for beams.
 
-What is unusual: transformers encodes media in the first forward pass, on inputs already expanded to all beams or
-samples. We use its hook for encoders instead. For Vamba it fills a `VideoMemory`, which is handed on as the cache,
-whatever cache was asked for inside it; for Video-Ma2mba all of the prompt but its last token goes into a `StateMemory`,
-and as nothing can go on without one, `use_cache=False` changes nothing.
+What is unusual: transformers encodes media in the first forward pass, when inputs are already repeated for all beams
+or samples. We use its hook for encoders instead. In Vamba the hook fills a `VideoMemory`, which becomes the cache and
+contains whatever cache was asked for. In Video-Ma2mba a `StateMemory` reads all of the prompt but its last token; as
+the model cannot continue without one, `use_cache=False` has no effect.
 """
 
 from collections.abc import Callable
@@ -16,30 +16,21 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from .graphed_decoding import GraphedDecoding, GraphedStateDecoding
-from .media import (
-    MediaItem,
-    item_starts,
-    list_media,
-    media_of_rows,
-    runs_of,
-    to_device,
-    uncached_media,
-    without_seen_grids,
-)
+from .media import item_starts, list_media, runs_of, to_device, uncached_media, unread_media, without_seen_grids
 from .ranks import calls_are_shared, weights_are_sharded
 from .state_memory import StateMemory
 from .video_memory import VideoMemory
 
 
 def _pop_media(model_kwargs: dict, cache: Cache | None) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
-    """Patches and `grid_thw` by kind, without those that the cache has seen."""
+    """Takes patches and `grid_thw` out of `model_kwargs`, and drops the grids of media that the cache has seen."""
     pixels = {kind: model_kwargs.pop(f"pixel_values{end}", None) for kind, end in (("image", ""), ("video", "_videos"))}
     grids = {kind: model_kwargs.pop(f"{kind}_grid_thw", None) for kind in pixels}
     return pixels, without_seen_grids(pixels, grids, getattr(cache, "media", []))
 
 
 def _copies(generation_config) -> int:
-    """How many rows `generate` makes of each."""
+    """Counts the rows that `generate` makes of each."""
     return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
 
 
@@ -49,10 +40,11 @@ class VambaGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, *args, inputs_embeds=None, is_first_iteration: bool | None = False, **kwargs
     ):
-        """The original rotates the keys of the video only in the pass that encodes it and decodes with bare ones.
+        """Passes on the video memory, and after the first step whether the video's keys are read without rotation.
 
-        Checkpoints converted from it keep to that where it matters (`cross_attn_use_position_embeddings`), by
-        `unrotate_video_keys` in their generation config; without it, decoding equals the full forward pass.
+        The original rotates the video's keys only in the pass that encodes it, and decodes with keys that are not
+        rotated. Checkpoints converted from it do the same if `cross_attn_use_position_embeddings` makes it matter, by
+        `unrotate_video_keys` in their generation config. Without it, decoding equals the full forward pass.
 
         Raises:
             ValueError: a static text cache is full.
@@ -63,7 +55,7 @@ class VambaGenerationMixin(GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        if memory is not None:  # without a text cache the video is encoded once all the same
+        if memory is not None:  # With use_cache=False, too, the video is encoded only once.
             model_inputs["past_key_values"] = memory
         return model_inputs
 
@@ -71,9 +63,9 @@ class VambaGenerationMixin(GenerationMixin):
     def create_masks_for_generate(
         config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, **kwargs
     ):
-        """As transformers', but for the single tokens of decoding in two kernels, as it is made anew for each of them.
+        """Makes the masks that transformers makes, but takes only two kernels for that of a single token.
 
-        A new token sees what the padding mask lets through, itself included, and no slot of the cache after it.
+        A new token sees what the padding mask allows, itself included, and no slot of the cache after it.
         """
         kind = config.get_text_config()._attn_implementation
         if inputs_embeds.shape[1] != 1 or attention_mask is None or kind != "sdpa":
@@ -82,13 +74,12 @@ class VambaGenerationMixin(GenerationMixin):
         return nn.functional.pad(attention_mask.bool(), (0, free))[:, None, None]
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
-        """The step that `generate` decodes with for a static cache: a CUDA graph, or, if asked, `torch.compile`'s."""
+        """Returns the step that decodes with a static cache: a CUDA graph, or `torch.compile`'s if it is configured."""
         if compile_config is None and GraphedDecoding.suits(self):
             return GraphedDecoding(self.__call__)
         return super().get_compiled_call(compile_config)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        """Whether tokens are decoded by `get_compiled_call`, that is, unless asked otherwise, by a CUDA graph."""
         watched = generation_config.compile_config is None and GraphedDecoding.is_watched(self)
         return not watched and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
@@ -99,12 +90,11 @@ class VambaGenerationMixin(GenerationMixin):
             model_kwargs["unrotate_video_keys"] = True
         cache = model_kwargs.get("past_key_values")
         pixels, grids = _pop_media(model_kwargs, cache)
-        given = any(given is not None for given in (*pixels.values(), *grids.values()))
-        if not given and not calls_are_shared(self):
+        if all(given is None for given in (*pixels.values(), *grids.values())) and not calls_are_shared(self):
             return model_kwargs
         input_ids = model_kwargs.get("input_ids") if inputs_tensor.is_floating_point() else inputs_tensor
         if input_ids is not None and input_ids.shape[1] != inputs_tensor.shape[1]:
-            input_ids = None  # `inputs_embeds` came by themselves
+            input_ids = None  # The prompt was given as `inputs_embeds` only.
         types = model_kwargs.get("mm_token_type_ids")
         rows = self.model.media_rows(input_ids, inputs_tensor, types, pixels, grids)
         if cache is not None:
@@ -121,8 +111,8 @@ class VambaGenerationMixin(GenerationMixin):
         past = model_kwargs.get("past_key_values")
         if generation_mode == GenerationMode.ASSISTED_GENERATION and past is not None and past.is_compileable:
             raise ValueError(
-                "Assisted decoding takes tokens back, which a static text cache cannot: ask on a fork() without "
-                "max_cache_len."
+                "Assisted decoding takes tokens back, which a static text cache cannot do: use a memory's fork() "
+                "without max_cache_len."
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
         cache = model_kwargs.get("past_key_values")
@@ -138,14 +128,14 @@ class VambaGenerationMixin(GenerationMixin):
 
 
 def _check_room(cache: Cache | None, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """On a GPU a static cache itself would not say that it is full, or would take the process with it."""
+    """Raises ValueError if a static cache is full, as on a GPU it would overwrite memory or end the process."""
     if cache is None or not cache.is_compileable:
         return
     tokens = max(t.shape[1] for t in (input_ids, attention_mask) if isinstance(t, Tensor))
     if tokens > (room := cache.get_max_length()):
         raise ValueError(
             f"The static text cache has room for {room} tokens, and this is token {tokens}: make it longer with "
-            "max_cache_len, or ask on a fork() without it."
+            "max_cache_len, or use a fork() of the memory without it."
         )
 
 
@@ -155,7 +145,7 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, is_first_iteration=False, **kwargs
     ):
-        """After the prompt every row reads every token: padding is behind it, and no mask has to grow any more."""
+        """Drops the mask after the prompt, as only the prompt is padded: every row reads every later token."""
         if not is_first_iteration:
             kwargs.pop("read_hidden_states", None)
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
@@ -165,18 +155,19 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         return inputs
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
-        """The step that `generate` decodes with on a GPU: a CUDA graph, or, if asked, `torch.compile`'s."""
+        """Returns the step that decodes on a GPU: a CUDA graph, or `torch.compile`'s if that is configured."""
         if compile_config is None:
             return GraphedStateDecoding(self.__call__)
         return super().get_compiled_call(compile_config)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        """Whether tokens are decoded by `get_compiled_call`: transformers asks that of a cache of keys and values."""
+        """Repeats transformers' criteria where they ask for a static cache of keys and values."""
         if generation_config.disable_compile or generation_config.compile_config is not None:
             return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        if not GraphedDecoding.suits(self) or GraphedDecoding.is_watched(self) or weights_are_sharded(self):
+            return False
         quantizer = getattr(self, "hf_quantizer", None)
-        watched = GraphedDecoding.is_watched(self) or weights_are_sharded(self)  # or gathers them from other processes
-        return GraphedDecoding.suits(self) and not watched and (quantizer is None or quantizer.is_compileable)
+        return quantizer is None or quantizer.is_compileable
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
@@ -186,16 +177,15 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         pixels, grids = _pop_media(model_kwargs, memory)
         attention_mask = model_kwargs.get("attention_mask")
         if attention_mask is not None and not attention_mask[:, -1].all():
-            raise ValueError("A prompt is padded on the right, where its answer begins: pad with padding_side='left'.")
+            raise ValueError("A prompt is padded on the right, where its answer begins. Pad with padding_side='left'.")
         length = inputs_tensor.shape[1]
-        total = (
-            getattr(generation_config, "_mask_length", length) if attention_mask is None else attention_mask.shape[1]
-        )
-        first = memory.text_length if total == length else 0  # tokens of the prompt that the memory has read
+        total = getattr(generation_config, "_mask_length", length)
+        total = total if attention_mask is None else attention_mask.shape[1]
+        first = memory.text_length if total == length else 0  # number of the prompt's tokens that the memory has read
         if first >= length:
             raise ValueError(
                 f"The memory has read {first} tokens of text and the prompt has {length}. A prompt is the whole "
-                "conversation: one <|vision_start|><|vision_end|> for each video watched, then the question."
+                "conversation: one <|vision_start|><|vision_end|> for each video watched, and then the question."
             )
         if inputs_tensor.is_floating_point():
             input_ids, inputs_embeds = None, inputs_tensor
@@ -205,14 +195,14 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         unread_BN = torch.zeros_like(starts_BN)
         unread = memory.unread(attention_mask, inputs_embeds[:, first:])
         unread_BN[:, first:] = True if unread is None else unread.to(unread_BN.device)
+        types = model_kwargs.get("mm_token_type_ids")
         if total == length:
-            _check_prefix(memory, starts_BN & ~unread_BN, model_kwargs.get("mm_token_type_ids"))
+            _check_prefix(memory, starts_BN & ~unread_BN, types)
         images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in pixels)
         if images or videos:
-            types = model_kwargs.get("mm_token_type_ids")
-            rows, starts_BN = _unread_media(images, videos, starts_BN, unread_BN, types)
+            rows, starts_BN = unread_media(images, videos, starts_BN, unread_BN, types)
             if starts_BN[:, -1].any():
-                raise ValueError("The prompt ends with <|vision_start|>; write <|vision_end|> after it.")
+                raise ValueError("The prompt ends with <|vision_start|>. Write <|vision_end|> after it.")
             unread_BN, starts_BN = unread_BN[:, :-1], starts_BN[:, :-1]
             memory.expand_rows(len(rows))
             memory.check(self.config.text_config, len(rows))
@@ -223,13 +213,13 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"] = memory
             if wanted:
                 model_kwargs["read_hidden_states"] = tuple(level[:, first:] for level in output.hidden_states)
-        elif weights_are_sharded(self):  # other ranks may have media, and wait for this one to call as many layers
+        elif weights_are_sharded(self):  # Ranks that have media wait for this one to call as many layers.
             self.model.read(StateMemory(self.config), inputs_embeds[:, :0], [[] for _ in inputs_embeds], pixels)
         return model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
         if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={kind!r} is for keys and values; this model has a state instead.")
+            raise ValueError(f"cache_implementation={kind!r} is for keys and values. Leave it out for this model.")
         generation_config.cache_implementation = None
         memory = StateMemory.of(model_kwargs.get("past_key_values"), self.config)
         memory.expand_rows(batch_size, _copies(generation_config))
@@ -237,30 +227,16 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
 
 
-def _unread_media(
-    images, videos, starts_BN: Tensor, unread_BN: Tensor, mm_token_type_ids: Tensor | None
-) -> tuple[list[list[MediaItem]], Tensor]:
-    """The items of each row that the memory has not seen, and where they start; all of the prompt's may be given."""
-    count = len(images) + len(videos)
-    all_BN = item_starts(starts_BN, mm_token_type_ids, count)
-    if count == int(all_BN.sum()):
-        rows, new_BN = media_of_rows(images, videos, all_BN, mm_token_type_ids), all_BN & unread_BN
-        return [row[len(row) - new :] for row, new in zip(rows, new_BN.sum(1).tolist())], new_BN
-    new_BN = item_starts(starts_BN & unread_BN, mm_token_type_ids, count)
-    return media_of_rows(images, videos, new_BN, mm_token_type_ids), new_BN
-
-
 def _check_prefix(memory: StateMemory, read_BN: Tensor, mm_token_type_ids: Tensor | None) -> None:
-    """Raises ValueError unless what the memory has read of a prompt names what it has seen.
+    """Raises ValueError unless the part of a prompt that the memory has read names the media that it has seen.
 
-    Starts that are typed 0, or that an answer held, name nothing: without types there may be more than was seen.
+    Without types that part may hold more starts, as those that a user or an answer wrote as text name nothing.
     """
     seen = [len(row) for row in memory.media] * (len(read_BN) if len(memory.media) == 1 else 1)
-    typed = item_starts(read_BN, mm_token_type_ids, sum(seen))
-    named = typed.sum(1).tolist()
+    named = item_starts(read_BN, mm_token_type_ids, sum(seen)).sum(1).tolist()
     if any(seen) and (any(map(int.__lt__, named, seen)) or (mm_token_type_ids is not None and named != seen)):
         raise ValueError(
-            f"The memory has seen {seen} images and videos, and the part of the prompt that it has read names {named}: "
-            "a prompt begins with one <|vision_start|><|vision_end|> for each video watched, as the chat template "
-            "writes them, and then goes on as the conversation did."
+            f"The memory has seen {seen} images and videos, but the part of the prompt that it has read names {named}. "
+            "A prompt begins with one <|vision_start|><|vision_end|> for each video watched, as the chat template "
+            "writes them, and continues as the conversation did."
         )

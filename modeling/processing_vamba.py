@@ -1,10 +1,10 @@
-"""The processor of Vamba: Qwen2-VL's, without placeholder tokens and with its own way of reading video.
+"""The processor of Vamba: Qwen2-VL's, without a placeholder per video token and with its own video reader.
 
 What is unusual: a media item is `<|vision_start|><|vision_end|>` in the text, however long it is. Qwen2-VL's
 placeholders are understood and replaced by that; `mm_token_type_ids` marks the `<|vision_start|>` of an image with 1
-and that of a video with 2. Images and videos are processed one by one, as each may carry options of its own. Videos are
-read by `vamba.video`, frame by frame at their final size; where a checkpoint's code is loaded on a machine without the
-package, by transformers' `load_video`.
+and that of a video with 2. Images and videos are processed one by one, as each may have its own options. Videos are
+read by `vamba.video`, frame by frame at their final size, or by transformers' `load_video` if a checkpoint is loaded
+with its own code on a machine without the package vamba.
 """
 
 import io
@@ -31,20 +31,20 @@ from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video, 
 logger = logging.get_logger(__name__)
 
 _TYPE_IDS = {"image": 1, "video": 2}  # in mm_token_type_ids
-# What a chat message may say about its image or video: transformers' words, then qwen-vl-utils' where they differ.
+# The keys of a chat message's image or video: those of transformers, and those of qwen-vl-utils that differ.
 _SOURCE_KEYS = {"video": ("video", "url", "path"), "image": ("image", "url", "path", "base64")}
 _ALIASES = {"nframes": "num_frames", "video_start": "start", "video_end": "end", "sample_fps": "source_fps"}
 _IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-# Options that only `read_video` knows; the video processor would refuse them.
+# The video processor refuses these options, which only `read_video` knows.
 _READER_OPTIONS = (
     "start", "end", "total_pixels", "resized_height", "resized_width", "source_fps", "backend", "allow_urls",
 )  # fmt: skip
 _VIDEO_OPTIONS = ("min_pixels", "max_pixels", "fps", "num_frames", "min_frames", "max_frames", *_READER_OPTIONS)
-# `raw_fps` is qwen-vl-utils' note on frames that are in memory.
+# qwen-vl-utils adds `raw_fps` to frames that are in memory.
 _OPTIONS = {"video": (*_VIDEO_OPTIONS, "raw_fps", *_ALIASES), "image": _IMAGE_OPTIONS, "text": ("text",)}
-_EVERY_FRAME = 1e6  # frames per second
+_EVERY_FRAME = 1e6  # a rate in frames per second that no video exceeds
 _IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# User text whose control tokens transformers has marked (`sanitize_control_tokens`) names no media.
+# Control tokens that transformers has marked as text of a user (`sanitize_control_tokens`) stand for no media.
 _UNMARKED = getattr(processing_utils, "_UNMARKED", "")
 
 
@@ -87,7 +87,7 @@ class VambaProcessor(Qwen2VLProcessor):
         self.vision_start_token, self.vision_end_token = "<|vision_start|>", "<|vision_end|>"
         self.vision_start_token_id = tokenizer.convert_tokens_to_ids(self.vision_start_token)
         start, image, video = map(re.escape, (self.vision_start_token, self.image_token, self.video_token))
-        # `<|vision_start|>` with Qwen2-VL's placeholders, or one of these by itself
+        # `<|vision_start|>` with or without Qwen2-VL's placeholders, or one such placeholder by itself.
         self._mark = re.compile(f"{_UNMARKED}(?:(?P<start>{start})(?:(?:{image})+|(?:{video})+)?|{image}|{video})")
 
     def __call__(
@@ -101,27 +101,27 @@ class VambaProcessor(Qwen2VLProcessor):
         """See `Qwen2VLProcessor.__call__`.
 
         Args:
-            media_kinds: "image" or "video" for each item of the texts in order, where a batch mixes both and the text
-                does not tell. More of them than `images` and `videos` stand for items that a video memory holds
-                already. `apply_chat_template` fills it in.
+            media_kinds: "image" or "video" for each item in the order of the texts, for a batch that mixes both without
+                saying which is which; `apply_chat_template` fills it in. It may list more items than `images` and
+                `videos` give, which are those that a video memory holds already.
 
         Raises:
-            ValueError: the texts and the media differ in number (a single text may announce none).
-            VideoReadError: a video that cannot be read.
+            ValueError: the texts name more or fewer media than are given (a single text may name none).
+            VideoReadError: a video cannot be read.
         """
         images, videos = _flat_images(images) or None, _flat_videos(videos) or None
-        texts = [text] if isinstance(text, str) else text
-        if texts is not None and not all(isinstance(sample, str) for sample in texts):
+        texts = [text] if isinstance(text, str) else text or []
+        if not all(isinstance(sample, str) for sample in texts):
             raise ValueError("`text` must be a string or list of strings.")
         kinds = self._kinds(texts, len(images or []), len(videos or []), media_kinds) if texts else []
         if isinstance(kwargs.get("fps"), (list, tuple)):
-            kwargs.pop("fps")  # qwen-vl-utils reports the rates of frames that it has sampled
+            kwargs.pop("fps")  # qwen-vl-utils lists the rates of frames that it has sampled already.
         inputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
         self._mark_media(inputs, kinds)
         return inputs
 
-    # Saving with code notes the `AutoProcessor` on the image and video processor as well, where it is of no use and
-    # makes what was saved differ from what is loaded; here it stands in the processor's own configuration only.
+    # When a checkpoint is saved with its code, transformers writes `AutoProcessor` into the `auto_map` of the image and
+    # the video processor as well. There it is useless, and makes what is loaded differ from what was saved.
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         for part in (output.get("image_processor", {}), output.get("video_processor", {})):
@@ -136,14 +136,13 @@ class VambaProcessor(Qwen2VLProcessor):
                 del part.auto_map
         return saved
 
-    # --- text -------------------------------------------------------------------------------------------------------
-
     def _kind(self, mark: str) -> str | None:
-        """What Qwen2-VL's placeholder in a mark says it stands for; None of a bare mark."""
-        return "image" if self.image_token in mark else "video" if self.video_token in mark else None
+        """Returns the kind of Qwen2-VL's placeholder in a mark, None if it has no placeholder."""
+        tokens = {"image": self.image_token, "video": self.video_token}
+        return next((kind for kind, token in tokens.items() if token in mark), None)
 
     def _kinds(self, texts: list[str], n_images: int, n_videos: int, media_kinds: list[str] | None) -> list[str]:
-        """What each media item that the texts announce is, "image" or "video"; checks that their numbers agree."""
+        """Returns the kind of each media item that the texts name. Raises ValueError unless their numbers agree."""
         told = [self._kind(match.group()) for sample in texts for match in self._mark.finditer(sample)]
         if len(texts) == 1 and not told:
             return []
@@ -175,7 +174,7 @@ class VambaProcessor(Qwen2VLProcessor):
         return kinds
 
     def _mark_media(self, inputs: BatchFeature, kinds: list[str]) -> None:
-        """Writes the kinds at the `<|vision_start|>`s, in place, whatever container the rows have."""
+        """Writes the kinds at the `<|vision_start|>`s in place, whether rows are lists, arrays or tensors."""
         remaining = iter(kinds)
         for ids, types in zip(inputs.get("input_ids", ()), inputs.get("mm_token_type_ids", ())):
             for position, kind in zip(np.flatnonzero(np.asarray(ids) == self.vision_start_token_id), remaining):
@@ -190,7 +189,7 @@ class VambaProcessor(Qwen2VLProcessor):
     replace_video_token = replace_image_token
 
     def get_text_with_replacements(self, text: list[str], *args, **kwargs) -> tuple[list[str], list[list[dict]]]:
-        """The texts with placeholders dropped after `<|vision_start|>`, and completed where they stand alone."""
+        """Drops placeholders after a `<|vision_start|>`, and replaces those that stand by themselves."""
         texts, offsets = [], []
         for sample in text:
             parts, found, last, length = [], [], 0, 0
@@ -205,11 +204,11 @@ class VambaProcessor(Qwen2VLProcessor):
         return texts, offsets
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
-        """Raises ValueError if truncation has cut off media items, whose one token is `<|vision_start|>`."""
+        """Raises ValueError if truncation has cut off the `<|vision_start|>` of a media item."""
         super()._check_special_mm_tokens(text, text_inputs, modalities=["vision_start"])
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
-        """As `Qwen2VLProcessor` has it, but one marked token of text stands for each item, whatever its size."""
+        """Counts tokens as `Qwen2VLProcessor` does, but each item has one token in the text, whatever its size."""
         data = super()._get_num_multimodal_tokens(image_sizes, video_sizes, **kwargs)
         if image_sizes is not None:
             data.num_image_tokens = [1] * len(image_sizes)
@@ -222,10 +221,8 @@ class VambaProcessor(Qwen2VLProcessor):
             raise ValueError(f"You need to provide at least one input to call {self.__class__.__name__}")
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        _, *others = super().prepare_inputs_layout(None, text, videos, audio, **kwargs)  # images: `_process_image`
-        return images, *others
-
-    # --- images and videos ------------------------------------------------------------------------------------------
+        _, *others = super().prepare_inputs_layout(None, text, videos, audio, **kwargs)
+        return images, *others  # `_process_image` fetches them.
 
     def _process_images(self, images: list[dict], **kwargs):
         return self._process_one_by_one(self._process_image, images, kwargs)
@@ -239,7 +236,7 @@ class VambaProcessor(Qwen2VLProcessor):
         return self.image_processor([image], **kwargs)
 
     def _fetch_image(self, source):
-        """What transformers fetches (strings, images in memory), and `pathlib` paths, bytes and open files."""
+        """Fetches what transformers does (strings, images in memory), and also `pathlib` paths, bytes and files."""
         if hasattr(source, "__fspath__"):
             source = os.fspath(source)
         if isinstance(source, (bytes, bytearray)):
@@ -259,7 +256,7 @@ class VambaProcessor(Qwen2VLProcessor):
         return self._process_one_by_one(self._process_video, videos, kwargs)
 
     def _process_one_by_one(self, process, items: list[dict], kwargs: dict) -> tuple[BatchFeature, list[str]]:
-        """What the image or video processor returns for the items, joined, and what stands for each in the text."""
+        """Returns the joined outputs of `process` for the items, and the text that stands for each item."""
         kwargs = _given(kwargs) | {"return_tensors": "pt"}
         outputs, joined = [process(item, **kwargs) for item in items], BatchFeature()
         for key in outputs[0]:
@@ -274,7 +271,7 @@ class VambaProcessor(Qwen2VLProcessor):
         if "num_frames" in kwargs:
             kwargs.pop("fps", None)
         if self.video_processor.cap_pixels_per_frame is None:
-            kwargs.setdefault("cap_pixels_per_frame", False)  # made for long videos; `total_pixels` caps on request
+            kwargs.setdefault("cap_pixels_per_frame", False)  # It shrinks long videos; here only `total_pixels` may.
         kwargs["size"] = _size(self.video_processor, kwargs, options)
         asks = options.keys() - {"min_pixels", "max_pixels", "backend", "allow_urls"}
         if is_valid_video(source) and (metadata is not None or not asks):
@@ -284,7 +281,7 @@ class VambaProcessor(Qwen2VLProcessor):
         return self.video_processor([frames], **kwargs)
 
     def _reader_options(self, source, options: dict, kwargs: dict) -> dict:
-        """How `read_video` is to sample and size a video; takes fps and num_frames out of the call's kwargs."""
+        """Returns the options of `read_video` for sampling and size; takes those for sampling out of `kwargs`."""
         call = {key: kwargs.pop(key) for key in ("fps", "num_frames") if key in kwargs}
         do_sample_frames = kwargs.pop("do_sample_frames", None)
         if options.keys() & {"fps", "num_frames"}:
@@ -293,10 +290,8 @@ class VambaProcessor(Qwen2VLProcessor):
             call = {"source_fps": call.get("fps"), "fps": _EVERY_FRAME}
         elif not call:
             if do_sample_frames and isinstance(source, (list, tuple)):
-                raise ValueError(
-                    "Sampling frames from a list of images is not supported! Set `do_sample_frames=False`, or say how "
-                    "with `num_frames`."
-                )
+                text = "Sampling frames from a list of images is not supported unless `num_frames` is given."
+                raise ValueError(f"{text} Give it, or set `do_sample_frames=False`.")
             call = self._default_sampling(options)
         chosen = call | options
         if "num_frames" in chosen:
@@ -304,15 +299,14 @@ class VambaProcessor(Qwen2VLProcessor):
         return self._frame_size(kwargs) | {"resize": kwargs.get("do_resize", self.video_processor.do_resize)} | chosen
 
     def _default_sampling(self, options: dict) -> dict:
-        """The video processor's own num_frames or fps, where a checkpoint was trained with one; frames that come with
-        a rate are taken whole otherwise."""
+        """Returns the video processor's own num_frames or fps; if it has neither, the rate of the given frames."""
         for name in ("num_frames", "fps"):
             if (own := getattr(self.video_processor, name, None)) is not None:
                 return {name: own}
         return {"fps": options["source_fps"]} if "source_fps" in options else {}
 
     def _frame_size(self, kwargs: dict) -> dict:
-        """The reader's options that give frames the video processor would not resize."""
+        """Returns the options with which the reader makes frames that the video processor would not resize."""
         processor = self.video_processor
         size, factor = kwargs.get("size", processor.size), _factor(processor, kwargs)
         options = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"], "factor": factor}
@@ -322,20 +316,18 @@ class VambaProcessor(Qwen2VLProcessor):
         return options
 
     def read_frames(self, source, **options) -> tuple[torch.Tensor, VideoMetadata]:
-        """All frames (T, 3, H, W) uint8 that `vamba.read_video(source, **options)` chooses, and what they are."""
+        """Returns all frames that `vamba.read_video(source, **options)` chooses, (T, 3, H, W) uint8, and metadata."""
         if vamba_video() is None:
             return _read_by_transformers(source, **options)
         frames, _, metadata = vamba_video().load_with_metadata(source, **options)
         return frames, VideoMetadata(**metadata)
 
     def video_reader(self, source, **options):
-        """`vamba.read_video` with this processor's frame sizes and sampling, for reading a video chunk by chunk."""
+        """Reads a video chunk by chunk: `vamba.read_video` with the frame sizes and the sampling of this processor."""
         if vamba_video() is None:
             raise ImportError("Reading a video chunk by chunk needs the package vamba; pip install vamba.")
         sampling = {} if options.keys() & {"fps", "num_frames"} else self._default_sampling(options)
         return vamba_video().read_video(source, **(self._frame_size({}) | sampling | options))
-
-    # --- chat -------------------------------------------------------------------------------------------------------
 
     def _multimodal_inputs_from_conversations(self, conversations, audio_loading_params, load_audio_from_video=False):
         media, kinds = {"image": [], "video": []}, []
@@ -344,17 +336,17 @@ class VambaProcessor(Qwen2VLProcessor):
             blocks = [block for content in contents if isinstance(content, list) for block in content]
             blocks = [block for block in blocks if isinstance(block, Mapping) and block.get("type") in media]
             kinds += [block["type"] for block in blocks]
-            for kind, batch in media.items():  # an item without anything stands for one that the video memory holds
+            for kind, batch in media.items():  # An item without a source stands for one that a video memory holds.
                 batch.append([block for block in blocks if block["type"] == kind and block.keys() > {"type"}])
         return media["image"], media["video"], [], {"media_kinds": kinds} if kinds else {}
 
     def _normalize_conversations(self, conversation):
-        """Items under the names that every chat template knows. Raises ValueError for what it would drop silently."""
+        """Renames items for all chat templates. Raises ValueError for items that these would silently leave out."""
         return super()._normalize_conversations(_plain_messages(conversation))
 
 
 def _plain_messages(messages):
-    """Messages, however nested, whose items say by their `type` alone whether they are text, image or video."""
+    """Applies `plain_item` to the items of messages in any nesting of lists."""
     if isinstance(messages, (list, tuple)):
         return [_plain_messages(message) for message in messages]
     if not isinstance(messages, Mapping) or not isinstance(messages.get("content"), (list, tuple)):
@@ -363,8 +355,11 @@ def _plain_messages(messages):
 
 
 def plain_item(block, *known: str):
-    """An item of a message without keys that are None, its source under its type, so out of OpenAI's wrapping
-    (`video_url`, `image_url`), and with the names that `read_video` has for its options."""
+    """Rewrites an item of a message so that its `type` is "text", "image" or "video", with its source under that key.
+
+    Options get the names that `read_video` has for them, keys that are None are dropped, and OpenAI's wrapping
+    (`video_url`, `image_url`) is removed. Raises ValueError for other items, and for keys that are not among `known`.
+    """
     if not isinstance(block, Mapping):
         return block
     block = _given(block)
@@ -372,21 +367,20 @@ def plain_item(block, *known: str):
         named = block.pop(f"{kind}_url", {} if block.get("type") == f"{kind}_url" else None)
         if named is not None:
             named = named if isinstance(named, Mapping) else {"url": named}
-            # `detail` is OpenAI's size of an image
+            # OpenAI's `detail`, which is the size of an image, has no meaning here.
             block |= {key: value for key, value in named.items() if key != "detail"} | {"type": kind}
         if block.get("type") == kind or kind in block:
             _check_keys(block, kind, "type", *known)
-            for source in [block.pop(key) for key in reversed(sources) if key in block]:  # the first name counts
+            for source in [block.pop(key) for key in reversed(sources) if key in block]:  # The first of them wins.
                 block[kind] = source["url"] if isinstance(source, Mapping) and "url" in source else source
             return {_ALIASES.get(key, key): value for key, value in block.items()} | {"type": kind}
     if "text" not in block or block.get("type", "text") != "text":
-        raise ValueError(f"A message's item is {str(block)[:80]}; give a text, an image or a video.")
+        raise ValueError(f"A message's item is {str(block)[:80]}. Instead, give a text, an image or a video.")
     _check_keys(block, "text", "type")
     return block
 
 
 def _check_keys(block: Mapping, kind: str, *more: str) -> None:
-    """Raises ValueError for keys of an item that mean nothing."""
     known = (*_SOURCE_KEYS.get(kind, ()), *_OPTIONS[kind], *more)
     if unknown := [key for key in block if key not in known]:
         named = ", ".join(map(repr, unknown))
@@ -398,12 +392,12 @@ def _given(options: Mapping) -> dict:
 
 
 def _factor(processor, kwargs: dict) -> int:
-    """Both sides of a processed image or frame are multiples of this."""
+    """Returns a number of pixels of which both sides of a processed image or frame are multiples."""
     return kwargs.get("patch_size", processor.patch_size) * kwargs.get("merge_size", processor.merge_size)
 
 
 def _size(processor, kwargs: dict, options: dict) -> dict[str, int]:
-    """Least and greatest area: the item's own before the call's before the processor's; cleans up `kwargs`."""
+    """Takes the least and greatest area from the item's options, else the call's `kwargs`, else the processor."""
     size = dict(kwargs.pop("size", processor.size))
     for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
         size[edge] = options.get(name, kwargs.pop(name, size.get(edge)))
@@ -413,22 +407,19 @@ def _size(processor, kwargs: dict, options: dict) -> dict[str, int]:
 
 
 def _explicit_size(options: dict, factor: int) -> tuple[int, int]:
-    """The size nearest to the one asked for that is made of patches, within the bounds of qwen-vl-utils."""
+    """Returns the size of whole patches nearest to the one asked for, within the bounds of qwen-vl-utils."""
     height, width = (options.get(name) for name in ("resized_height", "resized_width"))
     if not all(isinstance(side, (int, float)) and side >= 1 and side == int(side) for side in (height, width)):
-        raise ValueError(
-            f"resized_height={height!r} and resized_width={width!r}: give both, as integers of at least 1."
-        )
+        raise ValueError(f"resized_height={height!r}, resized_width={width!r}: give both as integers of at least 1.")
     return smart_resize(int(height), int(width), factor, 4 * factor**2, 16384 * factor**2)
 
 
 def _leaves(nested) -> list:
-    """What any nesting of lists holds."""
     return [leaf for part in nested for leaf in _leaves(part)] if isinstance(nested, (list, tuple)) else [nested]
 
 
 def _item(source, kind: str) -> dict:
-    """`{"image" or "video": ..., options}` of one image or video, which may be such a dict already."""
+    """Returns `{kind: source, **options}` for one image or video, which may be such a dict already."""
     known = ("metadata",) if kind == "video" else ()
     item = plain_item({"type": kind, **(source if isinstance(source, Mapping) else {kind: source})}, *known)
     if kind not in item:
@@ -440,14 +431,14 @@ def _item(source, kind: str) -> dict:
 
 
 def _flat_images(images) -> list[dict]:
-    """The items of an image or any nesting of lists."""
+    """Lists the items of an image, or of images in any nesting of lists."""
     leaves = [leaf for leaf in _leaves(images) if leaf is not None]
     arrays = [list(leaf) if getattr(leaf, "ndim", None) == 4 else [leaf] for leaf in leaves]
     return [_item(image, "image") for array in arrays for image in array]
 
 
 def _flat_videos(videos) -> list[dict]:
-    """The items of a video or any nesting of lists."""
+    """Lists the items of a video, or of videos in any nesting of lists."""
     if videos is None:
         return []
     if is_valid_video_frame(videos):
@@ -470,12 +461,9 @@ def _is_image_file(source) -> bool:
     return isinstance(source, (str, os.PathLike)) and str(source).lower().endswith(_IMAGE_SUFFIXES)
 
 
-# --- with the package vamba or without it ---------------------------------------------------------------------------
-
-
 @cache
 def vamba_video():
-    """`vamba.video`, or None; imported when a video is read, as importing vamba changes what the Auto classes load."""
+    """Imports `vamba.video` if it can (else None), only when a video is read: it changes what the Auto classes load."""
     try:
         from vamba import video
     except ImportError:
@@ -484,10 +472,10 @@ def vamba_video():
 
 
 def _read_by_transformers(source, **options) -> tuple[torch.Tensor, VideoMetadata]:
-    """`VambaProcessor.read_frames` of frames in memory, files and allowed URLs, by transformers' `load_video`."""
+    """Does what `VambaProcessor.read_frames` does for frames in memory, files and allowed URLs, without vamba."""
     logger.warning_once(
         "Videos are read by transformers' load_video, as the package vamba cannot be imported, whose reader knows more "
-        "formats, withstands damage and needs less memory; pip install vamba."
+        "formats, withstands damage and needs less memory. Use pip install vamba."
     )
     choose = partial(_chosen_frames, **options)
     if is_valid_video(source):
@@ -497,15 +485,15 @@ def _read_by_transformers(source, **options) -> tuple[torch.Tensor, VideoMetadat
         frames = frames[choose(about)]
     elif not isinstance(source, (str, os.PathLike)) or ("://" in f"{source}" and not options.get("allow_urls")):
         raise ValueError(
-            f"{source!r:.80}: without the package vamba a video is a path, or a URL with allow_urls=True; give one, or "
+            f"{source!r:.80}: without the package vamba a video is a path, or a URL with allow_urls=True. Give one, or "
             "pip install vamba."
         )
     else:
         try:
             frames, about = load_video(f"{source}", backend=options.get("backend") or "pyav", sample_indices_fn=choose)
-        except Exception as error:  # of many types, by what is wrong
-            message = f"{source}: transformers' load_video cannot read it ({error})"
-            raise ValueError(f"{message}; check the file, or pip install vamba.") from error
+        except Exception as error:  # Each fault of a file raises an error of its own type.
+            message = f"{source}: transformers' load_video cannot read it ({error})."
+            raise ValueError(f"{message} Check the file, or pip install vamba.") from error
     frames = torch.as_tensor(frames)
     frames = frames if frames.shape[1] == 3 else frames.permute(0, 3, 1, 2)
     if not options.get("resize", True):
@@ -523,7 +511,7 @@ def _read_by_transformers(source, **options) -> tuple[torch.Tensor, VideoMetadat
 def _chosen_frames(
     metadata: VideoMetadata, fps=None, num_frames=None, start=0.0, end=None, min_frames=1, max_frames=np.inf, **_
 ) -> np.ndarray:
-    """Indices of the frames `vamba.read_video` chooses where frames are evenly spaced; notes them in the metadata."""
+    """Chooses frames as `vamba.read_video` does if they are evenly spaced; also puts the indices into the metadata."""
     total, rate = metadata.total_num_frames, metadata.fps
     if not (total and rate):
         raise ValueError("it does not say how many frames it has, and how many a second")
@@ -539,5 +527,3 @@ def _chosen_frames(
 
 
 VambaProcessor.register_for_auto_class("AutoProcessor")
-
-__all__ = ["VambaProcessor"]

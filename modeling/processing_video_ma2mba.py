@@ -1,9 +1,9 @@
 """The processor of Video-Ma2mba: Vamba's, with frames of one size for CLIP and tokens for Mamba's tokenizer.
 
-What is unusual: every picture becomes the square that the tower takes, whole: it is squeezed, not cropped, as what
-happens at the edge of a wide picture may be asked about. GPT-NeoX's tokenizer gets the tokens it lacks when the
-processor is made, after its own 50,277: in the rows that pad Mamba's embedding. The chat template puts the media that
-a message begins with before its first word, so that a video can be watched before anything is asked.
+What is unusual: every picture is squeezed into the square that the tower takes, not cropped, as a question may be about
+the edges of a wide picture. The processor adds the tokens that GPT-NeoX's tokenizer lacks after its own 50,277, in the
+rows that pad Mamba's embedding. The chat template puts the media that a message begins with before its first word, so
+that a video can be watched before anything is asked.
 """
 
 import math
@@ -20,7 +20,7 @@ from .processing_vamba import VambaProcessor, VambaProcessorKwargs, vamba_video
 
 VideoMa2mbaProcessorKwargs = VambaProcessorKwargs  # by the name under which transformers looks for it
 
-# In this order after GPT-NeoX's own, from id 50,277 on.
+# These follow GPT-NeoX's own tokens in this order, from id 50,277 on.
 SPECIAL_TOKENS = (
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>",
 )  # fmt: skip
@@ -41,7 +41,7 @@ _SIZES = {"min_pixels", "max_pixels", "total_pixels", "resized_height", "resized
 class VideoMa2mbaProcessor(VambaProcessor):
     """Turns chat messages, text, images and videos into model inputs; see `VambaProcessor`.
 
-    Frames and images have one size, whatever `min_pixels`, `max_pixels` and the like a message asks for.
+    Frames and images have one size, whatever `min_pixels`, `max_pixels` and similar options a message has.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
@@ -55,7 +55,7 @@ class VideoMa2mbaProcessor(VambaProcessor):
 
     @classmethod
     def for_model(cls, config: VideoMa2mbaConfig, tokenizer) -> "VideoMa2mbaProcessor":
-        """The processor of a model of this configuration, with GPT-NeoX's tokenizer or another."""
+        """Makes the processor of a model of this configuration, with GPT-NeoX's tokenizer or another."""
         area = config.vision_config.image_size**2
         sizes: dict[str, Any] = {
             "patch_size": config.vision_config.patch_size,
@@ -70,7 +70,6 @@ class VideoMa2mbaProcessor(VambaProcessor):
         return math.isqrt(self.video_processor.size["longest_edge"])
 
     def _frame_size(self, kwargs: dict) -> dict:
-        """The reader's options for frames of the tower's size."""
         size = super()._frame_size(kwargs)
         return {"resized_height": self._side, "resized_width": self._side, "factor": size["factor"]}
 
@@ -84,13 +83,10 @@ class VideoMa2mbaProcessor(VambaProcessor):
         return super()._process_video(item, **kwargs)
 
     def video_reader(self, source, **options):
-        """`read_video` at this processor's frame size and sampling. Raises VideoReadError for another size."""
+        """Reads a video at this processor's frame size and sampling. Raises VideoReadError for another size."""
         if asked := _SIZES & options.keys():
-            error = getattr(vamba_video(), "VideoReadError", ValueError)
-            raise error(
-                f"{', '.join(sorted(asked))}: this model takes frames of {self._side} x {self._side} pixels only; "
-                "leave it out."
-            )
+            error, size = getattr(vamba_video(), "VideoReadError", ValueError), f"{self._side} x {self._side}"
+            raise error(f"{', '.join(sorted(asked))}: this model takes frames of {size} pixels only. Leave it out.")
         return super().video_reader(source, **options)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
@@ -100,5 +96,3 @@ class VideoMa2mbaProcessor(VambaProcessor):
 
 
 VideoMa2mbaProcessor.register_for_auto_class("AutoProcessor")
-
-__all__ = ["VideoMa2mbaProcessor"]

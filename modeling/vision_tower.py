@@ -1,9 +1,9 @@
 """Vision towers: Qwen2-VL's with attention batched over the frames of a video, and Video-Ma2mba's CLIP with projector.
 
-What is unusual: transformers attends frame by frame in a Python loop and asks the GPU for the frames' lengths in every
-layer. A video's frames are equally large and their sizes known beforehand, so each run of equal frames is one batch.
-Where no gradient is recorded on a GPU, Triton kernels take the place of the operations between the matrix products.
-CLIP gets its frames as patches in the order of Qwen2-VL's processors, and puts them together again.
+What is unusual: transformers attends frame by frame in a Python loop, and asks the GPU for the frames' lengths in every
+layer. Here the sizes are known beforehand, so that consecutive frames of equal size are attended to as one batch.
+On a GPU without gradients, Triton kernels replace the operations between the matrix products. CLIP's frames
+arrive as patches in the order of Qwen2-VL's processors, and are put together again.
 
 Shapes: F frames of L patches each, T patches of all frames, D width, H heads, P head dim; G patches along each side.
 """
@@ -32,14 +32,14 @@ from .kernels_norm import layer_norm_triton
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution whose kernel covers a patch: one matrix product, where cuDNN would be slow in bfloat16."""
+    """A convolution whose kernel covers a whole patch, as one matrix product: cuDNN is slow at it in bfloat16."""
 
     def forward(self, patches: Tensor) -> Tensor:
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
 class VambaVisionBlock(GradientCheckpointingLayer):
-    """The pre-norm block, with the first residual sum and the second norm as one step."""
+    """The pre-norm block of Qwen2-VL, which does its first residual sum and its second norm in one step."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -55,7 +55,7 @@ class VambaVisionBlock(GradientCheckpointingLayer):
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """LayerNorm, or with a residual (residual + x, its LayerNorm); torch's own takes twice the time of its bytes."""
+    """LayerNorm of x; with a residual, returns (residual + x, LayerNorm of that). It takes half the time of torch's."""
 
     def forward(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         entering = (x_TD,) if residual_TD is None else (x_TD, residual_TD)
@@ -68,7 +68,7 @@ class FusedLayerNorm(nn.LayerNorm):
 
 
 class FusedMLP(VisionMlp):
-    """quick_gelu in place, where nobody else reads the output of the product before it."""
+    """Qwen2-VL's MLP, with quick_gelu in place where nothing else can read its input."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         hidden = self.fc1(x_TD)
@@ -79,7 +79,7 @@ class FusedMLP(VisionMlp):
 
 
 class FrameBatchedAttention(VisionAttention):
-    """`VisionAttention` over runs of equal frames, [(F, L), ...], each run one batch."""
+    """`VisionAttention` with one batch for each (F, L) of `frame_runs`: F consecutive frames of L patches each."""
 
     def forward(
         self,
@@ -89,12 +89,11 @@ class FrameBatchedAttention(VisionAttention):
         frame_runs: list[tuple[int, int]] | None = None,
         **kwargs,
     ) -> Tensor:
-        # "eager" keeps the loop: it writes all attention weights out, which would be F times the memory
+        # "eager" keeps the loop, as it holds all attention weights at once: F times the memory if frames were batched.
         if self.config._attn_implementation != "sdpa" or frame_runs is None:
-            # by name, as what transformers' exporters put in its place has other parameters in between
-            return super().forward(
-                hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
-            )
+            # Passed by name: the function that transformers' exporters put in its place takes them in another order.
+            kwargs |= {"cu_seqlens": cu_seqlens, "position_embeddings": position_embeddings}
+            return super().forward(hidden_states, **kwargs)
         qkv_TD = self.qkv(hidden_states)
         fused = can_use_forward_kernel(qkv_TD)
         if fused:
@@ -109,10 +108,10 @@ class FrameBatchedAttention(VisionAttention):
             q_FHLP, k_FHLP, v_FHLP = (
                 t[run].unflatten(0, (count, length)).transpose(1, 2) for t in (queries, keys, values)
             )
-            # On an H200 cuDNN is a quarter faster than flash, after 30 ms of preparation for each new shape: it is for
-            # many frames, in a number that is likely to come again, as most chunks of a video are multiples of 16.
-            repays_a_plan = fused and count % 16 == 0 and count * length >= 16384
-            with cudnn_first() if repays_a_plan else nullcontext():
+            # On an H200 cuDNN is a quarter faster than flash attention, but prepares 30 ms for each new shape. That
+            # pays off for many frames whose number is likely to come again: most chunks have a multiple of 16.
+            repays_preparation = fused and count % 16 == 0 and count * length >= 16384
+            with cudnn_first() if repays_preparation else nullcontext():
                 attended = F.scaled_dot_product_attention(q_FHLP, k_FHLP, v_FHLP, scale=self.scaling)
             outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
             start += count * length
@@ -120,7 +119,7 @@ class FrameBatchedAttention(VisionAttention):
 
 
 class VambaVisionTower(Qwen2VisionTransformerPretrainedModel):
-    """Qwen2-VL's tower; does not wait for the GPU if `grid_thw` lies on the CPU."""
+    """Qwen2-VL's vision tower, which does not wait for the GPU if `grid_thw` lies on the CPU."""
 
     _no_split_modules = ["VambaVisionBlock"]
     _can_record_outputs = {"hidden_states": VambaVisionBlock, "attentions": FrameBatchedAttention}
@@ -133,25 +132,24 @@ class VambaVisionTower(Qwen2VisionTransformerPretrainedModel):
         self.post_init()
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs):
-        """Patches (T, patch size) of media with the given (t, h, w); the merged tokens are the `pooler_output`.
+        """Encodes patches (T, patch size) of media with the given (t, h, w); `pooler_output` holds the merged tokens.
 
-        `cu_seqlens` and `position_ids` may be given, as by transformers' exporters, which cannot trace their making.
+        Callers may give `cu_seqlens` and `position_ids`; transformers' exporters do, as they cannot trace their making.
         """
         if "cu_seqlens" in kwargs:
             return super().forward(hidden_states, grid_thw, **kwargs)
         grid_thw = grid_thw.cpu()
         kwargs["frame_runs"] = frame_runs(grid_thw.tolist())
-        for name, value in (
-            ("position_ids", get_vision_position_ids(grid_thw, self.spatial_merge_size, kwargs=kwargs)),
-            ("cu_seqlens", get_vision_cu_seqlens(grid_thw, kwargs=kwargs)),
-        ):
-            pinned = value.pin_memory() if hidden_states.is_cuda else value  # else the copy would wait for the GPU
+        kwargs["position_ids"] = get_vision_position_ids(grid_thw, self.spatial_merge_size, kwargs=kwargs)
+        kwargs["cu_seqlens"] = get_vision_cu_seqlens(grid_thw, kwargs=kwargs)
+        for name in ("position_ids", "cu_seqlens"):  # The copy of memory that is not pinned would wait for the GPU.
+            pinned = kwargs[name].pin_memory() if hidden_states.is_cuda else kwargs[name]
             kwargs[name] = pinned.to(hidden_states.device, non_blocking=True)
         return super().forward(hidden_states, grid_thw, **kwargs)
 
 
 def cudnn_first():
-    """A context in which sdpa prefers cuDNN; backends that are disabled stay so."""
+    """Returns a context in which sdpa prefers cuDNN; disabled backends stay disabled."""
     order = {
         SDPBackend.CUDNN_ATTENTION: cudnn_sdp_enabled(),
         SDPBackend.FLASH_ATTENTION: flash_sdp_enabled(),
@@ -162,17 +160,14 @@ def cudnn_first():
 
 
 def vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """A tower: forward(patches, grid_thw) gives the merged tokens as `pooler_output`.
-
-    `qwen2_vl_vision` is the one such tower that AutoModel does not know.
-    """
-    if config.model_type == "qwen2_vl_vision":
+    """Builds a tower whose forward(patches, grid_thw) returns the merged tokens as `pooler_output`."""
+    if config.model_type == "qwen2_vl_vision":  # AutoModel does not know this one.
         return VambaVisionTower._from_config(config)
     return AutoModel.from_config(config)
 
 
 def frame_runs(grid_thw: list[list[int]]) -> list[tuple[int, int]]:
-    """[(F, L), ...]: the frames of media with the given (t, h, w), neighbours of equal size taken together."""
+    """Counts consecutive frames of equal size in media of the given (t, h, w): [(F, L), ...]."""
     runs: list[tuple[int, int]] = []
     for t, h, w in grid_thw:
         count = runs.pop()[0] if runs and runs[-1][1] == h * w else 0
@@ -181,35 +176,34 @@ def frame_runs(grid_thw: list[list[int]]) -> list[tuple[int, int]]:
 
 
 class ProjectorLinear(nn.Linear):
-    """By its class the model knows which weights to give the projector's initial values."""
+    """Tells the model by its class which weights are initialised as the projector's."""
 
 
 class VideoMa2mbaProjector(nn.Sequential):
-    """2x2 bilinear pooling, then Linear-GELU-Linear."""
+    """Bilinear pooling of 2 x 2 patches, then Linear-GELU-Linear."""
 
     def __init__(self, vision_width: int, hidden_size: int):
-        super().__init__(
-            ProjectorLinear(vision_width, hidden_size), nn.GELU(), ProjectorLinear(hidden_size, hidden_size)
-        )
+        first, second = ProjectorLinear(vision_width, hidden_size), ProjectorLinear(hidden_size, hidden_size)
+        super().__init__(first, nn.GELU(), second)
 
-    def forward(self, patches_FPD: Tensor) -> Tensor:
-        """(F, G * G, vision width) patches of F frames to (F, G / 2 * G / 2, D)."""
-        grid = round(patches_FPD.shape[1] ** 0.5)
-        grid_FDGG = patches_FPD.transpose(1, 2).unflatten(2, (grid, grid))
+    def forward(self, patches_FLD: Tensor) -> Tensor:
+        """Turns the patches of frames, (F, G * G, vision width), into tokens, (F, G / 2 * G / 2, D)."""
+        grid = round(patches_FLD.shape[1] ** 0.5)
+        grid_FDGG = patches_FLD.transpose(1, 2).unflatten(2, (grid, grid))
         pooled_FDGG = F.interpolate(grid_FDGG, size=(grid // 2, grid // 2), mode="bilinear", align_corners=False)
         return super().forward(pooled_FDGG.flatten(2).transpose(1, 2))
 
 
 def clip_tower(config: PreTrainedConfig) -> CLIPVisionModel:
-    """CLIP's tower up to its penultimate layer, whose output is what is read, and without what comes after."""
+    """Builds CLIP's tower up to its penultimate layer, whose output the projector reads."""
     tower = CLIPVisionModel._from_config(config)
     del tower.encoder.layers[-1]
-    tower.post_layernorm = nn.Identity()  # of the pooled output, which is not read either
+    tower.post_layernorm = nn.Identity()  # It normalises the pooled output, which nothing reads.
     return tower
 
 
 def frames_of(patches: Tensor, grid: int, size: int) -> Tensor:
-    """(F, 3, pixels, pixels) frames of patches in the order of Qwen2-VL's processors: 2 x 2 neighbours together."""
+    """Assembles frames (F, 3, pixels, pixels) from patches in Qwen2-VL's order, in which 2 x 2 neighbours follow."""
     half = grid // 2
     patches = patches.view(-1, half, half, 2, 2, 3, size, size)
     return patches.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(-1, 3, grid * size, grid * size)

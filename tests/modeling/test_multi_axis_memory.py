@@ -4,16 +4,10 @@ import pytest
 import torch
 from triton_interpreter import DEVICE, on_a_gpu, run_interpreted
 
+from vamba.bench.models import paper_costs
 from vamba.modeling import VambaMamba2Config
 from vamba.modeling.mamba2 import Mamba2Block
-from vamba.modeling.multi_axis import (
-    MemoryCosts,
-    choose_intervals,
-    cpu_memory_budget,
-    mamba2_costs,
-    memory_budget,
-    paper_costs,
-)
+from vamba.modeling.multi_axis import MemoryCosts, choose_intervals, cpu_memory_budget, mamba2_costs, memory_budget
 
 
 GB = 10**9

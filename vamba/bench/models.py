@@ -14,7 +14,8 @@ from transformers import (
 
 from vamba.checkpoint_folder import kind_of
 from vamba.errors import UserError, opening
-from vamba.modeling import VambaConfig, VambaForConditionalGeneration
+from vamba.modeling import VambaConfig, VambaForConditionalGeneration, VambaMamba2Config
+from vamba.modeling.multi_axis import MemoryCosts
 
 
 SEVEN_BILLION = {  # for our configuration and Qwen2-VL's
@@ -88,3 +89,16 @@ def linear_weights(*modules: nn.Module) -> int:
 def decode_bytes(model: PreTrainedModel, memory_bytes: int) -> int:
     """What has to be read for a token: the weights it passes, and the memory of the video."""
     return linear_weights(model.model.language_model, model.lm_head) * model.dtype.itemsize + memory_bytes
+
+
+def paper_costs(config: VambaMamba2Config, dtype: torch.dtype = torch.bfloat16) -> MemoryCosts:
+    """Returns the constants of the paper's table 7 in bytes, which hold for mamba-ssm's fused layer.
+
+    The paper counts C_state per token (equation 16), though backward recomputes one state per chunk of the scan. So
+    counted, the model is close to the paper's measurements (table 3), which are 1.0 to 1.9 times as large.
+    """
+    inner, conv_dim = config.intermediate_size, config.conv_dim
+    state = inner * config.state_size
+    layer = inner + conv_dim + config.num_heads + inner
+    numbers = (config.hidden_size, state + (config.conv_kernel - 1) * conv_dim, layer, state + conv_dim)
+    return MemoryCosts(*(dtype.itemsize * number for number in numbers))

@@ -29,6 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_vamba import VambaMamba2Config
+from .kernels import TILES
 from .kernels_scan import GROUP_TOKENS
 from .mamba2 import Mamba2Block, Mamba2State
 from .media import free_bytes, side_stream
@@ -231,7 +232,7 @@ def mamba2_costs(
     state = exact * inner * config.state_size + size * (config.conv_kernel - 1) * config.conv_dim
     work = size * (rows + config.conv_dim + 2 * inner)  # after in_proj, the convolution, the scan, and the gated norm
     layer = work + 2 * size * config.hidden_size + exact * 3 * heads  # around the norm; three numbers for each dt
-    tile = 64 if size < 4 else 16
+    tile = TILES[9].scan_chunk if size < 4 else TILES[9].scan_chunk_float32
     layer += exact * inner * config.state_size // (8 * tile)  # the states before the scan's segments of 8 tiles or more
     scan = 2 * size * inner * config.state_size // tile
     border = (residual_dtype or dtype).itemsize * config.hidden_size

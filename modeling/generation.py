@@ -219,7 +219,9 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
         if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={kind!r} is for keys and values. Leave it out for this model.")
+            raise ValueError(
+                f"cache_implementation={kind!r} is for keys and values. Leave it out for a model with states."
+            )
         generation_config.cache_implementation = None
         memory = StateMemory.of(model_kwargs.get("past_key_values"), self.config)
         memory.expand_rows(batch_size, _copies(generation_config))

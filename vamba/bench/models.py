@@ -1,4 +1,4 @@
-"""The models that are measured, and what the weights of their parts come to, for floors.
+"""The models that are measured, and for floors and plots what their parts weigh and what a paper says they take.
 
 What is unusual: random weights are made on the GPU, where 11 billion of them take seconds and no disk.
 """

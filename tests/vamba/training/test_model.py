@@ -6,8 +6,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText
 
-from vamba.modeling.kernels_elementwise import VambaMLP
 from vamba.modeling.mamba2 import Mamba2Mixer
+from vamba.modeling.modeling_vamba import VambaMLP
 from vamba.training import finetune, load_recipe, make_trainer, prepare
 from vamba.training.model import PRESETS
 

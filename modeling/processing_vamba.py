@@ -290,8 +290,9 @@ class VambaProcessor(Qwen2VLProcessor):
             call = {"source_fps": call.get("fps"), "fps": _EVERY_FRAME}
         elif not call:
             if do_sample_frames and isinstance(source, (list, tuple)):
-                text = "Sampling frames from a list of images is not supported unless `num_frames` is given."
-                raise ValueError(f"{text} Give it, or set `do_sample_frames=False`.")
+                # These are transformers' words, for which its common tests look, and the other remedy.
+                text = "Sampling frames from a list of images is not supported! Set `do_sample_frames=False`"
+                raise ValueError(f"{text}, or say how with `num_frames`.")
             call = self._default_sampling(options)
         chosen = call | options
         if "num_frames" in chosen:

@@ -109,9 +109,6 @@ MAX_FP8_QUERIES = 32
 NOBODY = (0, 0)  # tokens of text that read a video which only other ranks wait for
 
 
-# --- the video: V_0 -> Mamba-2 -> V_1 -> ..., and what the text reads of each -----------------------------------------
-
-
 class VambaVideoLevel(nn.Module):
     """Keys and values of V_l, and the Mamba-2 block that makes V_{l+1} of it; the last level has none."""
 
@@ -234,9 +231,6 @@ class VideoInCells:
 def _joined(blocks: list[tuple[Tensor, Tensor]], length: int) -> list[Tensor]:
     """Keys and values of all blocks, without what fills the last one up."""
     return [torch.cat(parts, 2)[:, :, :length] for parts in zip(*blocks)]
-
-
-# --- the text: T_0 -> layer -> T_1 -> ..., each layer reading its level of the video ----------------------------------
 
 
 class VambaCrossAttention(Qwen2VLAttention):
@@ -560,9 +554,6 @@ def _offloading_saved(
         for t in level[:2]
     ]
     return offload_saved(*moved) if moved else contextlib.nullcontext()
-
-
-# --- both -------------------------------------------------------------------------------------------------------------
 
 
 @auto_docstring

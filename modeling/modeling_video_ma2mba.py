@@ -174,8 +174,6 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         self.language_model = VideoMa2mbaTextModel._from_config(config.text_config)
         self.post_init()
 
-    # --- media ------------------------------------------------------------------------------------------------------
-
     @can_return_tuple
     @auto_docstring
     def get_video_features(
@@ -245,8 +243,6 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         """Those whose weights a memory's states depend on."""
         text = self.language_model
         return [self.visual, self.projector, text.embed_tokens, *text.layers]
-
-    # --- the stream ---------------------------------------------------------------------------------------------------
 
     def read(
         self,

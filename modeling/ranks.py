@@ -54,6 +54,3 @@ def agree_on_calls(module: nn.Module, passes: list[int], device: torch.device) -
     elif not any(passes) and _trains_beside_others(module):
         passes = [1, *passes[1:]]
     return passes
-
-
-__all__ = ["agree_on_calls", "calls_are_shared", "largest_of_ranks", "weights_are_sharded"]

@@ -73,8 +73,6 @@ class StateMemory(Cache):
     def states(self, states: list[Mamba2State | None]) -> None:
         self.layers = states
 
-    # --- what was seen ----------------------------------------------------------------------------------------------
-
     @property
     def batch_size(self) -> int:
         """Rows; -1 before the first token."""
@@ -168,8 +166,6 @@ class StateMemory(Cache):
         if self.batch_size not in (-1, batch_size):
             raise ValueError(f"The memory has {self.batch_size} rows and the text {batch_size}; they must be equal.")
 
-    # --- copies -----------------------------------------------------------------------------------------------------
-
     def fork(self) -> "StateMemory":
         """An independent continuation, which may be extended without touching this memory or other forks."""
         fork = object.__new__(type(self))
@@ -190,8 +186,6 @@ class StateMemory(Cache):
         self.is_written_into = False
         if self.text_tokens_B is not None:
             self.text_tokens_B = function(self.text_tokens_B)
-
-    # --- rows and positions, as `generate` handles them ---------------------------------------------------------------
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -264,8 +258,6 @@ class StateMemory(Cache):
         state = None if self.states[0] is None else self.states[0].ssm_BHPK
         return describe("StateMemory", self, state, frames=sum(t for row in self.media for _, t, _, _ in row))
 
-    # --- files ------------------------------------------------------------------------------------------------------
-
     def save(self, path: str | os.PathLike) -> None:
         """Writes states and counts to one safetensors file; an interrupted write leaves an older file intact."""
         tensors = {} if self.text_tokens_B is None else {"text_tokens": self.text_tokens_B}
@@ -293,6 +285,3 @@ class StateMemory(Cache):
             if f"state.{index}.ssm" in tensors:
                 memory.states[index] = Mamba2State(tensors[f"state.{index}.conv"], tensors[f"state.{index}.ssm"])
         return memory
-
-
-__all__ = ["StateMemory"]

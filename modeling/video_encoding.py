@@ -198,6 +198,3 @@ class VideoEncodingMixin:
             )
         images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in ("image", "video"))
         return assign_media(images, videos, starts_BN, types_BN)
-
-
-__all__ = ["VideoEncodingMixin"]

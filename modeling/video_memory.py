@@ -265,8 +265,6 @@ class VideoMemory(Cache):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_fetched": {}}
 
-    # --- the text: what transformers asks of a cache, of the cache that holds the text -------------------------------
-
     @property
     def layers(self) -> list:
         return self.text.layers
@@ -277,8 +275,6 @@ class VideoMemory(Cache):
 
     def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return self.text.update(*args, **kwargs)
-
-    # --- the video -------------------------------------------------------------------------------------------------
 
     @property
     def video_length(self) -> int:
@@ -441,8 +437,6 @@ class VideoMemory(Cache):
                 reads.append(VideoRead(TextSlice((start, stop), tokens), row, valid))
         return reads
 
-    # --- copies ----------------------------------------------------------------------------------------------------
-
     def fork(self, max_cache_len: int | None = None) -> "VideoMemory":
         """An independent continuation: text and video may be extended without touching this memory or other forks.
 
@@ -480,8 +474,6 @@ class VideoMemory(Cache):
             if device is not None:
                 store.map(lambda level: level.map(self._place))
         return self
-
-    # --- rows of text ----------------------------------------------------------------------------------------------
 
     @property
     def _rows(self) -> list[int]:
@@ -564,8 +556,6 @@ class VideoMemory(Cache):
         return describe(
             "VideoMemory", self, keys, frames=sum(t * per_item[kind] for row in self.media for kind, t, _, _ in row)
         )
-
-    # --- files -----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes video, states and text to one safetensors file; an interrupted write leaves an older file intact."""

@@ -352,9 +352,6 @@ class VideoHeadMixin:
         return {"logits": logits, "loss": loss}
 
 
-# --- positions of text ------------------------------------------------------------------------------------------------
-
-
 def text_position_ids(
     position_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor, past_length: int
 ) -> Tensor:
@@ -384,9 +381,6 @@ def varlen_kwargs(lengths: list[int], device: torch.device) -> dict[str, Tensor 
     return dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts) | dict.fromkeys(
         ("max_length_q", "max_length_k"), max(lengths)
     )
-
-
-# --- loss -------------------------------------------------------------------------------------------------------------
 
 
 def chunked_causal_lm_loss(

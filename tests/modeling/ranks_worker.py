@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import vamba.demo  # noqa: F401  before tests/vamba, a folder of the same name, is on the path
+
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import tiny_vamba  # noqa: E402

@@ -228,14 +228,14 @@ class VambaProcessor(Qwen2VLProcessor):
         return self._process_one_by_one(self._process_image, images, kwargs)
 
     def _process_image(self, item: dict, **kwargs) -> BatchFeature:
-        image = self._fetch_image(item["image"])
+        image = self.fetch_image(item["image"])
         kwargs["size"] = _size(self.image_processor, kwargs, item)
         if item.keys() & {"resized_height", "resized_width"}:
             height, width = _explicit_size(item, _factor(self.image_processor, kwargs))
             image, kwargs["do_resize"] = to_pil_image(image).convert("RGB").resize((width, height)), False
         return self.image_processor([image], **kwargs)
 
-    def _fetch_image(self, source):
+    def fetch_image(self, source):
         """Fetches what transformers does (strings, images in memory), and also `pathlib` paths, bytes and files."""
         if hasattr(source, "__fspath__"):
             source = os.fspath(source)

@@ -37,10 +37,10 @@ class Collator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         samples = [example if "input_ids" in example else self.encoder(example) for example in examples]
-        return pack(samples) if self.packing else pad(samples, self._padding())
-
-    def _padding(self) -> int:
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        if self.packing:
+            return pack(samples)
+        padding = self.tokenizer.pad_token_id
+        return pad(samples, self.tokenizer.eos_token_id if padding is None else padding)
 
 
 def pad(samples: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:

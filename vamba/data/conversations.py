@@ -15,8 +15,7 @@ from typing import Any
 from vamba.errors import UserError
 
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-ROLES["tool"] = "tool"
+ROLES = {"human": "user", "gpt": "assistant"} | {name: name for name in ("user", "assistant", "system", "tool")}
 MEDIA_KINDS = ("video", "image")
 _SOURCE_KEYS = ("{}", "bytes", "{}_url", "url", "path", "base64")  # of an image or a video, the first that is given
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", re.IGNORECASE)
@@ -112,7 +111,7 @@ def _role(name: Any) -> str:
 def _place_media(messages: list[dict], example: Mapping) -> None:
     """Gives the items without a source the example's own `video(s)` and `image(s)`, in order."""
     given = {kind: _listed(example.get(kind)) or _listed(example.get(f"{kind}s")) for kind in MEDIA_KINDS}
-    empty = [block for block in media_blocks(messages) if _source_key(block) is None]
+    empty = [block for block in media_blocks(messages) if _take_source({**block})[0] is None]
     if given["video"] and not given["image"]:  # LLaVA-Video writes <image>
         for block in empty:
             block["type"] = "video"
@@ -134,16 +133,10 @@ def _is_given(value: Any) -> bool:
     return value is not None and not (isinstance(value, str) and not value)
 
 
-def _source_key(block: dict) -> str | None:
-    keys = [key.format(block["type"]) for key in _SOURCE_KEYS]
-    return next((key for key in keys if _is_given(block.get(key))), None)
-
-
 def _take_source(block: dict) -> tuple[str | None, Any]:
     """Removes all that names the source of a media item; the key that counts, and what was there."""
-    key = _source_key(block)
-    taken = [block.pop(name.format(block["type"]), None) for name in _SOURCE_KEYS]
-    return key, next((source for source in taken if _is_given(source)), None)
+    taken = {key: block.pop(key.format(block["type"]), None) for key in _SOURCE_KEYS}
+    return next(((key, source) for key, source in taken.items() if _is_given(source)), (None, None))
 
 
 def _resolve(block: dict, media_root: str | os.PathLike | None) -> None:

@@ -180,18 +180,12 @@ class ConversationEncoder:
         """A copy of an item, an image with what the processor is to see, as errors of any kind come of broken ones."""
         if block["type"] != "image":
             return dict(block)
-        from PIL import Image, ImageOps
-
-        source, stored = block["image"], _image_file(block["image"])
+        source = block["image"]
         with _told_of_images(source):
-            if stored is not None:
-                with Image.open(stored) as image:
-                    source = ImageOps.exif_transpose(image).convert("RGB")
-            elif isinstance(source, str):
-                source = self.processor.image_processor.fetch_images(source)
-            elif hasattr(source, "load"):
-                source.load()
-        return block | {"image": source}
+            image = self.processor.fetch_image(_image_file(source) or source)
+            if hasattr(image, "load"):
+                image.load()
+        return block | {"image": image}
 
     def _clip(self, block: dict) -> _Clip:
         """How many frames of what size a video has, as it would be sampled without a budget."""
@@ -245,21 +239,19 @@ def _image_size(source: Any) -> tuple[int, int] | None:
     which is all the same here. None of what only the processor can get, at a URL."""
     from PIL import Image
 
-    stored = _image_file(source)
-    if stored is None and isinstance(source, str):
-        return None
     with _told_of_images(source):
-        if stored is not None:
+        if (stored := _image_file(source)) is not None:
             with Image.open(stored) as image:
                 return image.size
+        if isinstance(source, str):
+            return None
         return source.size if isinstance(source, Image.Image) else get_image_size(source)
 
 
 def _image_file(source: Any) -> Any:
     """What PIL opens of an image that is stored: a path, or bytes as a file; None for one in memory or at a URL."""
     if isinstance(source, str) and source.startswith("data:"):
-        with _told_of_images(source):
-            source = base64.b64decode(source.partition(",")[2])
+        source = base64.b64decode(source.partition(",")[2])
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
     if isinstance(source, str):

@@ -55,10 +55,10 @@ def template_options(processor: ProcessorMixin, messages: list[dict]) -> dict:
     return {"chat_template": _SPOKEN_PARTS, "parts": spoken_parts(processor, messages)}
 
 
+@refusals()
 def spoken_parts(processor: ProcessorMixin, messages: list[dict]) -> list[tuple[bool, str]]:
     """The rendered conversation in parts, (whether the assistant speaks, text)."""
-    with refusals():
-        whole = processor.apply_chat_template(messages, tokenize=False)
+    whole = processor.apply_chat_template(messages, tokenize=False)
     parts, done = [], 0
     for index, turn in enumerate(messages):
         if turn["role"] != "assistant":
@@ -74,8 +74,7 @@ def spoken_parts(processor: ProcessorMixin, messages: list[dict]) -> list[tuple[
 
 
 def _prefix(processor: ProcessorMixin, messages: list[dict], whole: str, add_generation_prompt: bool) -> str:
-    with refusals():
-        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     if not whole.startswith(text):
         raise ExampleError(
             "the chat template renders a turn differently once others follow, so the assistant's words cannot be told "

@@ -57,7 +57,7 @@ class About:
     window: int
     batch: int
     skipped: list[str] = field(default_factory=list)
-    sizes: list["SampleSize"] = field(default_factory=list)
+    sizes: list[SampleSize] = field(default_factory=list)
     error: str | None = None
 
 
@@ -108,8 +108,7 @@ class TrainingStream(IterableDataset):
     def loader(self, num_workers: int = 0, **options: Any) -> DataLoader:
         """A DataLoader of this stream's batches as they are; it draws nothing from the global random numbers, which a
         resumed run has put back where they were."""
-        fixed = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator()}
-        return DataLoader(self, num_workers=num_workers, **fixed, **options)
+        return DataLoader(self, batch_size=None, num_workers=num_workers, generator=torch.Generator(), **options)
 
     def batches_per_epoch(self, shards: int = 1) -> float:
         """Of all shards together: counted if that takes few draws, else estimated from that many."""
@@ -243,7 +242,3 @@ def check_layout(position: dict, workers: int, stream: TrainingStream) -> None:
             "The checkpoint's place is one in other data: the recipe's data, batch size or seeds have changed since. "
             "Resume with the recipe it was started with, or start anew from that checkpoint's weights."
         )
-
-
-def _unchanged(batch: dict) -> dict:
-    return batch

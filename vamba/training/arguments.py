@@ -156,7 +156,7 @@ class VambaTrainingArguments(TrainingArguments):
     def set_up(self) -> None:
         """What `TrainingArguments` does when it is made, and what follows from how many processes there are."""
         if not self.dataloader_num_workers:
-            self.dataloader_prefetch_factor = None  # without workers nothing is fetched ahead
+            self.dataloader_prefetch_factor = self.dataloader_multiprocessing_context = None  # which are of workers
         self.push_to_hub, self.hub_token = False, None  # `finetune` uploads once, with code and card
         if self.multi_axis_checkpointing:  # of the layers outside the cells, which is the text's
             self.activation_checkpointing = True

@@ -19,38 +19,21 @@ from vamba.data.stream import EXAMPLE_ERRORS, raise_fault
 
 from .agreement import agreed
 from .arguments import DataArguments, Recipe, RecipeError, VambaTrainingArguments
-from .saving import read_position
+from .checkpoints import read_position
 
 
 PROBED = 16  # examples of a source that are tried before it is given up
 logger = logging.get_logger(__name__)
 
 
-def make_encoder(recipe: Recipe, config: PreTrainedConfig, processor) -> ConversationEncoder:
-    """Examples to inputs of the model, within the recipe's limits."""
-    data = recipe.data
-    least = tokens_of_pixels(processor.video_processor, data.min_pixels)
-    if data.max_video_tokens is not None and data.max_video_tokens < least:
-        raise RecipeError(
-            f"max_video_tokens is {data.max_video_tokens}; accepted: at least {least}, two frames of the least size "
-            "(min_pixels)"
-        )
-    dtype = str(config.dtype).split(".")[-1] if recipe.model.dtype == "auto" else recipe.model.dtype
-    names = ("fps", "max_frames", "min_pixels", "max_pixels", "max_video_tokens", "max_length")
-    return ConversationEncoder(
-        processor,
-        **{name: getattr(data, name) for name in names},
-        pixel_dtype=torch.bfloat16 if dtype == "bfloat16" and recipe.training.bf16 else None,
-    )
-
-
-def open_data(recipe: Recipe, encoder: ConversationEncoder, checkpoint: Path | None) -> TrainingStream:
+def open_data(recipe: Recipe, config: PreTrainedConfig, processor, checkpoint: Path | None) -> TrainingStream:
     """The batches from where `checkpoint` was saved; `max_steps` of the arguments are known then.
 
     Raises:
-        RecipeError: a source cannot be opened or used, or `checkpoint` was saved in other data.
+        RecipeError: a budget is impossible, a source cannot be opened or used, or `checkpoint` was saved in other data.
     """
     data, arguments = recipe.data, recipe.training
+    encoder = _make_encoder(recipe, config, processor)
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     mixture = agreed(lambda: _open_sources(data, seed))
     fingerprints = agreed(lambda: [source.fingerprint for source in mixture.sources], decided_by_main=True)
@@ -77,6 +60,24 @@ def open_data(recipe: Recipe, encoder: ConversationEncoder, checkpoint: Path | N
         agreed(lambda: check_layout(position, max(1, arguments.dataloader_num_workers), stream))
     arguments.max_steps = agreed(lambda: _count_steps(data, arguments, stream), decided_by_main=True)
     return stream
+
+
+def _make_encoder(recipe: Recipe, config: PreTrainedConfig, processor) -> ConversationEncoder:
+    """Examples to inputs of the model, within the recipe's limits."""
+    data = recipe.data
+    least = tokens_of_pixels(processor.video_processor, data.min_pixels)
+    if data.max_video_tokens is not None and data.max_video_tokens < least:
+        raise RecipeError(
+            f"max_video_tokens is {data.max_video_tokens}; accepted: at least {least}, two frames of the least size "
+            "(min_pixels)"
+        )
+    dtype = str(config.dtype).split(".")[-1] if recipe.model.dtype == "auto" else recipe.model.dtype
+    names = ("fps", "max_frames", "min_pixels", "max_pixels", "max_video_tokens", "max_length")
+    return ConversationEncoder(
+        processor,
+        **{name: getattr(data, name) for name in names},
+        pixel_dtype=torch.bfloat16 if dtype == "bfloat16" and recipe.training.bf16 else None,
+    )
 
 
 def _open_sources(data: DataArguments, seed: int) -> Mixture:

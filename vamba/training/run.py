@@ -15,11 +15,12 @@ from vamba.data import TrainingStream
 
 from .agreement import agreed, ending_together
 from .arguments import Recipe, load_recipe
-from .data import make_encoder, open_data
+from .checkpoints import FINAL, find_checkpoint, finished_state
+from .data import open_data
 from .distillation import Distillation
 from .flops import FlopsModel
 from .model import check_model, load_model, load_teacher
-from .saving import FINAL, find_checkpoint, finished_state, save, upload
+from .saving import save, upload
 from .trainer import VambaTrainer
 
 
@@ -82,11 +83,10 @@ def prepare(recipe: Recipe, resume: bool = False) -> Prepared:
         RecipeError: with the key and what is accepted. OSError: a file that cannot be read.
     """
     config, processor = check_model(recipe)
-    encoder = make_encoder(recipe, config, processor)
     flops = FlopsModel(config)  # before the set-up, after which ZeRO-3 shares out the weights of every new model
     recipe.training.set_up()
     checkpoint = agreed(lambda: find_checkpoint(recipe.training.output_dir, resume), decided_by_main=True)
-    stream = open_data(recipe, encoder, checkpoint)
+    stream = open_data(recipe, config, processor, checkpoint)
     return Prepared(recipe, config, processor, stream, checkpoint, flops)
 
 

@@ -28,9 +28,9 @@ from vamba.data import ABOUT, About, ExampleError, Position, TrainingStream
 from vamba.errors import DiskFullError, UserError, is_disk_full
 from vamba.files import publish
 
+from .checkpoints import POSITION_FILE, STAGING
 from .distillation import Distillation
 from .flops import FlopsModel, peak_flops
-from .saving import POSITION_FILE, STAGING
 
 
 logger = logging.get_logger(__name__)
@@ -90,15 +90,13 @@ class VambaTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         arguments = self.args
-        workers = {}
-        if arguments.dataloader_num_workers:
-            workers = {
-                "prefetch_factor": arguments.dataloader_prefetch_factor,
-                "multiprocessing_context": arguments.dataloader_multiprocessing_context,
-                "worker_init_fn": _outlive_sigterm,
-            }
-        pin = arguments.dataloader_pin_memory and arguments.device.type == "cuda"
-        return self.stream.loader(arguments.dataloader_num_workers, pin_memory=pin, **workers)
+        return self.stream.loader(
+            arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory and arguments.device.type == "cuda",
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
+            worker_init_fn=_outlive_sigterm,
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches = [next(epoch_iterator) for _ in range(num_batches)]

@@ -17,7 +17,7 @@ from vamba.cli import main
 from vamba.demo.tiny_checkpoints import tiny_neox_tokenizer
 from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
 from vamba.training import VambaTrainer, finetune, load_recipe
-from vamba.training.saving import last_checkpoint
+from vamba.training.checkpoints import last_checkpoint
 
 from tiny_video_ma2mba import tiny_config
 from training_data import free_port, recipe_values, run, start, weights

@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.cli import main
 from vamba.training import load_recipe, make_trainer, prepare, save
-from vamba.training.saving import last_checkpoint
 
 from training_data import run, weights
 
@@ -81,15 +80,6 @@ def test_what_is_trained_is_kept_whatever_goes_wrong_after(values, checkpoint, t
     shutil.rmtree(final)
     with pytest.raises(ValueError, match="which holds final.unfinished, a trained model"):
         run(values)
-
-
-def test_incomplete_checkpoints_are_passed_over(tmp_path):
-    for name, files in {"checkpoint-3": 2, "checkpoint-10": 1, "checkpoint-x": 2, ".saving/checkpoint-12": 2}.items():
-        (tmp_path / name).mkdir(parents=True)
-        for file in ("trainer_state.json", "data_position_0.json")[:files]:
-            (tmp_path / name / file).write_text("{}")
-    assert last_checkpoint(tmp_path).name == "checkpoint-3"
-    assert last_checkpoint(tmp_path / "checkpoint-3") is None
 
 
 def test_push_to_hub_uploads_all_of_it(values, checkpoint, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ output V_L is never read), so we do not have it; and the cross-attention of a Va
 of the self-attention (arXiv 2503.11579, section 4).
 """
 
-import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from vamba.errors import UserError
-from vamba.modeling.configuration_vamba import VambaConfig
+from vamba.modeling.configuration_vamba import EARLIER_KEYS, VambaConfig
 from vamba.modeling.mamba2 import Mamba2Block
 
 from .companions import copy_companions, set_generation_flag
@@ -76,8 +75,7 @@ TO_EARLIER: Table = (
 
 def is_earlier_format(keys: Iterable[str]) -> bool:
     """Whether the tensors of a Vamba checkpoint, or of an adapter of one, have the names of the earlier format."""
-    pattern = re.compile(r"language_model\.layers\.\d+\.cross_attn\.[kv]_proj\.|video_encoder\.layers\.\d+\.")
-    return any(map(pattern.search, keys))
+    return any(map(EARLIER_KEYS.search, keys))
 
 
 def prepare(kind: str, source: Path, to: str | None, mamba_config: dict | None) -> Conversion:

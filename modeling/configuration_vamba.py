@@ -5,6 +5,7 @@ that of any Qwen2-VL-style tower in transformers, chosen by its `model_type`; `t
 switches for the cross-attention; `mamba_config` sizes the Mamba-2 blocks.
 """
 
+import re
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -22,6 +23,8 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_vamba.VambaForConditionalGeneration",
     "AutoProcessor": "processing_vamba.VambaProcessor",
 }
+# Tensors of checkpoints from before November 2026, when the decoder layers held the keys' and values' projections.
+EARLIER_KEYS = re.compile(r"language_model\.layers\.\d+\.cross_attn\.[kv]_proj\.|video_encoder\.layers\.\d+\.")
 
 
 @strict

@@ -9,7 +9,6 @@ Shapes: B batch, M video tokens, N text tokens, S video tokens of one chunk, D h
 """
 
 import contextlib
-import re
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -39,7 +38,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_vamba import VambaConfig, VambaTextConfig
+from .configuration_vamba import EARLIER_KEYS, VambaConfig, VambaTextConfig
 from .generation import VambaGenerationMixin
 from .kernels import can_use_inference_kernel, has_hooks, is_plain, overwritable
 from .kernels_attention import can_split_keys, reads_fp8, split_key_attention
@@ -94,8 +93,7 @@ class VambaPreTrainedModel(MultiAxisCheckpointingMixin, PreTrainedModel):
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        earlier = re.compile(r"cross_attn\.[kv]_proj\.|video_encoder\.layers\.")
-        if any(map(earlier.search, loading_info.unexpected_keys)):
+        if any(map(EARLIER_KEYS.search, loading_info.unexpected_keys)):
             raise ValueError(
                 "This checkpoint is in Vamba's earlier format, with the video's keys and values in the decoder layers: "
                 "bring it into the present one with `vamba convert OLD NEW`."
@@ -203,7 +201,7 @@ class VambaVideoEncoder(VambaPreTrainedModel):
                 index, vision_BSD, state, lengths_B, *(position_embeddings or ())
             )
             memory.append(index, *keys_values)
-            memory.states[:] = states[:-1]
+        memory.states[:] = states[:-1]
         return memory
 
     def _cells(self, step, states, vision_BSD, lengths_B, position_embeddings) -> LazyLevels:
@@ -614,10 +612,7 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
             Read the video without positions although `cross_attn_use_position_embeddings` is set; see
             `VambaForConditionalGeneration.prepare_inputs_for_generation`.
         """
-        if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = self.embedded(input_ids, inputs_embeds)
         B, N, _ = inputs_embeds.shape
         memory = VideoMemory.of(past_key_values, self.config.text_config)
         pixels = {"image": pixel_values, "video": pixel_values_videos}
@@ -639,7 +634,8 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
             given = any(given is not None for given in (*pixels.values(), *grids.values()))
             rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids) if given else []
             videos, texts = ([(memory, rows)], [None]) if any(rows) else ([], [])
-        self.warn_of_unseen_media(input_ids, bool(videos or memory.video_length or memory.get_seq_length()))
+        if not videos:
+            self.warn_of_unseen_media(input_ids, memory)
         if not videos and N > 1 and memory.video_length:  # not for each token that is decoded
             memory.check(self.config.text_config, B, inputs_embeds.dtype)
             self.check_weights(memory)

@@ -370,10 +370,7 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         read_hidden_states (`tuple` of `torch.FloatTensor`, *optional*):
             Those of the part of a prompt that `generate` has read before; they are put in front.
         """
-        if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = self.embedded(input_ids, inputs_embeds)
         if kwargs.get("output_hidden_states") is None:
             configs = (self.config, self.config.text_config)
             kwargs["output_hidden_states"] = any(config.output_hidden_states for config in configs)
@@ -393,7 +390,7 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         grids = without_seen_grids(pixels, {"image": image_grid_thw, "video": video_grid_thw}, memory.media)
         items = [list_media(kind, pixels[kind], grids[kind]) for kind in pixels]
         if not any(items):
-            self.warn_of_unseen_media(input_ids, bool(memory.video_length or memory.get_seq_length()))
+            self.warn_of_unseen_media(input_ids, memory)
         at_once = torch.is_grad_enabled() or N <= self.pass_frames * self.config.tokens_per_frame
         plain = not any(items) and at_once and not self.shares_calls(N)
         if plain and (N == 1 or unread_BN is None):  # decoding asks nothing of the device

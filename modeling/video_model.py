@@ -48,6 +48,14 @@ class VideoModelMixin:
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = value
 
+    def embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """`inputs_embeds`, or else those of the ids. Raises ValueError where neither is given."""
+        if inputs_embeds is not None:
+            return inputs_embeds
+        if input_ids is None:
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        return self.get_input_embeddings()(input_ids)
+
     def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, N), True at each `<|vision_start|>`; recognised by its embedding where there are no ids."""
         if input_ids is not None:
@@ -90,12 +98,15 @@ class VideoModelMixin:
             self._shares_calls = calls_are_shared(self)
         return self._shares_calls
 
-    def warn_of_unseen_media(self, input_ids: Tensor | None, seen: bool) -> None:
-        """Where text has marks of media and nothing was seen: others' collators leave media out and keep the marks.
+    def warn_of_unseen_media(self, input_ids: Tensor | None, memory: Cache) -> None:
+        """Where text comes with marks of media but without media, which its memory has not seen before either: others'
+        collators leave media out and keep the marks.
 
-        Single tokens, as in decoding, are not looked at, as that would wait for the device.
+        Single tokens, as in decoding, are not looked at, nor is their memory: either would wait for the device.
         """
-        if seen or input_ids is None or input_ids.shape[1] < 2 or input_ids.is_meta or torch.compiler.is_compiling():
+        if input_ids is None or input_ids.shape[1] < 2 or input_ids.is_meta or torch.compiler.is_compiling():
+            return
+        if memory.video_length or memory.get_seq_length():
             return
         starts, ends = (input_ids == getattr(self.config, f"vision_{side}_token_id") for side in ("start", "end"))
         if (starts[:, :-1] & ends[:, 1:]).any():
@@ -209,11 +220,13 @@ class VideoModelMixin:
 
     def black_passes(self, count: int) -> Tensor | None:
         """Zero, after so many passes of the smallest frame, in black, through the tower; None for none."""
+        if count <= 0:
+            return None
         vision, side = self.config.vision_config, self.smallest_side
         numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         black = torch.zeros(side**2, numbers, device=self.visual.device, dtype=self.visual.dtype)
         grid = torch.tensor([[1, side, side]])
-        return sum(0 * self._tower_pass(black, grid)[0].sum() for _ in range(count)) if count > 0 else None
+        return sum(0 * self._tower_pass(black, grid)[0].sum() for _ in range(count))
 
     def _tower_passes(self, items: list[MediaItem], parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Patches and grid, on the CPU, of what the tower takes at once; `parts` are the items' patches in order.

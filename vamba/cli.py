@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 
-from .errors import UserError, VideoReadError
+from .errors import UserError
 
 
 # name -> (what it does, its module): `add_arguments(parser)`, and `run(args)`, which returns the exit code or None.
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             raise
         line = " ".join(str(error).split())
-        if isinstance(error, (UserError, VideoReadError)):
+        if isinstance(error, UserError):
             print(f"vamba: {line}", file=sys.stderr)
             return 2
         print(f"vamba: {type(error).__name__}: {line} (a fault; the traceback is in {_log(error)})", file=sys.stderr)

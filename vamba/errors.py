@@ -15,7 +15,7 @@ class UserError(ValueError):
     """What was asked for cannot be done: one line that names the value and the remedy. A fault is anything else."""
 
 
-class VideoReadError(ValueError):
+class VideoReadError(UserError):
     """A video that cannot be read, or not as asked: one line that names the source, the value and the remedy."""
 
 

@@ -161,3 +161,19 @@ def test_marks_of_media_that_are_not_given_are_warned_of(kind, monkeypatch):
     assert len(told) == 1 and "<|vision_start|><|vision_end|>, but neither images" in told[0]
     model.eval().generate(ids, **options)
     assert len(told) == 2
+
+
+@pytest.mark.parametrize("tiny", [tiny_vamba, tiny_video_ma2mba], ids=["vamba", "video_ma2mba"])
+def test_a_single_token_asks_nothing_of_its_memory(tiny):
+    """A static cache keeps its length on the GPU, so a CUDA graph of text alone could not be recorded otherwise."""
+
+    class OnTheDevice:
+        video_length = 0
+
+        def get_seq_length(self):
+            raise AssertionError("waits for the device")
+
+    model = tiny.tiny_model().model
+    model.warn_of_unseen_media(tiny.prompt(1), OnTheDevice())
+    with pytest.raises(AssertionError, match="waits"):
+        model.warn_of_unseen_media(tiny.prompt(2), OnTheDevice())

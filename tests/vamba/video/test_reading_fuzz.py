@@ -19,18 +19,13 @@ from pathlib import Path
 
 import pytest
 
+from encoded_videos import FORMATS
+
 
 FILES_PER_FORMAT = 180
 SECONDS_PER_FILE = 10.0
 RSS_GROWTH = 150 * 2**20
-CASES = {
-    "mp4": ("mp4", "libx264", "yuv420p"),
-    "mkv": ("matroska", "libx264", "yuv420p"),
-    "avi": ("avi", "mpeg4", "yuv420p"),
-    "gif": ("gif", "gif", "rgb8"),
-    "webm": ("webm", "libvpx", "yuv420p"),
-    "ts": ("mpegts", "libx264", "yuv420p"),
-}
+CASES = {kind: FORMATS[kind] for kind in ("mp4", "mkv", "avi", "gif", "webm", "ts")}
 READS = (
     {"fps": 1000.0},
     {"num_frames": 3},

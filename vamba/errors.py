@@ -17,7 +17,7 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         said = super().__str__()
-        return said if len(said) <= LONGEST else f"{said[: LONGEST - 300]} … {said[-290:]}"  # a value may have megabytes
+        return said if len(said) <= LONGEST else f"{said[: LONGEST - 300]} … {said[-290:]}"  # of megabytes
 
 
 class VideoReadError(UserError):

@@ -336,7 +336,7 @@ def models(rng: random.Random, materials: Path, folder: Path) -> Callable:
     for _ in range(rng.choice((1, 1, 2))):
         key = rng.choice(sorted(inputs))
         tensor = inputs[key]
-        shapes = [tensor[:0], tensor[:, :0], tensor[:1, :1], tensor[None], tensor.float(), tensor.flatten(), -tensor]
+        shapes = [tensor[:0], tensor[:, :0], tensor[:1, :1], tensor[None], tensor.float(), tensor.flatten(), tensor - 1000 * tensor]
         shapes += [torch.cat([tensor, tensor]), torch.zeros_like(tensor), tensor * 10**6, tensor.bool(), None]
         inputs[key] = rng.choice(shapes)
     if rng.random() < 0.5:

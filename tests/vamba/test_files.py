@@ -104,7 +104,7 @@ def test_killed_before_any_file_operation(tmp_path, exchange):
 
 def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
     with staged_folder(tmp_path / "a") as folder:
-        with pytest.raises(OccupiedPathError, match=r"a.partial is being written by another process"):
+        with pytest.raises(UserError, match=r"a.partial is being written by another process"):
             with staged_folder(tmp_path / "a"):
                 pass
         assert folder.is_dir()

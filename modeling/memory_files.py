@@ -247,7 +247,7 @@ def whole_memory(path: str | os.PathLike) -> Iterator[None]:
 def check_header(header: dict[str, Any], rows: int | None) -> None:
     """Raises ValueError for values of a header that no memory has; `rows` is how many its tensors have."""
     media, seconds, made_by = header["media"], header["seconds"], header["made_by"]
-    require("layers", header["layers"], _is_count(header["layers"]) and 1 <= header["layers"] <= 10_000)
+    require("layers", header["layers"], is_count(header["layers"]) and 1 <= header["layers"] <= 10_000)
     fits = isinstance(media, list) and len(media) in ((0,) if rows is None else (0, rows))
     require("media", media, fits and all(isinstance(row, list) and all(map(_is_item, row)) for row in media))
     is_time = type(seconds) in (int, float) and math.isfinite(seconds) and seconds >= 0
@@ -272,14 +272,15 @@ def require(name: str, value: Any, condition: bool) -> None:
         raise ValueError(f"{name} is {str(value)[:100]}")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number that something in a memory may have."""
     return type(value) is int and 0 <= value < 2**40
 
 
 def _is_item(item: Any) -> bool:
     """Whether it is `[kind, t, h, w]`."""
     fits = isinstance(item, list) and len(item) == 4 and item[0] in ("image", "video")
-    return fits and all(_is_count(size) and size > 0 for size in item[1:])
+    return fits and all(is_count(size) and size > 0 for size in item[1:])
 
 
 def _is_fingerprint(text: Any) -> bool:

@@ -25,6 +25,7 @@ from .memory_files import (
     check_states,
     checked_device,
     describe,
+    is_count,
     read_memory,
     require,
     whole_memory,
@@ -317,6 +318,6 @@ class StateMemory(Cache):
         is_list = isinstance(flags, list) and len(flags) in (0, rows) and all(isinstance(flag, bool) for flag in flags)
         require("is_open", flags, is_list)
         require("is_ragged", memory.is_ragged, isinstance(memory.is_ragged, bool))
-        require("text_length", memory.text_length, type(memory.text_length) is int and memory.text_length >= 0)
+        require("text_length", memory.text_length, is_count(memory.text_length))
         memory.text_tokens_B = tokens
         return memory

@@ -27,6 +27,7 @@ from .memory_files import (
     check_states,
     checked_device,
     describe,
+    is_count,
     read_memory,
     require,
     whole_memory,
@@ -485,7 +486,7 @@ class VideoMemory(Cache):
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "VideoMemory":
         M = header["video_length"]
-        require("video_length", M, type(M) is int and M >= 0)
+        require("video_length", M, is_count(M))
         video = tensors["video.0.keys"] if M else None
         check_header(header, None if video is None else len(video))
         L = header["layers"]
@@ -516,8 +517,9 @@ class VideoMemory(Cache):
             store.keys_are_rotated = rotated
         rows, patch = header["video_rows"], header["temporal_patch_size"]
         known = range(memory.num_video_rows)
-        require("video_rows", rows, rows is None or all(type(row) is int and row in known for row in rows))
-        require("temporal_patch_size", patch, type(patch) is int and patch >= 1)
+        are_rows = isinstance(rows, list) and rows and all(type(row) is int and row in known for row in rows)
+        require("video_rows", rows, rows is None or are_rows)
+        require("temporal_patch_size", patch, is_count(patch) and patch > 0)
         memory.media, memory.video_rows = header["media"], rows
         for name in _IN_HEADER:
             setattr(memory, name, header[name])

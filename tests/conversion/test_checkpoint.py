@@ -5,7 +5,6 @@ import os
 import shutil
 from types import SimpleNamespace
 
-import kill_points
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ from vamba.conversion.safetensors_io import CheckpointReader
 from vamba.errors import UserError
 from vamba.modeling.configuration_vamba import VambaConfig
 
+import kill_points
 from tiny_checkpoints import tiny_qwen2_vl
 
 

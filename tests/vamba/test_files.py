@@ -5,12 +5,13 @@ import os
 import stat
 import threading
 
-import kill_points
 import pytest
 
 import vamba.files
 from vamba.errors import OccupiedPathError, UserError
 from vamba.files import check_apart, check_destination, check_replaceable, check_space, publish, staged_folder
+
+import kill_points
 
 
 def names(folder):

@@ -82,7 +82,7 @@ def read_memory(
     Raises:
         FileNotFoundError: there is none. ValueError: it is damaged in any byte, or none of the format `kind`.
     """
-    path, device = os.fsdecode(path), checked_device(device)
+    path, device = _text_of(path), checked_device(device)
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no memory at {path!r}.")
     if not os.path.isfile(path):  # a FIFO would be waited for
@@ -114,7 +114,7 @@ def check_memory_path(path: str | os.PathLike) -> str:
 
     A file that is there and is no memory is never replaced.
     """
-    path = os.path.realpath(os.fsdecode(path))
+    path = os.path.realpath(_text_of(path))
     try:
         path.encode()
     except UnicodeEncodeError as error:  # which safetensors could not open again
@@ -126,6 +126,13 @@ def check_memory_path(path: str | os.PathLike) -> str:
     if os.path.lexists(path) and not (os.path.isfile(path) and _begins_as_memory(path)):
         raise FileExistsError(f"{path} exists and is no memory; give the name of a new file for the memory.")
     return path
+
+
+def _text_of(path: str | os.PathLike) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError as error:
+        raise ValueError(f"{path!r} is no path of a file; give the name of one.") from error
 
 
 def _begins_as_memory(path: str) -> bool:

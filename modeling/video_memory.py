@@ -13,6 +13,7 @@ import copy
 import itertools
 import os
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -174,7 +175,7 @@ class VideoMemory(Cache):
         An estimate will do: more can be appended, and what does not fit into the free memory is not set aside.
         Raises ValueError for what is no number of tokens.
         """
-        if not isinstance(tokens, int) or tokens < 0:
+        if not isinstance(tokens, Integral) or tokens < 0:
             raise ValueError(f"reserve({tokens!r}) needs a number of tokens, 0 or more.")
         self.expected_length = tokens
 
@@ -183,7 +184,7 @@ class VideoMemory(Cache):
         if self._levels[layer_idx].parts and not torch.is_autocast_enabled(keys_BHSP.device.type):
             self._check_dtype(keys_BHSP.dtype, "new frames")
         level = self._stored(keys_BHSP, values_BHSP)
-        if layer_idx == 0 and level.length and self.expected_length > self.video_length + level.length:
+        if layer_idx == 0 and self.expected_length and level.length:
             per_token = len(self._levels) * level.nbytes // level.length
             fitting = int(0.85 * free_bytes(level.keys_BHMP.device)) // per_token
             self.expected_length = min(self.expected_length, self.video_length + fitting)
@@ -517,7 +518,7 @@ class VideoMemory(Cache):
             store.keys_are_rotated = rotated
         rows, patch = header["video_rows"], header["temporal_patch_size"]
         known = range(memory.num_video_rows)
-        are_rows = isinstance(rows, list) and rows and all(type(row) is int and row in known for row in rows)
+        are_rows = isinstance(rows, list) and len(rows) > 0 and all(type(row) is int and row in known for row in rows)
         require("video_rows", rows, rows is None or are_rows)
         require("temporal_patch_size", patch, is_count(patch) and patch > 0)
         memory.media, memory.video_rows = header["media"], rows
@@ -590,7 +591,7 @@ def _empty_text_cache(num_layers: int, max_cache_len: int | None) -> Cache:
         cache = DynamicCache()
         cache.layers = [DynamicLayer() for _ in range(num_layers)]
         return cache
-    if not isinstance(max_cache_len, int) or not 1 <= max_cache_len <= MAX_TEXT:
+    if not isinstance(max_cache_len, Integral) or not 1 <= max_cache_len <= MAX_TEXT:
         raise ValueError(f"max_cache_len is {max_cache_len!r}; give the tokens of text to expect, 1 to {MAX_TEXT}.")
     return StaticCache(config=PreTrainedConfig(num_hidden_layers=num_layers), max_cache_len=max_cache_len)
 

@@ -51,6 +51,9 @@ def run(args: argparse.Namespace) -> None:
         try:
             with opening(args.video):
                 watched = chat.memory = kind.load(args.video, device=chat.model.device)
+            if len(watched.media) != 1:
+                raise UserError(f"{args.video} holds {len(watched.media)} rows of videos; a question needs one.")
+            chat.model.model.check_weights(watched)
         except ValueError as error:
             raise UserError(str(error)) from error
     else:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, of the user, or of one file
 
 
 class UserError(ValueError):

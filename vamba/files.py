@@ -126,7 +126,9 @@ def staged_folder(destination: Path, check: Callable[[], None] = lambda: None) -
                     publish(content, destination, check)
             except Exception as error:
                 if is_disk_full(error, partial):
-                    raise DiskFullError(f"The disk of {destination} is full; nothing was left behind.") from error
+                    raise DiskFullError(
+                        f"The disk of {destination} is full ({error}); nothing was left behind."
+                    ) from error
                 raise
     except BaseException:
         for parent in created:  # the innermost comes first

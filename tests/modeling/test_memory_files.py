@@ -195,6 +195,13 @@ def test_names_that_no_file_can_have(tmp_path):
         assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("path", [None, 5, ["m"], "m\0"])
+def test_what_is_no_path(path):
+    for function in (lambda: write_memory(path, "kind.1", {}, {}), lambda: read_memory(path, "kind.1")):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            function()
+
+
 def test_what_is_no_memory_is_never_replaced(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "weights", metadata={"format": "pt"})
     (tmp_path / "video.mp4").write_bytes(b"frames")

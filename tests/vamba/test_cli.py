@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.cli import main
+from vamba.modeling import VideoMemory
 
 
 def test_ask_prints_an_answer_for_each_question(checkpoint, clip, capsys):
@@ -35,6 +37,19 @@ def test_a_saved_memory_is_asked_again(checkpoint, clip, tmp_path, capsys):
     first = capsys.readouterr().out
     assert main(["ask", str(memory), "What happens?", *common]) == 0
     assert capsys.readouterr().out == first
+    whole = memory.read_bytes()
+    memory.write_bytes(whole[:-9] + b"\xff" * 9)  # NaN
+    assert main(["ask", str(memory), "What happens?", *common]) == 2
+    assert "is damaged: its checksum is not that" in capsys.readouterr().err
+    memory.write_bytes(whole)
+    loaded = VideoMemory.load(memory)
+    others = {"made_by": "0" * 16 + "::", "media": []}, {"media": loaded.media * 2}, {"made_by": "0" * 16 + "::"}
+    for changes, message in zip(others, ("holds 0 rows", "damaged|whole", "made with other weights")):
+        vars(changed := loaded.fork()).update(changes)
+        changed.save(memory)
+        assert main(["ask", str(memory), "What happens?", *common]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error) and error.count("\n") == 1
 
 
 def bad_videos(folder, clip):

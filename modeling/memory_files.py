@@ -89,7 +89,7 @@ def read_memory(
         raise ValueError(f"{path!r} is no file, so it holds no memory.")
     again = "Encode the video again, and write a memory with memory.save()."
     try:
-        with safe_open(path, framework="pt") as file, open(path, "rb") as raw:
+        with _opened_twice(path) as (file, raw):
             about = file.metadata() or {}
             if "vamba" not in about:
                 raise ValueError(f"{path!r} holds no memory, not {kind}. {again}")
@@ -107,6 +107,16 @@ def read_memory(
             return {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}, header
     except SafetensorError as error:
         raise ValueError(f"{path!r} is damaged or no safetensors file: {error}. {again}") from error
+
+
+@contextmanager
+def _opened_twice(path: str) -> Iterator[tuple[Any, IO[bytes]]]:
+    """A file for safetensors and for itself; the same one, even where others are saving to `path`."""
+    while True:
+        with open(path, "rb") as raw, safe_open(path, framework="pt") as file:
+            if os.path.samestat(os.fstat(raw.fileno()), os.stat(path)):
+                yield file, raw
+                return
 
 
 def check_memory_path(path: str | os.PathLike) -> str:

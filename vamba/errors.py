@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 LONGEST = 1000  # characters of a message
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, of the user, or of one file
 
 
 class UserError(ValueError):

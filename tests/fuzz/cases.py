@@ -336,8 +336,15 @@ def models(rng: random.Random, materials: Path, folder: Path) -> Callable:
     for _ in range(rng.choice((1, 1, 2))):
         key = rng.choice(sorted(inputs))
         tensor = inputs[key]
-        shapes = [tensor[:0], tensor[:, :0], tensor[:1, :1], tensor[None], tensor.float(), tensor.flatten(), tensor - 1000 * tensor]
-        shapes += [torch.cat([tensor, tensor]), torch.zeros_like(tensor), tensor * 10**6, tensor.bool(), None]
+        shapes = [tensor[:0], tensor[:, :0], tensor[:1, :1], tensor[None], tensor.float(), tensor.flatten()]
+        shapes += [
+            -1000 * tensor.long(),
+            torch.cat([tensor, tensor]),
+            torch.zeros_like(tensor),
+            tensor * 10**6,
+            tensor.bool(),
+            None,
+        ]
         inputs[key] = rng.choice(shapes)
     if rng.random() < 0.5:
         with torch.no_grad():

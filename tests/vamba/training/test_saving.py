@@ -71,13 +71,13 @@ def test_what_is_trained_is_kept_whatever_goes_wrong_after(values, checkpoint, t
     recipe = load_recipe(values | {"max_steps": 1})
     trainer = make_trainer(prepare(recipe))
     trainer.train()
-    (final.with_name("final.replaced")).write_text("")
-    final.mkdir()
+    final.write_text("of the user")
     with pytest.raises(OSError, match=f"the model is trained and its weights are in {kept}, but final could not"):
         save(trainer, recipe)
     expected = trainer.model.state_dict()
     assert all(torch.equal(expected[name], value) for name, value in weights(kept).items())
-    shutil.rmtree(final)
+    assert final.read_text() == "of the user"
+    final.unlink()
     with pytest.raises(ValueError, match="which holds final.unfinished, a trained model"):
         run(values)
 

@@ -164,13 +164,16 @@ def test_images_however_they_are_given(kind, processor, picture, tmp_path):
 
 
 def test_an_image_at_a_url_counts_as_the_largest(processor):
-    """Until the processor has fetched it."""
-    encoder = ConversationEncoder(processor, max_pixels=64 * 64)
+    """Until the processor has fetched it, which only the caller can allow."""
+    encoder = ConversationEncoder(processor, max_pixels=64 * 64, allow_urls=True)
     item = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/a.png"}}
     plan = encoder.plan(example(item))
     assert plan.video_tokens == 16
-    with pytest.raises(ExampleError, match="an image .http://127.0.0.1:9/a.png. cannot be read"):
+    with pytest.raises(ExampleError, match="http://127.0.0.1:9/a.png: cannot be read as an image"):
         encoder.encode(plan)
+    encoder.allow_urls = False
+    with pytest.raises(ExampleError, match="allow_urls"):
+        encoder.plan(example(item))
 
 
 def test_planning_decodes_no_image(processor, picture):
@@ -182,5 +185,5 @@ def test_planning_decodes_no_image(processor, picture):
     for source in (cut, in_memory):
         plan = encoder.plan(example({"type": "image", "image": source}))
         assert plan.video_tokens == tokens(encoder(example({"type": "image", "image": png})))
-        with pytest.raises(ExampleError, match="an image .* cannot be read: "):
+        with pytest.raises(ExampleError, match="cannot be read as an image"):
             encoder.encode(plan)

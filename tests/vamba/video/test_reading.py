@@ -74,7 +74,7 @@ def test_files_that_are_not_video(clip, tmp_path):
         empty: "empty",
         headless: "cannot be opened",
         folder: "no images",
-        tmp_path / "pipe": "neither a file nor a folder",
+        tmp_path / "pipe": "not a regular file",
     }
     for path, message in cases.items():
         with pytest.raises(VideoReadError, match=message) as caught:

@@ -61,7 +61,7 @@ def open_image(source: Any, *, allow_urls: bool = False, over_white: bool = Fals
     Raises:
         ValueError: it is damaged, of an unknown format, no regular file, too large for the memory, or not allowed.
     """
-    with _undecoded(source, allow_urls) as image:
+    with _undecoded(source, allow_urls, verify=True) as image:
         image.load()
         turn = None if hasattr(source, "convert") and not over_white else _TURNS.get(_orientation(image))
         image = image if turn is None else image.transpose(turn)
@@ -85,8 +85,11 @@ def image_of_base64(text: str) -> bytes | None:
 
 
 @contextlib.contextmanager
-def _undecoded(source, allow_urls: bool):
-    """The opened image; whatever Pillow meets a broken one with, here or in the block, becomes a ValueError."""
+def _undecoded(source, allow_urls: bool, verify: bool = False):
+    """The opened image; whatever Pillow meets a broken one with, here or in the block, becomes a ValueError.
+
+    `verify` checks the checksums of a PNG, which Pillow does not do while it decodes.
+    """
     from PIL import Image
 
     try:
@@ -103,6 +106,9 @@ def _undecoded(source, allow_urls: bool):
             area = max(width * height, _tile_area(image))
             needed = area * _BYTES_PER_PIXEL.get(image.format, _OTHER_BYTES_PER_PIXEL) + stored
             check_memory(f"a picture of {width}x{height} pixels", needed, "scale it down")
+            if verify and image.format == "PNG" and image is not source:
+                image.verify()
+                image = Image.open(_Metered(file, 4 * stored + 2**20), formats=known)
             yield image
     except Exception as error:  # OSError, SyntaxError, zlib.error, MemoryError, struct.error and others
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -52,7 +52,7 @@ def check_memory(what: str, needed: int, remedy: str) -> None:
     """Raises ValueError where `needed` bytes are more than the memory for media; `remedy` says how to need less."""
     if needed > (limit := media_memory()):
         raise ValueError(
-            f"{what} would take {needed / 2**30:.2f} GiB of memory and {limit / 2**30:.2f} GiB are allowed; {remedy}, "
+            f"{what} would take {needed / 2**20:,.1f} MiB and {limit / 2**20:,.1f} MiB are allowed; {remedy}, "
             f"or raise {MEMORY_VARIABLE}"
         )
 
@@ -80,8 +80,9 @@ def number(name: str, value: Any) -> int | float | None:
 
 def check_numbers(options: dict) -> None:
     """Raises ValueError where one of the options that are numbers is none, or out of bounds."""
-    for name in _LIMITS.keys() & options.keys():
-        number(name, options[name])
+    for name, value in options.items():
+        if name in _LIMITS:
+            number(name, value)
 
 
 def describe(source: Any) -> str:

@@ -217,6 +217,14 @@ class VambaProcessor(Qwen2VLProcessor):
             data.num_video_tokens = [1] * len(video_sizes)
         return data
 
+    def _merge_kwargs(self, *args, **kwargs) -> dict[str, Any]:
+        from huggingface_hub.errors import StrictDataclassError
+
+        try:
+            return super()._merge_kwargs(*args, **kwargs)
+        except (StrictDataclassError, TypeError) as error:  # a value of another type, an option that it does not know
+            raise ValueError(" ".join(str(error).split())) from error
+
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if images is None and text is None and videos is None:
             raise ValueError(f"You need to provide at least one input to call {self.__class__.__name__}")
@@ -240,9 +248,10 @@ class VambaProcessor(Qwen2VLProcessor):
         """Decodes an image (see `images.open_image`); one in memory stays as it is. Raises ValueError if it cannot."""
         if not (hasattr(source, "shape") and is_valid_image(source)):
             return open_image(source, allow_urls=allow_urls)
-        shape = tuple(source.shape)
-        if len(shape) != 3 or min(shape) == 0 or not {1, 3, 4} & {shape[0], shape[2]}:
-            raise ValueError(f"An array of shape {shape} is no image; give (H, W, 3) or (3, H, W).")
+        shape, kind = tuple(source.shape), source.dtype
+        numeric = isinstance(kind, torch.dtype) or getattr(kind, "kind", "f") in "buif"
+        if len(shape) != 3 or min(shape) == 0 or not {1, 3, 4} & {shape[0], shape[2]} or not numeric:
+            raise ValueError(f"An array of shape {shape} and {kind} is no image; give numbers (H, W, 3) or (3, H, W).")
         return source
 
     def _process_videos(self, videos: list[dict], **kwargs):
@@ -374,6 +383,8 @@ def plain_item(block, *known: str):
                 del block[kind]
                 block |= {key: value for key, value in inner.items() if key != "detail" and value is not None}
             _check_keys(block, kind, "type", *known)
+            if inner is not None and not block.keys() & set(sources):
+                raise ValueError(f"A message's {kind} is {inner!r:.60}, which names no source; give one under 'path'.")
             for source in [block.pop(key) for key in reversed(sources) if key in block]:  # The first of them wins.
                 block[kind] = source
             block = {_ALIASES.get(key, key): value for key, value in block.items()} | {"type": kind}
@@ -403,10 +414,13 @@ def _factor(processor, kwargs: dict) -> int:
 
 def _size(processor, kwargs: dict, options: dict) -> dict[str, int]:
     """Takes the least and greatest area from the item's options, else the call's `kwargs`, else the processor."""
-    size = dict(kwargs.pop("size", processor.size))
+    size = kwargs.pop("size", processor.size)
+    if isinstance(size, (int, list, tuple)):
+        raise ValueError(f"size={size!r:.60} must be a dict of 'shortest_edge' and 'longest_edge'.")
+    size = dict(size)
     for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
         size[edge] = options.get(name, kwargs.pop(name, size.get(edge)))
-    if not size["shortest_edge"] or not size["longest_edge"]:
+    if not size.get("shortest_edge") or not size.get("longest_edge"):
         raise ValueError(f"`size` must contain 'shortest_edge' and 'longest_edge' (least and greatest area): {size}.")
     check_numbers({"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]})
     return size

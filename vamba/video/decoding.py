@@ -14,11 +14,11 @@ from itertools import chain
 from pathlib import Path
 
 import av
-from av.error import FFmpegError
+from av.error import ExitError, FFmpegError
 from av.video.reformatter import VideoReformatter
 
 from vamba.errors import VideoReadError
-from vamba.modeling.media_limits import MAX_AREA, media_memory
+from vamba.modeling.media_limits import MAX_AREA, MEMORY_VARIABLE, media_memory
 
 from .pictures import REFERENCES, ArrayClip, VideoInfo, check_decoding, few_at_once, to_rgb
 from .pyav_versions import frame_duration, is_cover_art, key_frame_index, quarter_turns
@@ -30,6 +30,10 @@ MIN_SKIP = 2.0  # seconds: nearer instants are reached by decoding
 MIN_GAIN = 1.0  # seconds of decoding that a jump must save, where an index tells
 URL_PROTOCOLS = "http,https,httpproxy,tcp,tls,crypto,ftp,rtmp,rtmps,rtmpt,rtp,rtsp,srtp,udp,data"
 URL_TIMEOUT = 30.0
+NO_SIZE = (
+    "its pictures have no size that may be decoded: damaged, or too large; scale the video down or raise "
+    f"{MEMORY_VARIABLE}"
+)
 NO_FRAMES = "not one frame of the video stream could be decoded; the file is damaged"
 
 
@@ -74,6 +78,8 @@ def _open_container(source):
         return av.open(source, options=options | _bounds(), metadata_errors="replace", timeout=timeout)
     except (OSError, ValueError, FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, ExitError):
+            reason = f"no answer in {URL_TIMEOUT:g} seconds"
         raise VideoReadError(
             f"cannot be opened as a video ({reason}); check that it is a complete video file"
         ) from error
@@ -105,6 +111,8 @@ class PyavStream:
             context = self.stream.codec_context
             if context is None:
                 raise VideoReadError("no decoder for its video codec; convert it, for example to H.264")
+            if not (context.width and context.height):  # so FFmpeg leaves it where it refused the size
+                raise VideoReadError(NO_SIZE)
             picture = check_decoding(context.width, context.height, context.format)
             context.thread_type = "AUTO"
             context.thread_count = _threads(self._threads, picture)

@@ -130,7 +130,8 @@ def frames_asked_for(source, options, open_video=read_video):
         height and width.
     """
     options = dict(options)
-    low, high = (number(name, options.pop(name, None)) for name in ("min_frames", "max_frames"))
+    with _naming(describe(source)):
+        low, high = (number(name, options.pop(name, None)) for name in ("min_frames", "max_frames"))
     if "num_frames" in options:
         options.pop("fps", None)
         low = high = None
@@ -268,6 +269,8 @@ def _open_source(source, name, backend, allow_urls, threads, source_fps):
             f"cannot read video from {type(source).__name__}; give a path, bytes, a seekable binary file, "
             "a folder or list of images, or an array"
         )
+    if hasattr(source, "read") and not isinstance(source.read(0), bytes):
+        raise VideoReadError("the file is open in text mode; open it with mode 'rb'")
     if source == b"":
         raise VideoReadError("there are no bytes; the upload or download is incomplete")
     return BACKENDS[backend](name, source, threads)

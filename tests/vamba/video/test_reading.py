@@ -105,6 +105,16 @@ def test_permissions(clip, tmp_path):
         read_video(path)
 
 
+def test_a_file_in_text_mode_and_images_that_are_none(clip, tmp_path):
+    (tmp_path / "text.mp4").write_text("text")
+    with open(tmp_path / "text.mp4") as file, pytest.raises(VideoReadError, match="text mode"):
+        load_video(file)
+    os.mkfifo(tmp_path / "pipe.png")
+    for item in (tmp_path / "pipe.png", "/dev/zero", tmp_path / "text.mp4", "http://127.0.0.1:9/a.png"):
+        with pytest.raises(VideoReadError, match=f"{item}: cannot be read as an image"):
+            load_video([item])
+
+
 def test_a_file_that_cannot_seek_is_refused(clip):
     class Pipe(io.RawIOBase):
         def readable(self):

@@ -42,7 +42,7 @@ IMAGE_SUFFIXES = (
 URL_TIMEOUT, URL_DEADLINE = 10.0, 30.0  # seconds: of each answer of a server, and of all of a download
 # Bytes per pixel while an image is decoded (Pillow keeps 4 for RGB) and brought to its patches.
 _BYTES_PER_PIXEL = {"JPEG2000": 32, "AVIF": 28, "WEBP": 24}
-_OTHER_BYTES_PER_PIXEL = 20
+_OTHER_BYTES_PER_PIXEL = 19
 _EXIF_BYTES = 2**16  # of metadata in which the orientation is looked for; that of a JPEG cannot be longer
 _ORIENTATION, _TURNS = 274, {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # in EXIF: Pillow's transpositions
 
@@ -90,7 +90,7 @@ def _undecoded(source, allow_urls: bool, verify: bool = False):
 
     `verify` checks the checksums of a PNG, which Pillow does not do while it decodes.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with contextlib.ExitStack() as files:
@@ -99,6 +99,7 @@ def _undecoded(source, allow_urls: bool, verify: bool = False):
             else:
                 file, stored = _opened(source, allow_urls)
                 files.enter_context(file)
+                check_memory("reading the file", 4 * stored, "store it smaller")
                 Image.init()
                 known = [name for name in FORMATS if name in Image.OPEN]
                 image = Image.open(_Metered(file, 4 * stored + 2**20), formats=known)
@@ -111,6 +112,8 @@ def _undecoded(source, allow_urls: bool, verify: bool = False):
                 image = Image.open(_Metered(file, 4 * stored + 2**20), formats=known)
             yield image
     except Exception as error:  # OSError, SyntaxError, zlib.error, MemoryError, struct.error and others
+        if isinstance(error, UnidentifiedImageError):
+            error = ValueError(f"it is damaged, or none of {', '.join(FORMATS)}")
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{describe(source)}: cannot be read as an image ({reason:.300})") from error
 

@@ -71,7 +71,7 @@ def test_the_suffixes_are_those_of_the_formats():
 
 
 def test_postscript_is_not_started():
-    with pytest.raises(ValueError, match="cannot identify image file"):
+    with pytest.raises(ValueError, match="damaged, or none of PNG"):
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
 
 
@@ -167,6 +167,14 @@ def test_what_is_no_image_is_a_value_error(source):
         with pytest.raises(ValueError, match="cannot be read as an image") as error:
             read(source)
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_file_longer_than_any_image_is_not_read(tmp_path):
+    """Pillow would read the whole of a WebP, as long as its own header says that it is."""
+    (tmp_path / "a.webp").write_bytes(b"RIFF\xff\xff\xff\x7fWEBPVP8X")
+    os.truncate(tmp_path / "a.webp", 3 << 30)
+    with pytest.raises(ValueError, match="reading the file would take 12,288.0 MiB"):
+        open_image(tmp_path / "a.webp")
 
 
 def test_only_regular_files_are_opened(tmp_path):

@@ -34,6 +34,7 @@ NO_SIZE = (
     "its pictures have no size that may be decoded: damaged, or too large; scale the video down or raise "
     f"{MEMORY_VARIABLE}"
 )
+ANIMATED_WEBP = "FFmpeg reads no animated WebP; convert it, for example to MP4, or give its pictures one by one"
 NO_FRAMES = "not one frame of the video stream could be decoded; the file is damaged"
 
 
@@ -112,7 +113,8 @@ class PyavStream:
             if context is None:
                 raise VideoReadError("no decoder for its video codec; convert it, for example to H.264")
             if not (context.width and context.height):  # so FFmpeg leaves it where it refused the size
-                raise VideoReadError(NO_SIZE)
+                webp = "webp" in self.container.format.name
+                raise VideoReadError(ANIMATED_WEBP if webp else NO_SIZE)
             picture = check_decoding(context.width, context.height, context.format)
             context.thread_type = "AUTO"
             context.thread_count = _threads(self._threads, picture)

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 
 from vamba.video import VideoReadError, load_video, read_video
 
@@ -103,6 +104,14 @@ def test_permissions(clip, tmp_path):
     path.chmod(0)
     with pytest.raises(VideoReadError, match="permission"):
         read_video(path)
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_an_animated_webp_is_refused_with_the_remedy(as_bytes, tmp_path):
+    pictures = [Image.new("RGB", (32, 32), (60 * index,) * 3) for index in range(3)]
+    pictures[0].save(path := tmp_path / "a.webp", save_all=True, append_images=pictures[1:], duration=100)
+    with pytest.raises(VideoReadError, match="animated WebP; convert it"):
+        load_video(path.read_bytes() if as_bytes else path)
 
 
 def test_a_file_in_text_mode_and_images_that_are_none(clip, tmp_path):

@@ -168,8 +168,6 @@ class ConversationEncoder:
     def _image_tokens(self, block: dict) -> int:
         processor = self.processor.image_processor
         factor = processor.patch_size * processor.merge_size
-        if {"resized_height", "resized_width"} <= block.keys():
-            return (block["resized_height"] // factor) * (block["resized_width"] // factor)
         low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
         area = {"min_pixels": block.get("min_pixels", low), "max_pixels": block.get("max_pixels", high)}
         source = block["image"]
@@ -179,7 +177,10 @@ class ConversationEncoder:
         with refusals():
             width, height = get_image_size(source)[::-1] if hasattr(source, "shape") else image_size(source)
         # a picture that is turned has its sides the other way round, which is all the same here
-        height, width = target_size(height, width, factor=factor, **area)
+        asked = {key: int(block[key]) for key in ("resized_height", "resized_width") if key in block}
+        if len(asked) == 1:
+            raise ExampleError("resized_height and resized_width belong together: give both or neither")
+        height, width = target_size(height, width, factor=factor, **area, **asked)
         return (height // factor) * (width // factor)
 
     def _decoded(self, block: dict) -> dict:

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video, is_valid_video_frame, load_video
 
 from .images import IMAGE_SUFFIXES, open_image
-from .media_limits import check_numbers, check_regular_file
+from .media_limits import check_numbers, check_regular_file, number
 
 
 logger = logging.get_logger(__name__)
@@ -422,7 +422,8 @@ def _size(processor, kwargs: dict, options: dict) -> dict[str, int]:
         size[edge] = options.get(name, kwargs.pop(name, size.get(edge)))
     if not size.get("shortest_edge") or not size.get("longest_edge"):
         raise ValueError(f"`size` must contain 'shortest_edge' and 'longest_edge' (least and greatest area): {size}.")
-    check_numbers({"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]})
+    size["shortest_edge"] = int(number("min_pixels", size["shortest_edge"]))
+    size["longest_edge"] = int(min(number("max_pixels", size["longest_edge"]), 2**62))
     return size
 
 

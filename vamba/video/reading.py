@@ -253,8 +253,8 @@ def _chosen(stream, times):
 
 def _open_source(source, name, backend, allow_urls, threads, source_fps):
     """Sort out what `source` is: a clip with `info`, `open()` and `last_time()`."""
-    if backend not in BACKENDS:
-        raise VideoReadError(f"backend={backend!r} is unknown; use 'pyav' or 'torchcodec'")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise VideoReadError(f"backend={backend!r:.40} is unknown; use 'pyav' or 'torchcodec'")
     if isinstance(source, (str, os.PathLike)):
         source = _locate(os.fspath(source), allow_urls)
         if isinstance(source, Path) and source.is_dir():

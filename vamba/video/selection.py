@@ -38,7 +38,7 @@ class SampleTimes:
 
     def at_or_after(self, time):
         """The first instant >= `time`, or None when all are before it. Constant time, however far the jump."""
-        if time > self.start and self.step == 0.0:
+        if time > self.start and self.step < 1e-12:  # as good as one instant
             return None
         index = math.ceil((time - self.start) / self.step) if time > self.start else 0
         if self.count is not None and index >= self.count:

@@ -128,6 +128,7 @@ def test_long_thin_pictures(clip):
         ({"resized_height": 100}, "both or neither"),
         ({"resized_height": 1, "resized_width": 5000}, "aspect ratio"),
         ({"backend": "decord"}, "decord"),
+        ({"backend": ["pyav"]}, "backend"),
     ],
 )
 def test_wrong_arguments_are_named(clip, tmp_path, options, message):
@@ -162,6 +163,10 @@ def test_the_clock_survives_absurd_timestamps():
     assert times == pytest.approx([5.0, 5.1, 5.2, 5.3, 5.4, 5.5, 7.5])
     lasting = PresentationClock(0.1, duration=9000.0)
     assert [lasting.tick(raw) for raw in (0.0, 8000.0)] == [0.0, 8000.0] and lasting.trusted
+
+
+def test_an_end_right_after_the_start(clip):
+    assert indices(clip, num_frames=2, end=5e-324)[0] == [0]
 
 
 def test_numbers_of_numpy_are_numbers(clip):

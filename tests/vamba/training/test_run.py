@@ -23,7 +23,7 @@ from tiny_video_ma2mba import tiny_config
 from training_data import free_port, recipe_values, run, start, weights
 
 
-def test_what_is_trained_can_be_asked(values, dataset, tmp_path, capsys):
+def test_what_is_trained_can_be_asked(values, dataset, tmp_path, capsys, monkeypatch):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     assert main(["finetune", str(path), "--max_steps", "4"]) == 0
@@ -37,9 +37,14 @@ def test_what_is_trained_can_be_asked(values, dataset, tmp_path, capsys):
     assert getattr(model.config, "use_cache", True)
     card = (final / "README.md").read_text()
     assert "Fine-tuned from" in card and "license" not in card and (final / "modeling_vamba.py").is_file()
-    again = load_recipe(final / "recipe.yaml")  # as it was, with the overrides
+    monkeypatch.chdir(tmp_path / "out")
+    again = load_recipe("final/recipe.yaml")  # as it was, with the overrides, and paths from the output folder on
     assert again.given.keys() == values.keys() and again.training.max_steps == 4
-    assert again.data == load_recipe(values).data and "hub_token" not in again.given
+    assert [os.path.realpath(source.path) for source in again.data.sources] == values["datasets"]
+    assert os.path.realpath(again.model.model_name_or_path) == values["model_name_or_path"]
+    assert "hub_token" not in again.given
+    for file in final.rglob("*.*"):
+        assert b"/tmp" not in (content := file.read_bytes()) and os.fsencode(Path.home()) + b"/" not in content, file
     assert not (final / "training_args.bin").exists() and not (tmp_path / "out" / ".saving").exists()
 
 

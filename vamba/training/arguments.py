@@ -334,8 +334,23 @@ def _mistakes(
         yield "load_in_8bit is true beside load_in_4bit; accepted: one of them"
     if training.push_to_hub and model.use_lora and not model.lora_merge:
         yield "lora_merge is false; accepted with push_to_hub: true"
+    if training.push_to_hub and (refusal := _refused_name(training)):
+        yield refusal
     if model.dtype in ("bfloat16", "float16") and not (training.bf16 or training.fp16 or model.use_lora):
         yield f"dtype is {model.dtype} while nothing computes in half precision; accepted: float32, or bf16: true"
+
+
+def _refused_name(training: TrainingArguments) -> str | None:
+    """What is wrong with the name that the model is to have on the Hub, which would show after the training only."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = training.hub_model_id or Path(training.output_dir or "").resolve().name
+    try:
+        validate_repo_id(name)
+        return None
+    except HFValidationError as error:
+        return f"hub_model_id is {name}; accepted: owner/name or a name ({error})"
 
 
 def _data_mistakes(data: DataArguments, training: TrainingArguments, given: dict[str, Any]) -> Iterator[str]:

@@ -73,6 +73,9 @@ def remove_leftovers(output_dir: str) -> None:
     for path in [*_checkpoints(output), output / FINAL]:
         if path.exists():
             shutil.rmtree(path.with_name(f"{path.name}.replaced"), ignore_errors=True)
+    result, unfinished = _result(output), _state(output / UNFINISHED)
+    if result is not None and (unfinished is None or unfinished.global_step <= result.global_step):
+        shutil.rmtree(output / UNFINISHED, ignore_errors=True)
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
@@ -172,11 +175,12 @@ def _step(checkpoint: Path) -> int:
 
 def _result(output: Path) -> TrainerState | None:
     """The state that the trained model was left in, None if there is none or it is not whole."""
-    final = output / FINAL
-    if not (final / RECIPE_FILE).is_file():
-        return None
+    return _state(output / FINAL) if (output / FINAL / RECIPE_FILE).is_file() else None
+
+
+def _state(folder: Path) -> TrainerState | None:
     try:
-        state = TrainerState.load_from_json(str(final / TRAINER_STATE_NAME))
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
     except (OSError, ValueError, TypeError):
         return None
     return state if isinstance(state.global_step, int) else None

@@ -1,7 +1,7 @@
 """`convert`: a checkpoint folder in one format becomes a checkpoint folder in another.
 
 Everything that can be wrong with the source is found from its config.json and the headers of its files, before
-anything is written. Then the tensors stream through, one at a time, into a folder that is renamed at the end.
+any weight is written. Then the tensors stream through, one at a time, into a folder that is renamed at the end.
 """
 
 import re
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from vamba.errors import MissingPathError, UserError
-from vamba.files import check_destination, check_space, staged_folder
+from vamba.files import check_apart, check_destination, check_space, staged_folder
 from vamba.hub import inherited_metadata, write_model_card, write_remote_code
 
 from . import vamba_family, video_ma2mba
@@ -75,36 +75,36 @@ def convert(
         ValueError: an argument is not one of those above.
         OSError: the source is not there, the destination is in the way, or the disk is full.
     """
-    source, destination = Path(source).expanduser().resolve(), Path(destination).expanduser().resolve()
+    source, destination = _absolute(source), _absolute(destination)
     if not source.is_dir():
         raise MissingPathError(
             f"{source} is not a folder; a checkpoint on the Hub is fetched with `hf download REPO --local-dir FOLDER`."
         )
     dtype = _checked_dtype(dtype)
-    check_destination(destination, source, overwrite)
-    if (kind := format_of(read_config(source))) in (STATE_SPACES, MAMBA2, VIDEO_MA2MBA):
-        if to is not None or mamba_config:
-            raise ConversionError(f"The source is {kind}: `to` and `mamba_config` are for the Vamba family.")
-        conversion = video_ma2mba.prepare(kind, source, vision, tokenizer)
-    else:
-        if vision or tokenizer:
-            raise ConversionError(f"The source is {kind}: `vision` and `tokenizer` are for a Mamba-2 checkpoint.")
-        conversion = vamba_family.prepare(kind, source, to, mamba_config)
-    config = conversion.config
-    home = {key: reader for reader in conversion.readers for key in reader.specs}
-    specs = {key: reader.specs[key] for key, reader in home.items()}
+    check_apart(destination, source, *(_absolute(folder) for folder in (vision, tokenizer) if folder))
+    with staged_folder(destination, partial(check_destination, destination, overwrite)) as folder:
+        if (kind := format_of(read_config(source))) in (STATE_SPACES, MAMBA2, VIDEO_MA2MBA):
+            if to is not None or mamba_config:
+                raise ConversionError(f"The source is {kind}: `to` and `mamba_config` are for the Vamba family.")
+            conversion = video_ma2mba.prepare(kind, source, vision, tokenizer)
+        else:
+            if vision or tokenizer:
+                raise ConversionError(f"The source is {kind}: `vision` and `tokenizer` are for a Mamba-2 checkpoint.")
+            conversion = vamba_family.prepare(kind, source, to, mamba_config)
+        config = conversion.config
+        home = {key: reader for reader in conversion.readers for key in reader.specs}
+        specs = {key: reader.specs[key] for key, reader in home.items()}
 
-    def read(key: str) -> torch.Tensor:
-        return home[key].read(key)
+        def read(key: str) -> torch.Tensor:
+            return home[key].read(key)
 
-    steps = plan(specs, conversion.rules, dtype)
-    if config.tie_word_embeddings:
-        _check_tied_head(specs, read)
-    config.dtype = dtype or dominant_dtype(specs.values())
+        steps = plan(specs, conversion.rules, dtype)
+        if config.tie_word_embeddings:
+            _check_tied_head(specs, read)
+        config.dtype = dtype or dominant_dtype(specs.values())
 
-    total = sum(step.nbytes for step in steps)
-    check_space(destination, total)
-    with staged_folder(destination) as folder:
+        total = sum(step.nbytes for step in steps)
+        check_space(destination, total)
         with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
             produce = partial(_produce, config=config, seed=seed, read=read)
             write_files(folder, steps, produce, max_shard_size, bar.update)
@@ -121,6 +121,13 @@ def convert(
                 **inherited_metadata(source),
             )
     return destination
+
+
+def _absolute(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser().resolve()
+    except (TypeError, ValueError, RuntimeError, OSError) as error:  # a loop of links, a user who is not known
+        raise UserError(f"{path!r} is no path of a folder: {error}") from error
 
 
 def _produce(step: Step, config: PreTrainedConfig, seed: int, read: Callable[[str], torch.Tensor]) -> torch.Tensor:

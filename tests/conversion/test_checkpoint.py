@@ -1,8 +1,11 @@
 """conversion/checkpoint.py: whole folders, from and to each format."""
 
 import json
+import os
+import shutil
 from types import SimpleNamespace
 
+import kill_points
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +14,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from vamba.conversion import ConversionError, convert
 from vamba.conversion.formats import expected_shapes
 from vamba.conversion.safetensors_io import CheckpointReader
+from vamba.errors import UserError
 from vamba.modeling.configuration_vamba import VambaConfig
 
 from tiny_checkpoints import tiny_qwen2_vl
@@ -267,7 +271,7 @@ def test_interrupted_run_leaves_nothing_and_keeps_the_old(qwen2_vl, convert_qwen
     def interrupted(self, key):
         count.append(key)
         if len(count) == 20:
-            assert any(".partial-" in path.name for path in tmp_path.iterdir())
+            assert (tmp_path / "ours.partial").is_dir()
             raise error
         return read(self, key)
 
@@ -291,9 +295,69 @@ def test_destination_in_the_way(convert_qwen, tmp_path):
     with pytest.raises(FileExistsError, match="not empty"):
         convert_qwen(seed=5)
     assert same(old, tensors_of(tmp_path / "ours"))
-    (tmp_path / "ours" / "stale.txt").write_text("x")
-    convert_qwen(seed=5, overwrite=True)
-    assert not same(old, tensors_of(tmp_path / "ours")) and not (tmp_path / "ours" / "stale.txt").exists()
+    (tmp_path / "ours" / "results.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="holds results.txt"):
+        convert_qwen(seed=5, overwrite=True)
+    (tmp_path / "ours" / "results.txt").unlink()
+    (tmp_path / "link").symlink_to("ours")
+    convert_qwen(name="link", seed=5, overwrite=True, max_shard_size="100KB")
+    assert (tmp_path / "link").is_symlink() and not same(old, tensors_of(tmp_path / "ours"))
+    convert_qwen(seed=0, overwrite=True)
+    assert same(old, tensors_of(tmp_path / "ours"))
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "ours").iterdir()} == {0o666 & ~umask()}
+
+
+def umask():
+    os.umask(mask := os.umask(0))
+    return mask
+
+
+def test_what_is_read_is_never_replaced(convert_qwen, qwen2_vl, tmp_path):
+    convert_qwen()
+    for name in ("vision", "tokenizer"):
+        with pytest.raises(UserError, match="must not lie in each other"):
+            quietly(qwen2_vl, tmp_path / "ours", overwrite=True, **{name: tmp_path / "ours"})
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / "with\0zero", "~nobody-of-that-name/x", None, b"bytes"):
+        with pytest.raises(UserError, match="no path of a folder|is no folder"):
+            quietly(qwen2_vl, path)
+
+
+def convert_again(source, folder, seed, overwrite):
+    convert(source, folder, mamba_config=MAMBA, seed=seed, overwrite=overwrite, progress=False)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_killed_at_any_moment(convert_qwen, qwen2_vl, tmp_path, overwrite):
+    """The destination is absent, the old one or the new one; after the next run nothing else is left."""
+    known = {seed: tensors_of(convert_qwen(name=f"{seed}", seed=seed)) for seed in range(2)}
+    seconds, operations = kill_points.run_to_the_end(convert_again, qwen2_vl, tmp_path / "ours", 0, False)
+    beside = {path.name for path in tmp_path.iterdir()}
+    kills = [{"seconds": moment} for moment in kill_points.moments(seconds)]
+    kills += [{"step": step} for step in kill_points.steps(operations)]
+    for kill in kills:
+        if not overwrite:
+            shutil.rmtree(tmp_path / "ours", ignore_errors=True)
+        kill_points.kill_at(convert_again, qwen2_vl, tmp_path / "ours", 1, overwrite, **kill)
+        if overwrite or (tmp_path / "ours").exists():
+            assert any(same(tensors_of(tmp_path / "ours"), tensors) for tensors in known.values())
+            assert (tmp_path / "ours" / "README.md").is_file()
+        try:
+            convert_again(qwen2_vl, tmp_path / "ours", 0, overwrite)
+        except FileExistsError:
+            assert not overwrite
+        assert {path.name for path in tmp_path.iterdir()} == beside
+        assert same(tensors_of(tmp_path / "ours"), known[0]) or not overwrite
+
+
+def test_of_converts_at_once_to_one_folder_one_succeeds(convert_qwen, qwen2_vl, tmp_path):
+    convert_qwen(name="1", seed=1)
+    at_once = [kill_points.start(convert_again, qwen2_vl, tmp_path / "ours", 1, False) for _ in range(4)]
+    for process in at_once:
+        process.join()
+    assert sorted(process.exitcode for process in at_once) == [0, 1, 1, 1]
+    assert same(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "1"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "ours", "qwen2_vl"]
 
 
 def test_arguments_that_make_no_sense(qwen2_vl, convert_qwen, golden, tmp_path):

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.conversion import convert
 from vamba.errors import check_writable
-from vamba.files import check_replaceable, staged_folder
+from vamba.files import check_replaceable, checkpoint_files, staged_folder
 from vamba.hub import write_model_card
 from vamba.training import Result, finetune
 
@@ -73,11 +74,13 @@ def run(
         UserError: the output folder cannot be used. Nothing was done.
     """
     output = Path(output_dir).expanduser().resolve()
-    check_replaceable(output, "demo's output", RESULTS_FILE)
+    files = [*checkpoint_files(), RESULTS_FILE, "demo.png", "videos/*.mp4"]
+    check = partial(check_replaceable, output, "demo's output", RESULTS_FILE, files)
+    check()
     check_writable(output)
     settings = {"model": model, "seed": seed, "steps": STEPS if steps is None else steps, "train_videos": train_videos}
     settings |= {"test_videos": test_videos, "batch_size": batch_size, "learning_rate": learning_rate}
-    with staged_folder(output) as folder:
+    with staged_folder(output, check) as folder:
         results = _run_in(folder, settings)
     reached, blind, chance = (shown(results[name]) for name in ("accuracy", "text_only_accuracy", "chance"))
     print(f"\ncheckpoint, results and {test_videos} held-out videos: {output}")

@@ -333,6 +333,8 @@ def _check_values(values: Mapping[str, Any]) -> None:
         elif isinstance(value, str):
             if "\0" in value or not value.isascii() and value.encode(errors="replace").decode() != value:
                 raise RecipeError(f"{key} is {value!r:.80}, no text that can be written")
+            if os.path.exists(value) and not (os.path.isfile(value) or os.path.isdir(value)):
+                raise RecipeError(f"{key} is {value}, a device or a pipe; accepted: a file or a folder")
         elif not isinstance(value, (bool, int, float, os.PathLike, date, Enum, type(None))):
             raise RecipeError(
                 f"{key} has a value of type {type(value).__name__}; accepted: texts, numbers and lists of them"

@@ -24,7 +24,7 @@ from .conversations import ExampleError
 LONGEST = 2**28  # bytes of one line
 BLOCK = 2**24
 _WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
-_BLANK = re.compile(r"[ \t\n\r]*")
+_FILLED = re.compile(r"[^ \t\n\r]")
 
 
 class JsonRows:
@@ -116,16 +116,18 @@ class _JsonFile:
 
 def _line_starts(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Where lines that are not blank begin, with the end of the file; and their numbers where some are blank."""
-    starts, numbers, lines, offset, inside = [], [], 0, 0, False
+    starts: list[np.ndarray] = []
+    numbers: list[np.ndarray] = []
+    lines, offset, inside = 0, 0, False
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
             if not block.endswith(b"\n"):
                 block += file.readline(LONGEST)
             data = np.frombuffer(block, np.uint8)
-            begins = np.flatnonzero(data[:-1] == ord("\n")) + 1
+            begins: np.ndarray = np.flatnonzero(data[:-1] == ord("\n")) + 1
             begins = begins if inside else np.concatenate([[0], begins])  # inside: of a line that is too long
-            ends = np.append(begins[1:], len(block))
-            filled = np.ones(len(begins), bool)
+            ends: np.ndarray = np.append(begins[1:], len(block))
+            filled: np.ndarray = np.ones(len(begins), bool)
             for index in np.flatnonzero(_WHITE[data[begins]]):
                 filled[index] = not block[begins[index] : ends[index]].isspace()
             starts.append(begins[filled].astype(np.uint64) + np.uint64(offset))
@@ -158,7 +160,8 @@ def _list_starts(path: Path) -> np.ndarray:
     text = _decoded(path)
     decoder = json.JSONDecoder(parse_int=str)  # numbers of any length; what is wrong within an example comes later
     place = _after_blanks(text, 0) + 1
-    offset, counted, starts = os.path.getsize(path) - len(text.encode()), 0, []  # of the mark of UTF-8
+    offset, counted = os.path.getsize(path) - len(text.encode()), 0  # at first, the mark of UTF-8
+    starts: list[int] = []
     try:
         place = _after_blanks(text, place)
         while text[place : place + 1] != "]" or starts:
@@ -188,7 +191,8 @@ def _decoded(path: Path) -> str:
 
 
 def _after_blanks(text: str, place: int) -> int:
-    return _BLANK.match(text, place).end()
+    found = _FILLED.search(text, place)
+    return found.start() if found else len(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

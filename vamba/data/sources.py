@@ -103,10 +103,10 @@ class Source:
 
     def examples(self) -> Iterator[dict[str, Any] | ExampleError]:
         """All once, in the order of the files; in the place of a broken one its error."""
-        rows = self._read(self.rows) if self.streaming else range(len(self.rows))
-        for row in rows:
+        streamed = self._read(self.rows) if self.streaming else None
+        for row in range(len(self.rows)) if streamed is None else streamed:
             try:
-                yield self._example(row) if self.streaming else self.rows[row]
+                yield self.rows[row] if streamed is None else self._example(row)
             except ExampleError as error:
                 yield error
 
@@ -164,7 +164,7 @@ class Source:
             for batch in rows.iter(batch_size=1):  # unlike iter(), the same in every worker of a DataLoader
                 yield {name: values[0] for name, values in batch.items()}
 
-    def _example(self, row: dict) -> dict:
+    def _example(self, row: Any) -> dict:
         return parse(**row) if self._of_json else row
 
     def __getstate__(self):  # a walk begun in one process is not continued in another

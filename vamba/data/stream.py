@@ -39,7 +39,7 @@ class Drawn(NamedTuple):
     """An example: its source, its number there, and what it is called."""
 
     source: int
-    index: int
+    number: int
     name: str
 
 
@@ -195,7 +195,7 @@ class TrainingStream(IterableDataset):
 
     def _try(self, step: int, drawn: Drawn, failed: list[str], function, *arguments):
         """What `function` returns; None if the example is not up to it, whatever the error, which comes to `failed`."""
-        place = [step, drawn.source, drawn.index]
+        place = [step, drawn.source, drawn.number]
         info = get_worker_info()
         note = torch.zeros(3) if self.notes is None or info is None else self.notes[info.id]
         try:

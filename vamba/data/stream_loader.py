@@ -34,7 +34,7 @@ class StreamLoader(DataLoader):
         self._start = stream.start
         stream.notes = torch.zeros(self.num_workers, 3, dtype=torch.int64).share_memory_() if self.num_workers else None
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         stream = self.dataset
         stream.start, position = self._start, Position(stream, max(1, self.num_workers))
         while True:

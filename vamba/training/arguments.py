@@ -167,7 +167,7 @@ class VambaTrainingArguments(TrainingArguments):
             self.activation_checkpointing = True
         try:
             super().__post_init__()
-        except (ValueError, ImportError, TypeError) as error:
+        except (ValueError, ImportError, TypeError, OSError, KeyError, AttributeError) as error:
             raise RecipeError(" ".join(str(error).split())) from error
         if self.activation_checkpointing and self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = {"use_reentrant": False}

@@ -40,11 +40,11 @@ def find_checkpoint(output_dir: str, resume: bool) -> Path | None:
         RecipeError: the folder cannot be used, holds what would be overwritten, or no checkpoint in it is whole.
     """
     output = Path(output_dir)
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not output.is_dir():
         raise RecipeError(f"output_dir is {output}, a file; accepted: a folder, new or empty")
     try:
         check_writable(output)
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise RecipeError(f"output_dir: {error}") from error
     if resume and _result(output):
         try:

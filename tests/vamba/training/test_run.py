@@ -16,8 +16,8 @@ from vamba import VideoChat
 from vamba.cli import main
 from vamba.demo.tiny_checkpoints import tiny_neox_tokenizer
 from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
-from vamba.training import VambaTrainer, finetune, load_recipe
-from vamba.training.checkpoints import last_checkpoint
+from vamba.training import VambaTrainer, checkpoints, finetune, load_recipe
+from vamba.training.checkpoints import find_checkpoint, last_checkpoint
 
 from tiny_video_ma2mba import tiny_config
 from training_data import free_port, recipe_values, run, start, weights
@@ -103,6 +103,30 @@ def test_resumed_is_uninterrupted(uninterrupted, step, tmp_path):
     assert found.losses == expected.losses and found.steps == 6
     before, after = weights(expected.folder), weights(found.folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, monkeypatch):
+    """Whichever of its files, and none of them is looked into: the losses are those of the whole one before."""
+    values, expected, output = uninterrupted
+    told = []
+    monkeypatch.setattr(checkpoints.logger, "warning", told.append)
+    copied = tmp_path / "out"
+    for step in (4, 5):
+        shutil.copytree(output / f"checkpoint-{step}", copied / f"checkpoint-{step}")
+    names = {file.name for file in (copied / "checkpoint-5").iterdir()}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "files.json"} <= names
+    for name in names:
+        file = copied / "checkpoint-5" / name
+        whole = file.read_bytes()
+        for damaged in (whole[: len(whole) // 2], whole[:-9] + b"\x80" + whole[-8:], None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            assert find_checkpoint(str(copied), resume=True) == copied / "checkpoint-4"
+            assert name in told.pop() or name == "files.json"
+        file.write_bytes(whole)
+    assert find_checkpoint(str(copied), resume=True) == copied / "checkpoint-5" and not told
+    (copied / "checkpoint-5" / "scheduler.pt").unlink()
+    assert run(values, resume=True, output_dir=str(copied), save_total_limit=1).losses == expected.losses
+    assert {path.name for path in copied.iterdir()} == {"checkpoint-6", "final"}
 
 
 KILLED = """

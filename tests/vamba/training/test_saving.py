@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.cli import main
@@ -102,6 +104,29 @@ def test_push_to_hub_without_a_network(values, monkeypatch):
         run(values, hub_model_id="a/b/c")
 
 
+@pytest.mark.parametrize("checkpoints", ["none", "one", "a damaged one"])
+def test_a_finished_run_says_so_whatever_is_beside_it(checkpoints, values, tmp_path):
+    """Until it is to do more steps, for which it needs a checkpoint."""
+    values |= {"max_steps": 1, "save_strategy": "no" if checkpoints == "none" else "steps"}
+    expected, output = run(values), tmp_path / "out"
+    if checkpoints == "a damaged one":
+        (output / "checkpoint-1" / "optimizer.pt").unlink()
+    (output / "final.unfinished").mkdir()  # as of a run that was killed while it deleted what was there before
+    for _ in range(2):
+        found = run(values, resume=True)
+        assert not found.trained and (found.steps, found.losses) == (1, expected.losses)
+        assert not (output / "final.unfinished").exists()
+    with pytest.raises(RecipeError, match="which holds"):
+        run(values)
+    if checkpoints == "one":
+        assert run(values, resume=True, max_steps=2).steps == 2
+        (output / "final" / "trainer_state.json").write_text("{")  # as if it were not whole: it is made anew
+        assert run(values, resume=True, max_steps=2).trained and run(values, resume=True, max_steps=2).steps == 2
+    else:
+        with pytest.raises(RecipeError, match="a trained model of 1 of 2 steps, and no checkpoint to go on from"):
+            run(values, resume=True, max_steps=2)
+
+
 @pytest.mark.parametrize("card", [b"---\nlicense: [apache\n---\n", b"---\nlicense: mit\n---\n\xe9"])
 def test_a_base_models_card_may_be_unreadable(card, values, checkpoint, tmp_path):
     base = shutil.copytree(checkpoint, tmp_path / "base")
@@ -111,18 +136,17 @@ def test_a_base_models_card_may_be_unreadable(card, values, checkpoint, tmp_path
 
 
 def test_what_is_trained_is_kept_whatever_goes_wrong_after(values, checkpoint, tmp_path):
-    """Here nothing can be put where the model belongs."""
-    final, kept = tmp_path / "out" / "final", tmp_path / "out" / "final.unfinished"
-    recipe = load_recipe(values | {"max_steps": 1})
+    """Here the base model, to which the adapter is to be added, has gone."""
+    kept, base = tmp_path / "out" / "final.unfinished", shutil.copytree(checkpoint, tmp_path / "base")
+    recipe = load_recipe(values | {"max_steps": 1, "model_name_or_path": str(base), "trainable": "lora", "lora_r": 2})
     trainer = make_trainer(prepare(recipe))
     trainer.train()
-    (final.with_name("final.replaced")).write_text("")
-    final.mkdir()
+    shutil.rmtree(base)
     with pytest.raises(OSError, match=f"the model is trained and its weights are in {kept}, but final could not"):
         save(trainer, recipe)
-    expected = trainer.model.state_dict()
-    assert all(torch.equal(expected[name], value) for name, value in weights(kept).items())
-    shutil.rmtree(final)
+    expected = get_peft_model_state_dict(trainer.model)
+    saved = load_file(kept / "adapter" / "adapter_model.safetensors")
+    assert saved.keys() == expected.keys() and all(torch.equal(expected[name], saved[name]) for name in saved)
     with pytest.raises(ValueError, match="which holds final.unfinished, a trained model"):
         run(values)
 

@@ -41,9 +41,7 @@ class StreamLoader(DataLoader):
             if stream.notes is not None:
                 stream.notes.zero_()
             batches = super().__iter__()
-            if (
-                self.num_workers
-            ):  # torch would raise wherever this process is when a worker dies: in the middle of a step
+            if self.num_workers:  # or torch would raise when one dies wherever this process is, in the middle of a step
                 _remove_worker_pids(id(batches))
                 batches._worker_pids_set = False
             try:
@@ -51,9 +49,9 @@ class StreamLoader(DataLoader):
                     position.advance(batch[ABOUT])
                     yield batch
             except (RuntimeError, OSError, EOFError) as error:  # the latter of a batch that nobody is left to hand over
-                crashed = self._find_crashes(batches, error)
+                position.crashed = stream.start.get("crashed", []) + self._find_crashes(batches, error)
                 del batches  # ends the other workers
-            stream.start = position.state() | {"crashed": position.crashed + crashed}
+            stream.start = position.state()
 
     def _find_crashes(self, batches: Any, error: Exception) -> list[list]:
         """What the dead workers were about to do with which examples; raises `error` if that explains nothing."""

@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import date
 from enum import Enum
 from importlib import resources
@@ -242,6 +242,11 @@ class _Parser(HfArgumentParser):
         names = [str(name).replace("-", "_").removeprefix("no_") for name in (*values, *flags)]
         return (*self.parse_dict(known), {name: known[name] for name in dict.fromkeys(names) if name in known})
 
+    def _takes_lists(self, key: str) -> bool:
+        """Whether a field may be a list besides a text; what it may be, argparse has forgotten."""
+        ancestors = [ancestor for kind in self.dataclass_types for ancestor in kind.__mro__]
+        return any("list" in f"{vars(kind).get('__annotations__', {}).get(key)}" for kind in ancestors)
+
     def _words(self, key: str, value: Any) -> list[str]:
         """A key as it is written on a command line."""
         action = self._option_string_actions.get(f"--{key}")
@@ -250,12 +255,7 @@ class _Parser(HfArgumentParser):
                 self.error(f"{key} is null; leave it out for its default, {action.default}")
             return []
         if isinstance(value, list) and action is not None and action.nargs != "+":
-            if not any(
-                "list" in f"{field.type}"
-                for kind in self.dataclass_types
-                for field in fields(kind)
-                if field.name == key
-            ):
+            if not self._takes_lists(key):
                 self.error(f"{key} is a list, {value!r:.80}; accepted: one value")
             self.set_defaults(**{key: value})  # which `TrainingArguments` takes as well as one text
             return []

@@ -44,14 +44,14 @@ def test_a_killed_finetune_is_resumed_as_if_it_had_not_been(values, tmp_path):
 
 def run_demo(output) -> None:
     torch.set_num_threads(1)
-    demo.run(output, steps=2, train_videos=4, test_videos=2, batch_size=2)
+    demo.run(output, steps=1, train_videos=2, test_videos=1, batch_size=1)
 
 
 def test_a_killed_demo_leaves_the_earlier_one(tmp_path):
     output = tmp_path / "runs" / "demo"
     output.mkdir(parents=True)
     (output / "demo.json").write_text("{}")
-    for moment in islice(kill_points.moments(8.0), KILLS // 2):
+    for moment in islice(kill_points.moments(7.0), KILLS // 2):
         if kill_points.kill_at(run_demo, output, seconds=moment):
             assert [path.name for path in output.iterdir()] == ["demo.json"] or (output / "config.json").exists()
     kill_points.run_to_the_end(run_demo, output)

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -152,20 +154,39 @@ def push_to_hub(
 
     `card` are keyword arguments of `write_model_card`; a repository that has a card, which someone may have edited,
     keeps it. Weights are written to a temporary folder first, so an interrupted upload leaves the repository as it was.
+
+    Raises:
+        UserError: the Hub is not reached, or refuses; nothing was changed there.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with _asking_the_hub(repo_id):
+        api = HfApi(token=token)
+        with suppress(HfHubHTTPError):  # an answer; one question with a limit first, as the others may wait for ever
+            api.model_info(repo_id, timeout=10)
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        has_card = api.file_exists(name, "README.md")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_remote_code(folder, model.config.model_type)
-        if api.file_exists(repo_id, "README.md"):
-            logger.warning(f"{repo_id} keeps its README.md; delete it there to have a new one written.")
+        if has_card:
+            logger.warning(f"{name} keeps its README.md; delete it there to have a new one written.")
         else:
-            write_model_card(folder, model.config, repo_id=repo_id, **card)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload Vamba checkpoint"))
+            write_model_card(folder, model.config, repo_id=name, **card)
+        with _asking_the_hub(name):
+            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload Vamba checkpoint"))
+
+
+@contextmanager
+def _asking_the_hub(repo_id: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is the Hub's answer; of which library depends on huggingface_hub's version."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{repo_id} could not be pushed to the Hub: {reason}") from error
 
 
 def describe(path: str | os.PathLike) -> dict:

@@ -123,6 +123,9 @@ def test_push_uploads_model_processor_code_and_card(checkpoint, monkeypatch, edi
         def __init__(self, token=None):
             uploaded["token"] = token
 
+        def model_info(self, repo_id, timeout):
+            return None
+
         def create_repo(self, repo_id, private=None, exist_ok=False):
             return type("RepoUrl", (), {"repo_id": repo_id})
 

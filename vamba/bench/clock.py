@@ -6,6 +6,7 @@ What is unusual: times on a GPU are taken when it has done all it was given (`no
 
 import gc
 import platform
+import re
 import statistics
 import sys
 import time
@@ -154,12 +155,17 @@ def kernels_of(function: Callable, device: torch.device, calls: int = 1) -> list
     return [row for row in rows if row["ms"] > 0]
 
 
+def command() -> str:
+    """The command line with the names alone of absolute paths, which would tell of the machine."""
+    return re.sub(r"(?<![^\s=:])/(?:[^/\s]+/+)*", "", " ".join(sys.argv))
+
+
 def machine(device: torch.device) -> dict:
     """What a report names: date, command, device and versions."""
     cuda = device.type == "cuda"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(sys.argv),
+        "command": command(),
         "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU",
         "PyTorch": torch.__version__,
         "transformers": transformers.__version__,

@@ -12,7 +12,7 @@ from argparse import Namespace
 import torch
 
 from . import GIB
-from .clock import default_device, machine, measure_rates, release
+from .clock import command, default_device, machine, measure_rates, release
 from .models import decode_bytes, load_ours, load_peer
 from .parts import measure_kernels, measure_parts, measure_videos
 from .subjects import Ours, Peer
@@ -87,7 +87,7 @@ def _describe(ours: Ours, rates: dict) -> dict:
     """What a report names: machine, versions, command, sizes, rates."""
     model, args = ours.model, ours.args
     return machine(ours.device) | {
-        "command": " ".join(["vamba", *sys.argv[1:]]),
+        "command": " ".join(["vamba", *command().split(" ")[1:]]),
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": model.num_parameters(),
         "weights_GiB": round(ours.weights_bytes / GIB, 2) if ours.weights_bytes else None,

@@ -103,8 +103,8 @@ def _llava_message(turn: Mapping) -> dict:
 
 
 def _role(name: Any) -> str:
-    if name not in ROLES:
-        raise ExampleError(f"a turn is spoken by {name!r}; roles are {', '.join(ROLES)}")
+    if not isinstance(name, str) or name not in ROLES:
+        raise ExampleError(f"a turn is spoken by {name!r:.60}; roles are {', '.join(ROLES)}")
     return ROLES[name]
 
 
@@ -151,6 +151,10 @@ def _resolve(block: dict, media_root: str | os.PathLike | None) -> None:
         source = found
         inner.pop("detail", None)  # which only OpenAI's models know
         block |= inner
+    if not _is_given(source):
+        raise ExampleError(f"an item of type {kind} has no source")
+    if isinstance(source, (bool, int, float, Mapping)) or (kind == "image" and isinstance(source, (list, tuple))):
+        raise ExampleError(f"{source!r:.60} is no {kind}; give its path")
     if key == "base64":
         try:
             source = base64.b64decode(source)

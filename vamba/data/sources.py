@@ -1,4 +1,4 @@
-"""Files of examples, opened with `datasets`, and mixtures of them.
+"""Files of examples, opened with `datasets`, but for those of JSON, and mixtures of them.
 
 Columns of images and videos are not decoded: examples hold what `datasets` stores of them, bytes or a path.
 
@@ -11,12 +11,18 @@ through all rows of a streamed source and takes its own among them, however many
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from vamba.errors import UserError
+
+from .conversations import ExampleError
+from .json_rows import JsonRows, parse, walk
 
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -37,6 +43,9 @@ class Source:
         streaming: read rows as they are needed instead of all at first.
         media_root: what relative paths of videos and images are relative to; the file's folder if None.
         shuffle, seed: whether and how the order is random.
+
+    Raises:
+        ValueError, OSError: there is no such source, it cannot be read, or it holds no example.
     """
 
     def __init__(
@@ -56,6 +65,9 @@ class Source:
         hub = {"name": name, "revision": revision, "data_files": data_files}
         hub = {key: value for key, value in hub.items() if value is not None}
         self.rows, folder, self._files = _open(self.path, split, streaming, hub)
+        if not streaming and not len(self.rows):
+            raise ValueError(f"{self.path} holds no example.")
+        self._of_json = any(FORMATS.get(file.suffix) == "json" for file in self._files)
         self.media_root = folder if media_root is None else str(media_root)
         self._order: tuple[int, np.ndarray] | None = None
         self._walk: tuple[int, Iterator] | None = None
@@ -66,9 +78,37 @@ class Source:
         return len(self.rows)
 
     def __getitem__(self, draw: int) -> tuple[str, dict[str, Any]]:
-        """The `draw`-th example and its name; draws of a streamed source are cheap in increasing order only."""
-        index, row = self._next_streamed(draw) if self.streaming else self._at(draw)
-        return f"{Path(self.path).name}#{row.get('id') if row.get('id') is not None else index}", row
+        """The `draw`-th example and its name; draws of a streamed source are cheap in increasing order only.
+
+        Raises:
+            ExampleError: it is none, in a file of JSON; names file and line. UserError: the source cannot be read.
+        """
+        index = self.index(draw)
+        row = self._next_streamed(draw) if self.streaming else self.rows[index]
+        known = row.get("id")
+        name = " ".join(str(known).split())[:80] if isinstance(known, (str, int, float)) else index
+        return f"{Path(self.path).name}#{name}", row
+
+    def index(self, draw: int) -> int:
+        """Which example the `draw`-th is: its number in the data, or the draw itself where they are streamed."""
+        if self.streaming:
+            return draw
+        epoch, place = divmod(draw, len(self.rows))
+        if self._order is None or self._order[0] != epoch:
+            order = np.arange(len(self.rows))
+            if self.shuffle:
+                np.random.default_rng([self.seed, epoch]).shuffle(order)
+            self._order = epoch, order
+        return int(self._order[1][place])
+
+    def examples(self) -> Iterator[dict[str, Any] | ExampleError]:
+        """All once, in the order of the files; in the place of a broken one its error."""
+        streamed = self._read(self.rows) if self.streaming else None
+        for row in range(len(self.rows)) if streamed is None else streamed:
+            try:
+                yield self.rows[row] if streamed is None else self._example(row)
+            except ExampleError as error:
+                yield error
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,23 +136,13 @@ class Source:
         rows = "" if self.streaming else f"{len(self.rows)} rows, "
         return f"{Path(self.path).name} with {rows}fingerprint {digest.hexdigest()[:12]}"
 
-    def _at(self, draw: int) -> tuple[int, dict]:
-        epoch, place = divmod(draw, len(self.rows))
-        if self._order is None or self._order[0] != epoch:
-            order = np.arange(len(self.rows))
-            if self.shuffle:
-                np.random.default_rng([self.seed, epoch]).shuffle(order)
-            self._order = epoch, order
-        index = int(self._order[1][place])
-        return index, self.rows[index]
-
-    def _next_streamed(self, draw: int) -> tuple[int, dict]:
+    def _next_streamed(self, draw: int) -> dict:
         if self._walk is None or self._walk[0] > draw:
             self._walk = 0, self._endless()
         done, rows = self._walk
         row = next(islice(rows, draw - done, None))
         self._walk = draw + 1, rows
-        return draw, row
+        return self._example(row)
 
     def _endless(self) -> Iterator[dict]:
         epoch = 0
@@ -121,12 +151,21 @@ class Source:
             if self.shuffle:
                 rows = rows.shuffle(seed=self.seed + epoch, buffer_size=SHUFFLE_BUFFER)
             seen = False
-            for batch in rows.iter(batch_size=1):  # unlike iter(), the same in every worker of a DataLoader
+            for row in self._read(rows):
                 seen = True
-                yield {name: values[0] for name, values in batch.items()}
+                yield row
             if not seen:
                 raise ValueError(f"{self.path} holds no example.")
             epoch += 1
+
+    def _read(self, rows) -> Iterator[dict]:
+        """Streamed rows, of a file of JSON as they stand there."""
+        with _reading(self.path):
+            for batch in rows.iter(batch_size=1):  # unlike iter(), the same in every worker of a DataLoader
+                yield {name: values[0] for name, values in batch.items()}
+
+    def _example(self, row: Any) -> dict:
+        return parse(**row) if self._of_json else row
 
     def __getstate__(self):  # a walk begun in one process is not continued in another
         return self.__dict__ | {"_walk": None}
@@ -164,7 +203,7 @@ class Mixture:
 def _open(path: str, split: str, streaming: bool, hub: dict) -> tuple[Any, str | None, list[Path]]:
     """The rows, the folder that relative paths in them start from, and the files; no folder and no files of a dataset
     on the Hub, of which `hub` is what `load_dataset` is told besides."""
-    from datasets import load_dataset, load_from_disk
+    from datasets import IterableDataset, load_dataset, load_from_disk
 
     folder = Path(path).expanduser()
     saved = any(all((folder / name).is_file() for name in names) for names in SAVED)
@@ -173,19 +212,38 @@ def _open(path: str, split: str, streaming: bool, hub: dict) -> tuple[Any, str |
         return _undecoded(load_dataset(path, split=split, streaming=streaming, **hub)), None, []
     if hub:
         raise ValueError(f"{path} is no dataset on the Hub, which alone has {', '.join(hub)}; leave that out.")
+    parent = str(folder if folder.is_dir() else folder.parent)
     if saved:
-        rows = load_from_disk(folder)
+        with _reading(path):
+            rows = load_from_disk(folder)
         if isinstance(rows, dict):
             if split not in rows:
                 raise ValueError(f"{path} has no split {split!r}; it has {', '.join(rows)}.")
             rows = rows[split]
-        rows = rows.to_iterable_dataset() if streaming else rows
-    else:
-        kinds = {FORMATS[file.suffix] for file in files}
-        if len(kinds) > 1:
-            raise ValueError(f"{path} holds .json and .parquet files; give them as two sources.")
-        rows = load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train", streaming=streaming)
-    return _undecoded(rows), str(folder if folder.is_dir() else folder.parent), files
+        with _reading(path):
+            rows.data.table.validate(full=True)  # offsets that lead anywhere would end the process when they are used
+        return _undecoded(rows.to_iterable_dataset() if streaming else rows), parent, files
+    kinds, names = {FORMATS[file.suffix] for file in files}, [str(file) for file in files]
+    if len(kinds) > 1:
+        raise ValueError(f"{path} holds .json and .parquet files; give them as two sources.")
+    if kinds == {"json"}:
+        lines = {"generator": walk, "gen_kwargs": {"files": names}}
+        return IterableDataset.from_generator(**lines) if streaming else JsonRows(files), parent, files
+    with _reading(path):
+        rows = load_dataset("parquet", data_files=names, split="train", streaming=streaming)
+    return _undecoded(rows), parent, files
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """What `datasets` and Arrow come up with where a file is damaged is of any type."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{error.__cause__ or error}".split())
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {reason:.300}") from error
 
 
 def _undecoded(rows):

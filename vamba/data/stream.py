@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vamba.errors import UserError, VideoReadError
+from vamba.errors import DISK_FULL, UserError
 
 from .collator import Collator, fill_packs
 from .conversations import ExampleError
@@ -29,9 +29,18 @@ from .sources import Mixture
 WINDOW = 64  # draws among which samples of a batch are chosen
 ABOUT = "about"  # the key under which a batch says what it is
 BROKEN_IN_A_ROW = 512  # draws after which there is no point in going on
-EXAMPLE_ERRORS = (ExampleError, VideoReadError)  # what a bad example or file comes up with
+LONGEST_MESSAGE = 1000
+PLANNED, ENCODED = 1, 2  # what a data worker is about to do with an example
 # What no example is to blame for. Memory is not among it: a damaged header may ask for any amount.
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOSPC)
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, *DISK_FULL)
+
+
+class Drawn(NamedTuple):
+    """An example: its source, its number there, and what it is called."""
+
+    source: int
+    number: int
+    name: str
 
 
 class SampleSize(NamedTuple):
@@ -50,7 +59,8 @@ class SampleSize(NamedTuple):
 @dataclass
 class About:
     """What a batch is: its samples, where the data go on after it, and what was skipped on the way to it. `window` is
-    the first draw of the shard's window."""
+    the first draw of the shard's window; `crashed` are the examples that data workers have died of, which are left
+    out; see `StreamLoader`."""
 
     samples: list[str]
     shard: int
@@ -59,6 +69,7 @@ class About:
     skipped: list[str] = field(default_factory=list)
     sizes: list[SampleSize] = field(default_factory=list)
     error: str | None = None
+    crashed: list[list] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -97,6 +108,7 @@ class TrainingStream(IterableDataset):
         streaming = any(source.streaming for source in self.mixture.sources)
         self.epoch = None if streaming else len(self.mixture)  # in draws
         self.data = [source.fingerprint for source in self.mixture.sources]
+        self.notes: torch.Tensor | None = None  # what each data worker is about to do: (W, 3), shared with this process
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -107,8 +119,10 @@ class TrainingStream(IterableDataset):
 
     def loader(self, num_workers: int = 0, **options: Any) -> DataLoader:
         """A DataLoader of this stream's batches as they are; it draws nothing from the global random numbers, which a
-        resumed run has put back where they were."""
-        return DataLoader(self, batch_size=None, num_workers=num_workers, generator=torch.Generator(), **options)
+        resumed run has put back where they were. It survives that a data worker dies of an example."""
+        from .stream_loader import StreamLoader
+
+        return StreamLoader(self, batch_size=None, num_workers=num_workers, generator=torch.Generator(), **options)
 
     def batches_per_epoch(self, shards: int = 1) -> float:
         """Of all shards together: counted if that takes few draws, else estimated from that many."""
@@ -133,62 +147,91 @@ class TrainingStream(IterableDataset):
                     if samples:
                         names, samples = zip(*samples)
                         sizes = [SampleSize.of(sample) for sample in samples]
-                        about = About(list(names), shard, window, index, skipped, sizes)
+                        crashed = self.start.get("crashed", [])
+                        about = About(list(names), shard, window, index, skipped, sizes, crashed=crashed)
                         yield self.collator(samples) | {ABOUT: about}
                         skipped = []
                 if len(skipped) >= BROKEN_IN_A_ROW:
                     raise ExampleError(f"{len(skipped)} examples in a row were broken, the last: {skipped[-1]}")
-        except ExampleError as error:  # told by the main process, without the worker's traceback around it
+        except UserError as error:  # told by the main process, without the worker's traceback around it
             yield {ABOUT: About([], shard, 0, 0, error=f"{error}")}
 
-    def _windows(self, shard: int, shards: int, first: int) -> Iterator[tuple[int, list[tuple[str, Plan]], list[str]]]:
+    def _windows(
+        self, shard: int, shards: int, first: int
+    ) -> Iterator[tuple[int, list[tuple[Drawn, Plan]], list[str]]]:
         draws = islice(self.mixture.draws(), first * shards + shard, None, shards)
         window = first
         while True:
-            plans: list[tuple[str, Plan]] = []
+            plans: list[tuple[Drawn, Plan]] = []
             skipped: list[str] = []
             count = self.window
             if self.epoch:
                 count = min(count, -(-(self.epoch - (window * shards + shard) % self.epoch) // shards))
             for source, draw in islice(draws, count):
-                name, example = self.mixture.sources[source][draw]
+                try:
+                    name, example = self.mixture.sources[source][draw]
+                except ExampleError as error:
+                    self._skip(f"{error}", skipped, error)
+                    continue
+                drawn = Drawn(source, self.mixture.sources[source].index(draw), name)
                 root = self.mixture.sources[source].media_root
-                plan = self._try(name, skipped, self.collator.encoder.plan, example, root)
+                plan = self._try(PLANNED, drawn, skipped, self.collator.encoder.plan, example, root)
                 if plan is not None:
-                    plans.append((name, plan))
+                    plans.append((drawn, plan))
             yield window, plans, skipped
             window += count
 
-    def _fill(self, plans: list[tuple[str, Plan]], shard: int, window: int) -> list[list[tuple[str, Plan]]]:
+    def _fill(self, plans: list[tuple[Drawn, Plan]], shard: int, window: int) -> list[list[tuple[Drawn, Plan]]]:
         sizes = [(plan.video_tokens, plan.text_tokens) for _, plan in plans]
         packs = fill_packs(sizes, (self.max_video_tokens, self.max_text_tokens), self.rows)
         random.Random(f"{self.seed} {shard} {window}").shuffle(packs)  # they come largest first
         return [[plans[index] for index in pack] for pack in packs]
 
-    def _encode(self, pack: list[tuple[str, Plan]], failed: list[str]) -> list[tuple[str, dict]]:
+    def _encode(self, pack: list[tuple[Drawn, Plan]], failed: list[str]) -> list[tuple[str, dict]]:
         """The samples of a pack with their names; what is wrong with the others comes to `failed`."""
-        samples = [(name, self._try(name, failed, self.collator.encoder.encode, plan)) for name, plan in pack]
+        encode = self.collator.encoder.encode
+        samples = [(drawn.name, self._try(ENCODED, drawn, failed, encode, plan)) for drawn, plan in pack]
         return [(name, sample) for name, sample in samples if sample is not None]
 
-    def _try(self, name: str, failed: list[str], function, *arguments):
+    def _try(self, step: int, drawn: Drawn, failed: list[str], function, *arguments):
+        """What `function` returns; None if the example is not up to it, whatever the error, which comes to `failed`."""
+        place = [step, drawn.source, drawn.number]
+        info = get_worker_info()
+        note = torch.zeros(3) if self.notes is None or info is None else self.notes[info.id]
         try:
+            if reason := next((crash[3] for crash in self.start.get("crashed", []) if crash[:3] == place), None):
+                raise ExampleError(reason)
+            note[:] = torch.tensor(place)
             return function(*arguments)
-        except EXAMPLE_ERRORS as error:
-            raise_fault(error)
-            message = f"{name}: {' '.join(str(error).split())}"
-            if self.on_error == "raise":
-                raise ExampleError(message) from error
-            failed.append(message)
+        except Exception as error:
+            self._skip(f"{drawn.name}: {reason_of(error)}", failed, error)
             return None
+        finally:
+            note.zero_()
+
+    def _skip(self, message: str, failed: list[str], error: Exception) -> None:
+        if self.on_error == "raise":
+            raise ExampleError(message) from error
+        failed.append(message)
 
 
-def raise_fault(error: BaseException) -> None:
-    """Raises what is behind the error of an example if that is the machine out of files or space."""
+def reason_of(error: Exception) -> str:
+    """What an example failed for, with the type of an error that does not say what is wrong with the example.
+
+    Raises:
+        OSError, RuntimeError: no example is to blame, but a machine out of files or space, or a GPU.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
             raise OSError(cause.errno, f"{error}") from error
+        if isinstance(cause, torch.OutOfMemoryError) or (
+            isinstance(cause, RuntimeError) and "CUDA error" in f"{cause}"
+        ):
+            raise RuntimeError(f"{error}") from error
         cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(error).split())[:LONGEST_MESSAGE]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 class Position:
@@ -205,6 +248,7 @@ class Position:
         self.shards = dict(stream.start["shards"])
         self.next = stream.start["next"]
         self.skipped, self.rows = (stream.start.get(name, 0) for name in ("skipped", "rows"))
+        self.crashed = stream.start.get("crashed", [])
 
     def advance(self, about: About) -> None:
         workers = self.layout["workers"]
@@ -212,9 +256,10 @@ class Position:
         self.next = (about.shard % workers + 1) % workers
         self.skipped += len(about.skipped)
         self.rows += len(about.samples) + len(about.skipped)
+        self.crashed = about.crashed
 
     def state(self) -> dict[str, Any]:
-        counts = {"next": self.next, "skipped": self.skipped, "rows": self.rows}
+        counts = {"next": self.next, "skipped": self.skipped, "rows": self.rows, "crashed": self.crashed}
         return counts | {"shards": dict(self.shards), **self.layout}
 
 

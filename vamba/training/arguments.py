@@ -10,10 +10,13 @@ so in `set_up`, as a recipe may be read where it is not run. A mistake is a `Rec
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from enum import Enum
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -151,7 +154,9 @@ class VambaTrainingArguments(TrainingArguments):
             try:
                 rates = json.loads(self.learning_rates).items()
                 self.learning_rates = {pattern: float(rate) for pattern, rate in rates}
-            except (ValueError, TypeError, AttributeError) as error:
+                if not all(0 <= rate < math.inf for rate in self.learning_rates.values()):
+                    raise ValueError("a rate that is none")
+            except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
                 accepted = "a mapping of patterns to learning rates"
                 raise RecipeError(f"learning_rates is {self.learning_rates}; accepted: {accepted}") from error
 
@@ -164,7 +169,7 @@ class VambaTrainingArguments(TrainingArguments):
             self.activation_checkpointing = True
         try:
             super().__post_init__()
-        except (ValueError, ImportError, TypeError) as error:
+        except (ValueError, ImportError, TypeError, OSError, KeyError, AttributeError) as error:
             raise RecipeError(" ".join(str(error).split())) from error
         if self.activation_checkpointing and self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = {"use_reentrant": False}
@@ -188,6 +193,7 @@ class Recipe(NamedTuple):
     given: dict[str, Any]
 
 
+LARGEST, MOST_VALUES = 2**18, 50_000  # bytes of a file, and values in it
 # Fields of `TrainingArguments` that contradict how training works here, and what to do instead.
 _REFUSED = {
     "auto_find_batch_size": "give batch_video_tokens",
@@ -238,6 +244,11 @@ class _Parser(HfArgumentParser):
         names = [str(name).replace("-", "_").removeprefix("no_") for name in (*values, *flags)]
         return (*self.parse_dict(known), {name: known[name] for name in dict.fromkeys(names) if name in known})
 
+    def _takes_lists(self, key: str) -> bool:
+        """Whether a field may be a list besides a text; what it may be, argparse has forgotten."""
+        ancestors = [ancestor for kind in self.dataclass_types for ancestor in kind.__mro__]
+        return any("list" in f"{vars(kind).get('__annotations__', {}).get(key)}" for kind in ancestors)
+
     def _words(self, key: str, value: Any) -> list[str]:
         """A key as it is written on a command line."""
         action = self._option_string_actions.get(f"--{key}")
@@ -246,6 +257,8 @@ class _Parser(HfArgumentParser):
                 self.error(f"{key} is null; leave it out for its default, {action.default}")
             return []
         if isinstance(value, list) and action is not None and action.nargs != "+":
+            if not self._takes_lists(key):
+                self.error(f"{key} is a list, {value!r:.80}; accepted: one value")
             self.set_defaults(**{key: value})  # which `TrainingArguments` takes as well as one text
             return []
         if isinstance(value, list):
@@ -264,6 +277,7 @@ def load_recipe(recipe: str | os.PathLike | Mapping[str, Any], overrides: Sequen
             exclude each other. Data and models are not opened yet.
     """
     values = dict(recipe) if isinstance(recipe, Mapping) else _read(os.fspath(recipe))
+    _check_values(values)
     if nested := [key for key in ("model", "data", "train") if isinstance(values.get(key), Mapping)]:
         raise RecipeError(
             f"the recipe has the sections of an earlier format ({', '.join(nested)}); its keys stand on one level "
@@ -286,18 +300,48 @@ def _read(path: str) -> dict[str, Any]:
 
     with opening(path):
         if Path(path).is_file():
-            text = Path(path).read_text(encoding="utf-8")
+            if Path(path).stat().st_size > LARGEST:
+                raise RecipeError(f"{path} is larger than {LARGEST // 1024} KB, which no recipe is")
+            text = Path(path).read_bytes()
         elif path in shipped_recipes():
-            text = resources.files("vamba.recipes").joinpath(f"{path}.yaml").read_text(encoding="utf-8")
+            text = resources.files("vamba.recipes").joinpath(f"{path}.yaml").read_bytes()
         else:
             raise RecipeError(f"{path}: there is no such recipe; shipped ones are {', '.join(shipped_recipes())}.")
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(text.decode("utf-8-sig")) or {}
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # of a date without month
         raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is no mapping of keys to values")
     return values
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Raises RecipeError for what cannot be written on a command line, and for more of it than a recipe may hold, which
+    a few nested aliases of YAML are enough for."""
+    waiting: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[\w-]+", key):
+            raise RecipeError(f"{key!r:.80} is no key")
+        waiting.append((key, value))
+    for _ in range(MOST_VALUES):
+        if not waiting:
+            return
+        key, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(key, inner) for pair in value.items() for inner in pair]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(key, inner) for inner in value]
+        elif isinstance(value, str):
+            if "\0" in value or not value.isascii() and value.encode(errors="replace").decode() != value:
+                raise RecipeError(f"{key} is {value!r:.80}, no text that can be written")
+            if os.path.exists(value) and not (os.path.isfile(value) or os.path.isdir(value)):
+                raise RecipeError(f"{key} is {value}, a device or a pipe; accepted: a file or a folder")
+        elif not isinstance(value, (bool, int, float, os.PathLike, date, Enum, type(None))):
+            raise RecipeError(
+                f"{key} has a value of type {type(value).__name__}; accepted: texts, numbers and lists of them"
+            )
+    raise RecipeError(f"the recipe holds more than {MOST_VALUES} values; does it nest aliases?")
 
 
 def _word(value: Any) -> str:
@@ -310,8 +354,9 @@ def _word(value: Any) -> str:
 def _dataset(entry: str, where: str) -> DatasetArguments:
     try:
         values = json.loads(entry) if entry.startswith("{") else {"path": entry}
-    except ValueError as error:
-        raise RecipeError(f"{where}{entry} is no mapping; accepted: one, or a path") from error
+        _check_values(values)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}{entry:.80} is no mapping; accepted: one, or a path") from error
     return _Parser(DatasetArguments, where=where).parse(values)[0]
 
 
@@ -322,6 +367,9 @@ def _mistakes(
     for key in given:
         if reason := _REFUSED.get(key) or (key.startswith(_NO_EVALUATION) and "there is no evaluation set"):
             yield f"{key} is not accepted: {reason}"
+    for key, value in given.items():
+        if isinstance(value, (int, float)) and not abs(value) < 2**63:  # NaN is not either
+            yield f"{key} is {value}; accepted: a finite number"
     if not training.output_dir:
         yield "output_dir is missing; accepted: a folder for checkpoints and the trained model"
     yield from _data_mistakes(data, training, given)
@@ -336,15 +384,30 @@ def _mistakes(
         yield "load_in_8bit is true beside load_in_4bit; accepted: one of them"
     if training.push_to_hub and model.use_lora and not model.lora_merge:
         yield "lora_merge is false; accepted with push_to_hub: true"
+    if training.push_to_hub and (refusal := _refused_name(training)):
+        yield refusal
     if model.dtype in ("bfloat16", "float16") and not (training.bf16 or training.fp16 or model.use_lora):
         yield f"dtype is {model.dtype} while nothing computes in half precision; accepted: float32, or bf16: true"
+
+
+def _refused_name(training: TrainingArguments) -> str | None:
+    """What is wrong with the name that the model is to have on the Hub, which would show after the training only."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = training.hub_model_id or Path(training.output_dir or "").resolve().name
+    try:
+        validate_repo_id(name)
+        return None
+    except HFValidationError as error:
+        return f"hub_model_id is {name}; accepted: owner/name or a name ({error})"
 
 
 def _data_mistakes(data: DataArguments, training: TrainingArguments, given: dict[str, Any]) -> Iterator[str]:
     numbers = {key: given.get(key) for key in _POSITIVE}
     numbers |= {f"datasets[{index}].weight": entry.weight for index, entry in enumerate(data.sources)}
     for key, value in numbers.items():
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             yield f"{key} is {value}; accepted: a number above 0"
     weights = [entry.weight is None for entry in data.sources]
     if any(weights) and (not all(weights) or (data.streaming and len(weights) > 1)):

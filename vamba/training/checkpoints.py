@@ -1,16 +1,23 @@
 """Where a run goes on: the last whole checkpoint in its output folder, its place in the data, and whether it is done.
 
-What is unusual: a checkpoint counts if it has both Trainer's state and the place in the data of the main process.
+What is unusual: a checkpoint is whole if its manifest holds, which names every file of all processes with its size and
+digest and is written last. So nothing damaged reaches what would unpickle it, and nothing is missing unnoticed.
 """
 
+import errno
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from vamba.errors import UserError, check_writable
 
@@ -20,39 +27,111 @@ from .arguments import RecipeError
 # Folders in `output_dir`: the trained model, the same while it is finished, and a checkpoint while it is written.
 FINAL, UNFINISHED, STAGING = "final", "final.unfinished", ".saving"
 POSITION_FILE = "data_position_{rank}.json"
+MANIFEST = "files.json"
+RECIPE_FILE = "recipe.yaml"  # the last that is written of the trained model
+BLOCK = 2**24
+logger = logging.get_logger(__name__)
 
 
 def find_checkpoint(output_dir: str, resume: bool) -> Path | None:
-    """The checkpoint that a run goes on from.
+    """The checkpoint that a run goes on from; None for a new run, and for one of which only the result is left.
 
     Raises:
-        RecipeError: the folder cannot be used, or holds what would be overwritten.
+        RecipeError: the folder cannot be used, holds what would be overwritten, or no checkpoint in it is whole.
     """
     output = Path(output_dir)
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not output.is_dir():
         raise RecipeError(f"output_dir is {output}, a file; accepted: a folder, new or empty")
     try:
         check_writable(output)
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise RecipeError(f"output_dir: {error}") from error
-    checkpoint, results = last_checkpoint(output), [output / name for name in (FINAL, UNFINISHED)]
-    if checkpoint is not None and not resume:
+    if resume and _result(output):
+        try:
+            return last_checkpoint(output)
+        except RecipeError as error:  # of no consequence if the run is finished
+            logger.warning(f"{error}")
+            return None
+    if resume and _checkpoints(output):
+        return last_checkpoint(output)
+    if found := _checkpoints(output):
         raise RecipeError(
-            f"output_dir is {output}, which holds {checkpoint.name}; accepted: another folder, or --resume"
+            f"output_dir is {output}, which holds {found[-1].name}; accepted: another folder, or --resume"
         )
-    if checkpoint is None and (result := next((path for path in results if path.exists()), None)):
+    if result := next((output / name for name in (FINAL, UNFINISHED) if (output / name).exists()), None):
         raise RecipeError(
             f"output_dir is {output}, which holds {result.name}, a trained model, and no checkpoint to go on from; "
             "accepted: another folder, or this one without it"
         )
-    return checkpoint
+    return None
+
+
+def remove_leftovers(output_dir: str) -> None:
+    """Deletes what a run that was killed has left beside whole folders of the same name."""
+    output = Path(output_dir)
+    shutil.rmtree(output / STAGING, ignore_errors=True)
+    for path in [*_checkpoints(output), output / FINAL]:
+        if path.exists():
+            shutil.rmtree(path.with_name(f"{path.name}.replaced"), ignore_errors=True)
+    result, unfinished = _result(output), _state(output / UNFINISHED)
+    if result is not None and (unfinished is None or unfinished.global_step <= result.global_step):
+        shutil.rmtree(output / UNFINISHED, ignore_errors=True)
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The latest whole checkpoint in a folder, None if there is none."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    whole = [p for p in found if (p / TRAINER_STATE_NAME).is_file() and (p / POSITION_FILE.format(rank=0)).is_file()]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    """The latest whole checkpoint in a folder, None if there is no checkpoint at all.
+
+    Raises:
+        RecipeError: there are some, and none is whole.
+    """
+    refused: list[str] = []
+    for checkpoint in reversed(_checkpoints(Path(output_dir))):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            if refused:
+                logger.warning(f"Going on from {checkpoint.name}, as {'; '.join(refused)}.")
+            return checkpoint
+        refused.append(f"{checkpoint.name} is not whole: {damage}")
+    if refused:
+        raise RecipeError(f"output_dir is {output_dir}, where {'; '.join(refused)}; accepted: a whole checkpoint")
+    return None
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Writes down what is in a checkpoint, after all processes have written what is theirs."""
+    files = {f"{path.relative_to(checkpoint)}": path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    entries = dict(zip(files, _entries(files.values())))
+    (checkpoint / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What of a checkpoint is missing or not as it was written; None if it is whole."""
+    try:
+        _check_is_file(checkpoint / MANIFEST)
+        entries = dict(json.loads((checkpoint / MANIFEST).read_bytes()))
+        files = {name: checkpoint / name for name in (TRAINER_STATE_NAME, POSITION_FILE.format(rank=0), *entries)}
+        found = dict(zip(files, _entries(files.values())))
+    except FileNotFoundError as error:
+        name = os.path.relpath(error.filename, checkpoint)
+        why = " (saved with save_only_model, or by an earlier version)" if name == MANIFEST else ""
+        return f"{name} is missing{why}"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    except (ValueError, TypeError, RecursionError):
+        return f"{MANIFEST} is damaged"
+    return next((f"{name} is damaged" for name, entry in found.items() if entries.get(name) != entry), None)
+
+
+def rotate(output: Path, limit: int | None, step: int) -> None:
+    """Deletes checkpoints beyond `limit`: first those after `step`, which are not whole, as the run would have gone on
+    from them; then the oldest."""
+    if limit is None or limit <= 0:
+        return
+    found = _checkpoints(output)
+    after = [path for path in found if _step(path) > step]
+    for path in [*after, *(path for path in found if path not in after)][: max(0, len(found) - limit)]:
+        if _step(path) != step:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_position(checkpoint: Path, rank: int) -> dict[str, Any]:
@@ -67,10 +146,62 @@ def read_position(checkpoint: Path, rank: int) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def finished_state(checkpoint: Path | None, max_steps: int) -> TrainerState | None:
-    """Where `checkpoint` has done all steps and `final` is made of it: the state it was left in."""
-    final = None if checkpoint is None else checkpoint.parent / FINAL / TRAINER_STATE_NAME
-    if final is None or not final.is_file():
+def finished_state(output_dir: str, checkpoint: Path | None, max_steps: int) -> TrainerState | None:
+    """The state a run was left in whose result has done all steps; None if there are some left to do.
+
+    Raises:
+        RecipeError: there are, and no checkpoint to go on from.
+    """
+    result = _result(Path(output_dir))
+    if result is not None and result.global_step >= max_steps:
+        return result
+    if result is not None and checkpoint is None:
+        raise RecipeError(
+            f"output_dir is {output_dir}, which holds {FINAL}, a trained model of {result.global_step} of {max_steps} "
+            "steps, and no checkpoint to go on from; accepted: another folder, or this one without it"
+        )
+    return None
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """Folders that are called checkpoints, the oldest first."""
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _result(output: Path) -> TrainerState | None:
+    """The state that the trained model was left in, None if there is none or it is not whole."""
+    return _state(output / FINAL) if (output / FINAL / RECIPE_FILE).is_file() else None
+
+
+def _state(folder: Path) -> TrainerState | None:
+    try:
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    except (OSError, ValueError, TypeError):
         return None
-    done, state = (TrainerState.load_from_json(str(file)) for file in (checkpoint / final.name, final))
-    return state if done.global_step == state.global_step >= max_steps else None
+    return state if isinstance(state.global_step, int) else None
+
+
+def _entries(paths: Iterable[Path]) -> list[list]:
+    """Size and digest of each file. Some 5 GB/s of what lies in memory, in threads as hashing needs no GIL."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(_entry, paths))
+
+
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():  # a pipe, say, which would be waited for
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+def _entry(path: Path) -> list:
+    _check_is_file(path)
+    digest, size, block = xxhash.xxh3_128(), 0, memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            size += count
+    return [size, digest.hexdigest()]

@@ -13,9 +13,17 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from vamba.data import Collator, ConversationEncoder, Mixture, Source, TrainingStream, check_layout
+from vamba.data import (
+    Collator,
+    ConversationEncoder,
+    ExampleError,
+    Mixture,
+    Source,
+    TrainingStream,
+    check_layout,
+)
 from vamba.data.encoding import tokens_of_pixels
-from vamba.data.stream import EXAMPLE_ERRORS, raise_fault
+from vamba.data.stream import reason_of
 
 from .agreement import agreed
 from .arguments import DataArguments, Recipe, RecipeError, VambaTrainingArguments
@@ -99,16 +107,17 @@ def _open_sources(data: DataArguments, seed: int) -> Mixture:
 def _check_source(key: str, source: Source, encoder: ConversationEncoder) -> None:
     """Raises RecipeError if no example says anything, or the first that do cannot be used."""
     tried, unusable, reason = 0, 0, "it is empty"
-    for example in source.rows:
+    for example in source.examples():
         tried, says_something = tried + 1, False
         try:
+            if isinstance(example, ExampleError):
+                raise example
             encoder.check_text(example)
             says_something = True
             encoder.plan(example, source.media_root)
             return
-        except EXAMPLE_ERRORS as error:
-            raise_fault(error)
-            unusable, reason = unusable + says_something, " ".join(str(error).split())
+        except Exception as error:
+            unusable, reason = unusable + says_something, reason_of(error)
         if unusable == PROBED:
             break
     raise RecipeError(

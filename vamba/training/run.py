@@ -15,7 +15,7 @@ from vamba.data import TrainingStream
 
 from .agreement import agreed, ending_together
 from .arguments import Recipe, load_recipe
-from .checkpoints import FINAL, find_checkpoint, finished_state
+from .checkpoints import FINAL, find_checkpoint, finished_state, remove_leftovers
 from .data import open_data
 from .distillation import Distillation
 from .flops import FlopsModel
@@ -55,7 +55,8 @@ def finetune(
     Args:
         recipe, overrides: a YAML file, a shipped recipe's name or a mapping of keys; see `load_recipe`.
         resume: go on from the last whole checkpoint in `output_dir`, if there is one. Nothing is trained of a run that
-            has done its steps: its model is saved, unless that was done too, and uploaded if the recipe says so.
+            has done its steps: its model is saved, unless that was done too, and uploaded if the recipe says so. A
+            checkpoint that is not whole is passed over with a warning that names it.
 
     Raises:
         RecipeError: before the model is loaded. NonFiniteLossError, ExampleError, OSError: while training; the
@@ -63,9 +64,11 @@ def finetune(
     """
     prepared = prepare(load_recipe(recipe, overrides), resume)
     arguments, checkpoint = prepared.recipe.training, prepared.checkpoint
-    state = agreed(lambda: finished_state(checkpoint, arguments.max_steps), decided_by_main=True)
+    output = arguments.output_dir
+    state = agreed(lambda: finished_state(output, checkpoint, arguments.max_steps), decided_by_main=True)
+    agreed(lambda: remove_leftovers(output), decided_by_main=True)
     if state is not None:
-        final = Path(arguments.output_dir) / FINAL
+        final = Path(output) / FINAL
         if arguments.should_save:
             upload(final, prepared.recipe)
         return Result(final, state.global_step, _losses(state), trained=False)

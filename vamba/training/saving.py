@@ -5,6 +5,7 @@ it is `<output_dir>/final`, and stays there if anything goes wrong after trainin
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 
+from vamba.errors import DiskFullError, UserError, is_disk_full
 from vamba.files import publish
 from vamba.hub import inherited_metadata, push_to_hub, write_model_card
 
 from .arguments import Recipe
-from .checkpoints import FINAL, UNFINISHED
+from .checkpoints import FINAL, RECIPE_FILE, UNFINISHED
 
 
 def save(trainer: Trainer, recipe: Recipe) -> Path:
-    """Writes `<output_dir>/final` and, if asked to, uploads it.
+    """Writes `<output_dir>/final` and, if asked to, uploads it. What was there stays until the new one is whole.
 
     Merging and uploading may take longer than processes wait for each other, so the main one does that by itself after
     the last collective; the others return before it is done.
@@ -37,7 +39,19 @@ def save(trainer: Trainer, recipe: Recipe) -> Path:
     trainer.accelerator.wait_for_everyone()
     dtype = str(trainer.model.config.dtype).split(".")[-1]  # some of transformers put its name there
     trainer.save_dtype = None if recipe.model.use_lora else getattr(torch, dtype)
-    trainer.save_model(str(staging))
+    try:
+        trainer.save_model(str(staging))
+    except Exception as error:
+        if not is_disk_full(error, output):
+            raise
+        if trainer.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        checkpoints = any(output.glob("checkpoint-*"))
+        rest = "make room and run again with --resume" if checkpoints else "and there is no checkpoint to go on from"
+        raise DiskFullError(
+            f"The disk of {output} is full: the trained model could not be written. What was there before is as it was "
+            f"({', '.join(sorted(path.name for path in output.iterdir())) or 'nothing'}); {rest}."
+        ) from error
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         try:
@@ -45,7 +59,8 @@ def save(trainer: Trainer, recipe: Recipe) -> Path:
             _finish(staging, recipe, trainer.processing_class)
             publish(staging, output / FINAL)
         except Exception as error:
-            kind = OSError if isinstance(error, OSError) else RuntimeError
+            full = is_disk_full(error, output)
+            kind = DiskFullError if full else OSError if isinstance(error, OSError) else RuntimeError
             raise kind(
                 f"the model is trained and its weights are in {staging}, but {FINAL} could not be made of them: "
                 f"{type(error).__name__}: {error}"
@@ -61,15 +76,21 @@ def upload(folder: Path, recipe: Recipe) -> None:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
         processor = AutoProcessor.from_pretrained(folder)
         private, token = given.get("hub_private_repo"), given.get("hub_token")
-        push_to_hub(model, processor, private=private, token=token, **_card(recipe))
+        try:
+            push_to_hub(model, processor, private=private, token=token, **_card(recipe))
+        except UserError as error:
+            raise UserError(f"The trained model is in {folder}; run again with --resume to push it: {error}") from error
 
 
 def _finish(folder: Path, recipe: Recipe, processor) -> None:
     """Adapters merged, the processor as it was used, the card, and the recipe that made it all."""
     unset_hf_deepspeed_config()  # models that this process alone makes from here on are whole
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, of use to Trainer's own checkpoints only
+    adapter = folder
     if recipe.model.use_lora and recipe.model.lora_merge:
-        _merge(folder, recipe)
+        adapter = _merge(folder, recipe)
+    if recipe.model.use_lora:
+        _name_base(adapter, recipe)
     data, video = recipe.data, processor.video_processor
     video.fps = video.fps if data.fps is None else data.fps  # so that it is asked as it was trained
     for edge, area in (("shortest_edge", data.min_pixels), ("longest_edge", data.max_pixels)):
@@ -81,11 +102,39 @@ def _finish(folder: Path, recipe: Recipe, processor) -> None:
     values = {key: value for key, value in recipe.given.items() if key != "hub_token"}
     values = json.loads(json.dumps(values))  # which makes texts of enumerations
     values["datasets"] = [vars(entry) for entry in data.sources]
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    values = _without_absolute(values, Path(recipe.training.output_dir).resolve())
+    text = "# Paths that were absolute start from the output folder here, or are names where they are far from it.\n"
+    (folder / RECIPE_FILE).write_text(text + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
-def _merge(folder: Path, recipe: Recipe) -> None:
-    """Puts the adapter in `folder` into a subfolder, and the base model with its weights added into `folder`."""
+def _without_absolute(value: Any, output: Path) -> Any:
+    """`value` with absolute paths in it as seen from `output`. They say nothing of the machine: where the way leads
+    through its root or the folder of all homes, the name of the file is left."""
+    if isinstance(value, dict):
+        return {key: _without_absolute(inner, output) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_absolute(inner, output) for inner in value]
+    if not isinstance(value, str) or not os.path.isabs(value):
+        return value
+    shared = Path(os.path.commonpath([output, value]))
+    if shared in (Path(output.anchor), Path.home().parent):
+        return Path(value).name
+    return os.path.relpath(value, output)
+
+
+def _name_base(adapter: Path, recipe: Recipe) -> None:
+    """Has an adapter name a base model in a folder by the way there from its own, as `base_of` takes it."""
+    base = recipe.model.model_name_or_path
+    if os.path.isabs(base):
+        file = adapter / "adapter_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = os.path.relpath(os.path.realpath(base), adapter.resolve())
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _merge(folder: Path, recipe: Recipe) -> Path:
+    """Puts the adapter in `folder` into a subfolder, and the base model with its weights added into `folder`.
+    Returns the subfolder."""
     from peft import PeftModel
 
     adapter = folder / "adapter"
@@ -95,6 +144,7 @@ def _merge(folder: Path, recipe: Recipe) -> None:
             file.rename(adapter / file.name)
     base = AutoModelForImageTextToText.from_pretrained(recipe.model.model_name_or_path, dtype=recipe.model.dtype)
     PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
+    return adapter
 
 
 def _card(recipe: Recipe) -> dict[str, Any]:

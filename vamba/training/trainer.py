@@ -21,14 +21,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from vamba.data import ABOUT, About, ExampleError, Position, TrainingStream
 from vamba.errors import DiskFullError, UserError, is_disk_full
 from vamba.files import publish
 
-from .checkpoints import POSITION_FILE, STAGING
+from .checkpoints import POSITION_FILE, STAGING, rotate, write_manifest
 from .distillation import Distillation
 from .flops import FlopsModel, peak_flops
 
@@ -223,8 +222,10 @@ class VambaTrainer(Trainer):
             position.write_text(json.dumps(self.position.state()), encoding="utf-8")
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if not self.args.save_only_model:  # from which nothing can go on
+                    write_manifest(self._staging / final.name)
                 publish(self._staging / final.name, final)
-                rotate_checkpoints(output_dir=str(output), save_total_limit=self.args.save_total_limit)
+                rotate(output, self.args.save_total_limit, self.state.global_step)
             self.accelerator.wait_for_everyone()
         except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, as it comes
             if not is_disk_full(error, output):

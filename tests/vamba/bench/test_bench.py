@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +26,14 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_tables_plots_and_report(tiny, tmp_path, capsys):
-    assert main([*tiny, "--frames", "8", "4", "--peer", "qwen2-vl", "--out", str(tmp_path)]) == 0
+def test_tables_plots_and_report(tiny, tmp_path, capsys, monkeypatch):
+    arguments = [*tiny, "--frames", "8", "4", "--peer", "qwen2-vl", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["/home/me/bin/vamba", *arguments])
+    assert main(arguments) == 0
     (report,), (table,) = tmp_path.glob("*.md"), tmp_path.glob("*_video_length.csv")
+    assert f"`vamba bench --model {Path(tiny[2]).name} --device cpu --video clip.mp4" in report.read_text()
+    for file in tmp_path.iterdir():  # nothing tells of the machine
+        assert b"/tmp" not in file.read_bytes() and b"/home" not in file.read_bytes()
     rows = read(table)
     assert [(r["model"], r["frames"], r["video_tokens"], r["status"]) for r in rows] == [
         (model, frames, tokens, "ok")

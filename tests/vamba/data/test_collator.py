@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from vamba.data import (
     Collator,
     ConversationEncoder,
-    Source,
     fill_packs,
 )
 from vamba.modeling import video_model
@@ -83,14 +82,14 @@ def arguments(folder, kind=TrainingArguments, **options):
 
 
 def test_a_plain_trainer(checkpoint, dataset, tmp_path):
-    source = Source(dataset)
+    rows = load_dataset("json", data_files=str(dataset), split="train")
     model, processor = (
         AutoModelForImageTextToText.from_pretrained(checkpoint),
         AutoProcessor.from_pretrained(checkpoint),
     )
-    collator = Collator(ConversationEncoder(processor, fps=8, media_root=source.media_root))
+    collator = Collator(ConversationEncoder(processor, fps=8, media_root=str(dataset.parent)))
     options = arguments(tmp_path, dataloader_num_workers=1)
-    trainer = Trainer(model, options, data_collator=collator, train_dataset=source.rows)
+    trainer = Trainer(model, options, data_collator=collator, train_dataset=rows)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[2] < losses[0]
@@ -98,16 +97,14 @@ def test_a_plain_trainer(checkpoint, dataset, tmp_path):
 
 def test_trls_trainer(checkpoint, dataset, tmp_path):
     trl = pytest.importorskip("trl")
-    source = Source(dataset)
+    rows = load_dataset("json", data_files=str(dataset), split="train")
     model, processor = (
         AutoModelForImageTextToText.from_pretrained(checkpoint),
         AutoProcessor.from_pretrained(checkpoint),
     )
-    collator = Collator(ConversationEncoder(processor, fps=8, media_root=source.media_root))
+    collator = Collator(ConversationEncoder(processor, fps=8, media_root=str(dataset.parent)))
     options = arguments(tmp_path, trl.SFTConfig, dataset_kwargs={"skip_prepare_dataset": True}, bf16=False)
-    trainer = trl.SFTTrainer(
-        model, options, data_collator=collator, train_dataset=source.rows, processing_class=processor
-    )
+    trainer = trl.SFTTrainer(model, options, data_collator=collator, train_dataset=rows, processing_class=processor)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[2] < losses[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 
 import datasets
 import pytest
@@ -13,6 +14,7 @@ from vamba.data import (
     Source,
     sources,
 )
+from vamba.errors import UserError
 
 from training_data import example, uniform, write_rows
 
@@ -136,3 +138,25 @@ def test_a_change_inside_a_file_is_seen(whole, tmp_path, monkeypatch):
     before = Source(path).fingerprint
     rows[500]["messages"][0]["content"][0]["text"] = "y" * 300
     assert Source(write_rows(path, rows)).fingerprint != before
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
+def test_a_damaged_file_of_datasets_is_refused_with_its_path(kind, streaming, tmp_path):
+    """Or read, where the damage is in a text; never is memory read that is not its own."""
+    data = datasets.Dataset.from_list([uniform(question="?" * n) for n in range(50)])
+    draw, refused = random.Random(0), 0
+    for attempt in range(12):
+        path = tmp_path / f"{attempt}.parquet" if kind == "parquet" else tmp_path / f"{attempt}"
+        data.to_parquet(path) if kind == "parquet" else data.save_to_disk(path)
+        file = path if kind == "parquet" else path / kind
+        content = bytearray(file.read_bytes())
+        for _ in range(10):
+            content[draw.randrange(len(content))] ^= draw.randrange(1, 256)
+        file.write_bytes(content[: len(content) // 2] if attempt % 3 == 0 else content)
+        try:
+            assert len(list(Source(path, streaming=streaming).examples())) == 50
+        except UserError as error:
+            assert str(path) in str(error) and "cannot be read" in str(error)
+            refused += 1
+    assert refused >= 4

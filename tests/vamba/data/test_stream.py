@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import resource
 
 import pytest
@@ -179,6 +180,75 @@ def test_a_machine_out_of_files_is_no_broken_example(kind, processor, clip, pict
             os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert raised.value.errno == errno.EMFILE
+
+
+HOSTILE = [
+    None,
+    True,
+    -1,
+    1e308,
+    10**400,
+    float("nan"),
+    "",
+    "\0",
+    "\ud800",
+    "/dev/zero",
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": 1},
+]
+
+
+def places(value, at=()):
+    """Where something is in nested lists and dicts, as keys."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*at, key)
+        yield from places(value[key], (*at, key))
+
+
+def replaced(value, place, by):
+    value = json.loads(json.dumps(value))
+    inner = value
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = by
+    return value
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_one_example_says_the_others_are_trained_on(processor, dataset, workers):
+    """Every field of an example, replaced by values of every wrong type."""
+    options = {"fps": 2, "min_pixels": 2304, "max_frames": 4, "start": 0.1}
+    good = example({"type": "video", "video": "0.mp4", **options})
+    llava = {"video": "0.mp4", "conversations": [{"from": "human", "value": "<video>?"}, {"from": "gpt", "value": "!"}]}
+    hostile = [replaced(row, place, by) for row in (good, llava) for place in places(row) for by in HOSTILE]
+    hostile = random.Random(workers).sample(hostile, 200)
+    rows = [row for n in range(50) for row in (good | {"id": f"good{n}"}, *hostile[4 * n : 4 * n + 4])]
+    path = write_rows(dataset.parent / f"hostile{workers}.jsonl", rows)
+    seen, skipped = [], []
+    for batch in make_stream(processor, path, rows=1).loader(workers):
+        assert batch[ABOUT].error is None
+        seen += batch[ABOUT].samples
+        skipped += batch[ABOUT].skipped
+        if len(seen) + len(skipped) >= len(rows):
+            break
+    assert sorted(name for name in seen if "#good" in name) == sorted(f"{path.name}#good{n}" for n in range(50))
+    assert len(skipped) > 100 and all(message.startswith(path.name) for message in skipped)
+    assert all("\n" not in message and len(message) < 1200 for message in skipped)
+
+
+def test_an_error_that_does_not_tell_of_the_example_is_told_with_its_type(processor, dataset, monkeypatch):
+    monkeypatch.setattr(stream_module, "BROKEN_IN_A_ROW", 24)
+
+    class Faulty(ConversationEncoder):
+        def encode(self, plan):
+            raise MemoryError
+
+    stream = TrainingStream(Mixture([Source(dataset)]), Collator(Faulty(processor, fps=4)), rows=2)
+    error = next(iter(stream.loader()))[ABOUT].error
+    assert "examples in a row were broken, the last: train.jsonl#v" in error and error.endswith(": MemoryError: ")
 
 
 def test_a_fault_of_the_collator_is_no_broken_example(processor, dataset):

@@ -71,6 +71,7 @@ def test_a_short_run_leaves_checkpoint_picture_and_results(finished, capsys):
     assert len(list((output / "videos").iterdir())) == TINY["test_videos"]
     assert not (output / "work").exists()
     assert [path.name for path in output.parent.iterdir()] == ["demo"]
+    assert not any(b"/tmp" in path.read_bytes() for path in output.iterdir() if path.is_file())
     model = AutoModelForImageTextToText.from_pretrained(output)
     assert type(model).__name__ == CLASSES[results["model"]]
     assert f"# {results['model']}-demo" in (output / "README.md").read_text()

@@ -1,6 +1,7 @@
 """Recipes: what is shipped is sound, and every mistake is one line that names the key, before the model is loaded."""
 
 import dataclasses
+import time
 
 import pytest
 import transformers
@@ -143,6 +144,65 @@ WRONG = {
     "endless epochs": ({"streaming": True, "max_steps": -1}, "max_steps is missing; accepted with streaming"),
     "argument's own check": ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16 can be True"),
 }  # fmt: skip
+
+
+STRANGE = [
+    10**400,
+    float("nan"),
+    float("inf"),
+    "many",
+    "\0",
+    "\ud800",
+    [[]],
+    [None],
+    ["a", 1],
+    {},
+    {"a": {"b": 1}},
+    b"1",
+    {1},
+]
+
+
+@pytest.mark.parametrize(
+    "key", ["fps", "max_frames", "max_video_tokens", "learning_rate", "max_steps", "learning_rates", "packing"]
+)
+@pytest.mark.parametrize("value", STRANGE, ids=str)
+def test_values_of_another_type(key, value, values):
+    """Budgets as text and numbers that are none among them."""
+    if not (key == "learning_rates" and value == {}):
+        with pytest.raises(RecipeError, match=f"^{key}"):
+            load_recipe(values | {key: value})
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghij", "bcdefghijk")
+)
+NO_RECIPES = {
+    "latin-1": b"output_dir: \xe9",
+    "UTF-16": "max_steps: 1".encode("utf-16"),
+    "laughs": LAUGHS.encode(),
+    "itself": b"datasets: &a [*a]",
+    "deep": b"[" * 100_000,
+    "tag": b"output_dir: !!python/object/apply:os.system [id]",
+    "no date": b"output_dir: 2024-99-99",
+    "large": b"a: 1\n" * 2_000_000,
+    "number": b"max_steps: " + b"9" * 5000,
+    "keys": b"1: 2",
+    "option": b'"max_steps=3": 1',
+    "list": b"- a",
+    "binary": b"output_dir: !!binary gIGC",
+    "device": b"datasets: /dev/zero",
+}
+
+
+@pytest.mark.parametrize("kind", NO_RECIPES)
+def test_files_that_are_no_recipe(kind, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_bytes(NO_RECIPES[kind])
+    begin = time.monotonic()
+    assert main(["finetune", str(tmp_path / "r.yaml")]) == 2
+    assert time.monotonic() - begin < 5
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and len(line) < 400
 
 
 @pytest.mark.parametrize("mistake", WRONG)

@@ -13,17 +13,18 @@ import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 
 from vamba import VideoChat
+from vamba.checkpoint_folder import base_of
 from vamba.cli import main
 from vamba.demo.tiny_checkpoints import tiny_neox_tokenizer
 from vamba.modeling import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
-from vamba.training import VambaTrainer, finetune, load_recipe
-from vamba.training.checkpoints import last_checkpoint
+from vamba.training import VambaTrainer, checkpoints, finetune, load_recipe
+from vamba.training.checkpoints import find_checkpoint, last_checkpoint
 
 from tiny_video_ma2mba import tiny_config
 from training_data import free_port, recipe_values, run, start, weights
 
 
-def test_what_is_trained_can_be_asked(values, dataset, tmp_path, capsys):
+def test_what_is_trained_can_be_asked(values, dataset, tmp_path, capsys, monkeypatch):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     assert main(["finetune", str(path), "--max_steps", "4"]) == 0
@@ -37,9 +38,14 @@ def test_what_is_trained_can_be_asked(values, dataset, tmp_path, capsys):
     assert getattr(model.config, "use_cache", True)
     card = (final / "README.md").read_text()
     assert "Fine-tuned from" in card and "license" not in card and (final / "modeling_vamba.py").is_file()
-    again = load_recipe(final / "recipe.yaml")  # as it was, with the overrides
+    monkeypatch.chdir(tmp_path / "out")
+    again = load_recipe("final/recipe.yaml")  # as it was, with the overrides, and paths from the output folder on
     assert again.given.keys() == values.keys() and again.training.max_steps == 4
-    assert again.data == load_recipe(values).data and "hub_token" not in again.given
+    assert [os.path.realpath(source.path) for source in again.data.sources] == values["datasets"]
+    assert os.path.realpath(again.model.model_name_or_path) == values["model_name_or_path"]
+    assert "hub_token" not in again.given
+    for file in final.rglob("*.*"):
+        assert b"/tmp" not in (content := file.read_bytes()) and os.fsencode(Path.home()) + b"/" not in content, file
     assert not (final / "training_args.bin").exists() and not (tmp_path / "out" / ".saving").exists()
 
 
@@ -90,6 +96,14 @@ def uninterrupted(checkpoint, dataset, tmp_path_factory):
     return values, run(values), output
 
 
+def test_an_adapter_names_its_base_by_the_way_there(uninterrupted):
+    values, result, _ = uninterrupted
+    text = (result.folder / "adapter" / "adapter_config.json").read_text()
+    assert "/tmp" not in text and base_of(str(result.folder / "adapter")) == os.path.realpath(
+        values["model_name_or_path"]
+    )
+
+
 @pytest.mark.parametrize("step", [1, 4, 6])  # after 6 there is nothing left to train
 def test_resumed_is_uninterrupted(uninterrupted, step, tmp_path):
     values, expected, output = uninterrupted
@@ -98,6 +112,30 @@ def test_resumed_is_uninterrupted(uninterrupted, step, tmp_path):
     assert found.losses == expected.losses and found.steps == 6
     before, after = weights(expected.folder), weights(found.folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, monkeypatch):
+    """Whichever of its files, and none of them is looked into: the losses are those of the whole one before."""
+    values, expected, output = uninterrupted
+    told = []
+    monkeypatch.setattr(checkpoints.logger, "warning", told.append)
+    copied = tmp_path / "out"
+    for step in (4, 5):
+        shutil.copytree(output / f"checkpoint-{step}", copied / f"checkpoint-{step}")
+    names = {file.name for file in (copied / "checkpoint-5").iterdir()}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "files.json"} <= names
+    for name in names:
+        file = copied / "checkpoint-5" / name
+        whole = file.read_bytes()
+        for damaged in (whole[: len(whole) // 2], whole[:-9] + b"\x80" + whole[-8:], None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            assert find_checkpoint(str(copied), resume=True) == copied / "checkpoint-4"
+            assert name in told.pop() or name == "files.json"
+        file.write_bytes(whole)
+    assert find_checkpoint(str(copied), resume=True) == copied / "checkpoint-5" and not told
+    (copied / "checkpoint-5" / "scheduler.pt").unlink()
+    assert run(values, resume=True, output_dir=str(copied), save_total_limit=1).losses == expected.losses
+    assert {path.name for path in copied.iterdir()} == {"checkpoint-6", "final"}
 
 
 KILLED = """

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteriaList, TextIteratorStreamer
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
-from .errors import UserError, VideoReadError, opening
+from .errors import UserError, VideoReadError, reason_of
+from .loading import load_config, load_model, load_processor, merge_adapter
 from .modeling import StateMemory, VideoMemory
 from .modeling.graphed_decoding import GraphedDecoding
 from .modeling.media import default_chunk_frames, load_ahead
@@ -211,48 +212,41 @@ def _setting(generate_kwargs: dict, name: str) -> Any:
     return getattr(generate_kwargs.get("generation_config"), name, None) if value is None else value
 
 
+def check_device(device: str | torch.device | None) -> None:
+    """Raises UserError unless a tensor can be made on `device` and read back, or it is None."""
+    if device is None:
+        return
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise UserError(f"{device=} is no device of PyTorch; give 'cpu' or e.g. 'cuda:0'.") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
+    if chosen.type == "cpu" and chosen.index:
+        raise UserError(f"There is one CPU, not that of {device=}; use 'cpu'.")
+    try:
+        torch.zeros(1, device=chosen).cpu()
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError …, as the backend has it
+        reason = reason_of(error).split(". ")[0][:200]
+        raise UserError(f"There is no device for {device=} here ({reason}); leave it out or use 'cpu'.") from error
+
+
 def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> VideoChat:
     """A `VideoChat` from a checkpoint folder or Hub id, on `device` or wherever accelerate puts it.
 
     Where `path` is a PEFT adapter, it is added to the weights of the model it was trained on.
 
     Raises:
-        UserError: no Vamba checkpoint at `path`, or a CUDA device where there is none.
+        UserError: no Vamba checkpoint at `path`, something in it is damaged or missing, or there is no such device.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        kind = None if device is None else torch.device(device).type
-    except RuntimeError as error:
-        raise UserError(f"{device=} is no device of PyTorch; give 'cpu' or e.g. 'cuda:0'.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
+    check_device(device)
     check_kind(base := base_of(path))
     device_map = device or ("auto" if torch.cuda.is_available() else None)
     own_processor = base == path or (checkpoint_folder(path) / "processor_config.json").is_file()
-    source = path if own_processor else base
-    try:  # first, as it is small
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source} holds no processor and tokenizer that can be read: {reason}") from error
-    words = processor.tokenizer
-    if words.get_vocab().keys() <= set(words.all_special_tokens):  # transformers makes one of no words of no files
-        raise UserError(f"{source} holds no tokenizer; copy the tokenizer's files there.")
-    with opening(base):
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, device_map=device_map)
+    processor = load_processor(path if own_processor else base, load_config(base))  # first, as it is small
+    model = load_model(base, dtype=dtype, device_map=device_map)
     if base != path:
-        from peft import PeftModel, load_peft_weights
-
-        from .conversion import is_earlier_format
-
-        with opening(path):
-            if is_earlier_format(load_peft_weights(path, device="cpu")):
-                raise UserError(
-                    f"{path} is an adapter of a Vamba in the earlier format: merge it with the version of vamba that "
-                    "made it, and give what `vamba convert` makes of the merged model."
-                )
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+        model = merge_adapter(model, path)
     return VideoChat(model.eval(), processor)
 
 

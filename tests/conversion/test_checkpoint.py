@@ -10,8 +10,8 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from vamba.conversion import ConversionError, convert
 from vamba.conversion.formats import expected_shapes
-from vamba.conversion.safetensors_io import CheckpointReader
 from vamba.modeling.configuration_vamba import VambaConfig
+from vamba.weight_files import CheckpointReader
 
 from tiny_checkpoints import tiny_qwen2_vl
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
+from transformers import AutoProcessor, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 
 from vamba.files import publish
 from vamba.hub import inherited_metadata, push_to_hub, write_model_card
+from vamba.loading import load_model, merge_adapter
 
 from .arguments import Recipe
 from .checkpoints import FINAL, UNFINISHED
@@ -58,7 +59,7 @@ def upload(folder: Path, recipe: Recipe) -> None:
     """Puts the trained model on the Hub if the recipe says so; what is there already is not sent again."""
     given = recipe.given
     if given.get("push_to_hub"):
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+        model = load_model(folder, dtype="auto")
         processor = AutoProcessor.from_pretrained(folder)
         private, token = given.get("hub_private_repo"), given.get("hub_token")
         push_to_hub(model, processor, private=private, token=token, **_card(recipe))
@@ -86,15 +87,13 @@ def _finish(folder: Path, recipe: Recipe, processor) -> None:
 
 def _merge(folder: Path, recipe: Recipe) -> None:
     """Puts the adapter in `folder` into a subfolder, and the base model with its weights added into `folder`."""
-    from peft import PeftModel
-
     adapter = folder / "adapter"
     adapter.mkdir()
     for file in [*folder.glob("adapter_*"), folder / "README.md"]:
         if file.is_file():
             file.rename(adapter / file.name)
-    base = AutoModelForImageTextToText.from_pretrained(recipe.model.model_name_or_path, dtype=recipe.model.dtype)
-    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
+    base = load_model(recipe.model.model_name_or_path, dtype=recipe.model.dtype)
+    merge_adapter(base, adapter).save_pretrained(folder)
 
 
 def _card(recipe: Recipe) -> dict[str, Any]:

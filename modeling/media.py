@@ -55,7 +55,10 @@ def list_media(kind: str, pixels: Tensor | None, grid_thw: Tensor | None) -> lis
     if pixels is None or grid_thw is None:
         missing, given = names if pixels is None else reversed(names)
         raise ValueError(f"{given} came without {missing}; pass on all that the processor returns.")
-    items, start = [], 0
+    grid_thw, items, start = torch.as_tensor(grid_thw), [], 0
+    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
+        shape = list(grid_thw.shape)
+        raise ValueError(f"{names[1]} is {shape} of {grid_thw.dtype}; give integers (number of items, 3).")
     for t, h, w in grid_thw.tolist():
         if min(t, h, w) < 1:
             raise ValueError(f"{names[1]} holds {[t, h, w]}: each item has at least one frame of one patch.")

@@ -609,7 +609,7 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
             Read the video without positions although `cross_attn_use_position_embeddings` is set; see
             `VambaForConditionalGeneration.prepare_inputs_for_generation`.
         """
-        inputs_embeds = self.embedded(input_ids, inputs_embeds)
+        inputs_embeds = self.embedded(input_ids, inputs_embeds, attention_mask)
         B, N, _ = inputs_embeds.shape
         memory = VideoMemory.of(past_key_values, self.config.text_config)
         pixels = {"image": pixel_values, "video": pixel_values_videos}

@@ -27,6 +27,8 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video, is_valid_video_frame, load_video
 
+from .chat_templates import check_rendering
+
 
 logger = logging.get_logger(__name__)
 
@@ -135,6 +137,14 @@ class VambaProcessor(Qwen2VLProcessor):
             if (getattr(part, "auto_map", None) or {}).keys() == {"AutoProcessor"}:
                 del part.auto_map
         return saved
+
+    def apply_chat_template(self, conversation, chat_template: str | None = None, *args, **kwargs):
+        """See `Qwen2VLProcessor.apply_chat_template`. Raises ValueError for a template that does or makes too much."""
+        template, variables = self._resolve_chat_template(chat_template), {"add_generation_prompt": False, **kwargs}
+        variables |= dict(zip(("tools", "documents", "add_generation_prompt"), args))
+        conversations, _ = self._normalize_conversations(conversation)
+        check_rendering(template, conversations, {**self.tokenizer.special_tokens_map, **variables})
+        return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
 
     def _kind(self, mark: str) -> str | None:
         """Returns the kind of Qwen2-VL's placeholder in a mark, None if it has no placeholder."""

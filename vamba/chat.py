@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, StoppingCriteriaList, TextIteratorStreamer
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
 from .errors import UserError, VideoReadError, reason_of
-from .loading import load_config, load_model, load_processor, merge_adapter
+from .loading import check_generation, load_config, load_model, load_processor, merge_adapter
 from .modeling import StateMemory, VideoMemory
 from .modeling.graphed_decoding import GraphedDecoding
 from .modeling.media import default_chunk_frames, load_ahead
@@ -26,6 +26,7 @@ from .video import read_ahead
 
 # What each kind of model remembers a video in.
 MEMORIES = {"vamba": VideoMemory, "video_ma2mba": StateMemory}
+MAX_QUESTION = 2**20  # characters
 
 
 class VideoChat:
@@ -49,6 +50,11 @@ class VideoChat:
         memory: VideoMemory | StateMemory | None = None,
         **memory_options: Any,
     ):
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind not in MEMORIES:
+            raise ValueError(f"{type(model).__name__} is no Vamba and no Video-Ma2mba; give a model of one of these.")
+        if memory is not None and not isinstance(memory, MEMORIES[kind]):
+            raise ValueError(f"memory is a {type(memory).__name__}; a {kind} remembers in a {MEMORIES[kind].__name__}.")
         if memory_options and MEMORIES[model.config.model_type] is not VideoMemory:
             raise ValueError(f"{sorted(memory_options)} are for models with a VideoMemory; leave them out.")
         self.model, self.processor, self.memory = model, processor, memory
@@ -80,7 +86,7 @@ class VideoChat:
         Whatever is raised, KeyboardInterrupt too, `self.memory` then is as it was before.
         """
         temporal = self.processor.video_processor.temporal_patch_size
-        if chunk_frames is not None and (chunk_frames < 1 or chunk_frames % temporal):
+        if chunk_frames is not None and (type(chunk_frames) is not int or chunk_frames < 1 or chunk_frames % temporal):
             raise ValueError(f"{chunk_frames=} must be a positive multiple of the temporal patch size, {temporal}.")
         memory = self.memory.fork() if append and self.memory is not None else None
         seconds = 0.0 if memory is None else memory.seconds
@@ -137,9 +143,15 @@ class VideoChat:
             stream: return an iterator over pieces of the answer as they are generated.
             generate_kwargs: passed to `generate`; where neither they nor a `generation_config` among them says so,
                 `max_new_tokens` is 256 and `min_new_tokens` 1, as no question is answered by nothing.
+
+        Raises:
+            ValueError: nothing was watched yet; the question is no text, empty, not UTF-8 or too long; an argument that
+                `generate` does not know or cannot use.
         """
         if self.memory is None:
             raise ValueError("Nothing was watched yet: call watch(video) before ask(question).")
+        check_question(question)
+        self._check_generation(generate_kwargs)
         inputs = self._prompt(question)
         if _setting(generate_kwargs, "max_new_tokens") is None and _setting(generate_kwargs, "max_length") is None:
             generate_kwargs["max_new_tokens"] = 256
@@ -153,6 +165,18 @@ class VideoChat:
         output = self.model.generate(**inputs, past_key_values=self._fork(inputs, generate_kwargs), **generate_kwargs)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
+
+    def _check_generation(self, generate_kwargs: dict) -> None:
+        """Raises UserError for what `generate` is told and cannot use."""
+        given = generate_kwargs.get("generation_config")
+        if given is not None and not isinstance(given, GenerationConfig):
+            raise UserError(f"generation_config is {given!r:.80}; give a GenerationConfig.")
+        config = copy.deepcopy(self.model.generation_config if given is None else given)
+        try:
+            config.update(**{name: value for name, value in generate_kwargs.items() if name != "generation_config"})
+            check_generation(config, self.model.config.get_text_config().vocab_size)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"Nothing can be generated so: {reason_of(error)}.") from error
 
     def _fork(self, inputs: dict, generate_kwargs: dict) -> VideoMemory | StateMemory:
         """What a question is asked on: a fork, with room for the text set aside where CUDA graphs can be used."""
@@ -173,7 +197,14 @@ class VideoChat:
         items = [{"type": kind} for kind, *_ in self.memory.media[0]]
         messages = [{"role": "user", "content": [*items, {"type": "text", "text": question}]}]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        return self.processor.tokenizer(text, return_tensors="pt").to(self.model.device)
+        inputs = self.processor.tokenizer(text, return_tensors="pt").to(self.model.device)
+        length, most = (
+            inputs["input_ids"].shape[1],
+            getattr(self.model.config.text_config, "max_position_embeddings", None),
+        )
+        if most is not None and length > most:
+            raise UserError(f"The question takes {length} tokens, and the model {most} at most; ask a shorter one.")
+        return inputs
 
     def _stream(self, inputs: dict, generate_kwargs: dict) -> Iterator[str]:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -204,6 +235,18 @@ class VideoChat:
             thread.join()
         if failure:
             raise failure[0]
+
+
+def check_question(question: Any) -> None:
+    """Raises UserError unless the question is a text that can be asked."""
+    if not isinstance(question, str):
+        raise UserError(f"The question is {question!r:.80}; give a text.")
+    if not question.strip() or len(question) > MAX_QUESTION:
+        raise UserError(f"The question has {len(question)} characters; give from 1 to {MAX_QUESTION}, not spaces only.")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"The question is not UTF-8 at character {error.start}; give a text that is.") from error
 
 
 def _setting(generate_kwargs: dict, name: str) -> Any:

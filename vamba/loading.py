@@ -35,14 +35,15 @@ REMEDY = " Fetch the checkpoint again, or convert it again."
 FLOATS = (*NAMES, torch.float64, "F64")
 VISION_SIZES = ("patch_size", "temporal_patch_size", "spatial_merge_size")
 # Of generation_config.json and of what `generate` is told: from the least to the greatest value.
-COUNT, NUMBER, SWITCH = (0, 2**40), (-1e6, 1e6), (0, 1)
+COUNT, SHARE = (0, 2**24), (0, 1)
 GENERATION_BOUNDS = {
-    **dict.fromkeys(("max_length", "max_new_tokens", "num_beams", "num_return_sequences"), (1, 2**40)),
+    **dict.fromkeys(("max_length", "max_new_tokens", "num_beams", "num_return_sequences"), (1, 2**24)),
     **dict.fromkeys(("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), COUNT),
-    **dict.fromkeys(("temperature", "repetition_penalty", "length_penalty"), NUMBER),
-    **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), SWITCH),
+    **dict.fromkeys(("temperature", "repetition_penalty"), (0, 1e6)),
+    "length_penalty": (-1e6, 1e6),
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), SHARE),
 }
-WHOLE = {name for name, bounds in GENERATION_BOUNDS.items() if bounds[1] == 2**40}
+WHOLE = {name for name, bounds in GENERATION_BOUNDS.items() if bounds[1] == 2**24}
 SWITCHES = ("do_sample", "use_cache", "output_scores", "output_hidden_states", "return_dict_in_generate")
 
 

@@ -40,7 +40,7 @@ class CheckpointReader:
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.index = folder, folder / INDEX
         listed = self._listed_files()
         self.files: dict[str, Path] = {}
         self.specs: dict[str, TensorSpec] = {}
@@ -48,12 +48,10 @@ class CheckpointReader:
             for key, spec in _header(folder / name).items():
                 if listed is not None and listed.get(key) != name:
                     where = f"puts it in {listed[key]}" if key in listed else "does not list it"
-                    raise CheckpointError(f"{folder / name} holds {key}, but {INDEX} {where}.")
+                    raise CheckpointError(f"{folder / name} holds {key}, but the index {where}.")
                 self.files[key], self.specs[key] = folder / name, spec
         if absent := sorted(set(listed or ()) - set(self.specs)):
-            raise CheckpointError(
-                f"{folder / INDEX} lists {absent[0]} and {len(absent) - 1} more keys that no file holds."
-            )
+            raise CheckpointError(f"{self.index} lists {absent[0]} and {len(absent) - 1} more keys that no file holds.")
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor. The file is mapped for this tensor only, so that nothing read before stays in memory."""
@@ -64,21 +62,17 @@ class CheckpointReader:
         """Key → file name of the index; None where there is one file without an index."""
         if (self.folder / SINGLE).is_file():
             return None
-        if not (self.folder / INDEX).is_file():
+        if not self.index.is_file():
             raise CheckpointError(_no_weights(self.folder))
         try:
-            listed = dict(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+            listed = dict(json.loads(self.index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{self.folder / INDEX} is not an index of safetensors files: {error!r}") from error
+            raise CheckpointError(f"{self.index} is not an index of safetensors files: {error!r}") from error
         for name in dict.fromkeys(map(str, listed.values())):
             if Path(name).name != name or name not in listed.values():
-                raise CheckpointError(
-                    f"{self.folder / INDEX} names the file {name!r}, which is not in the folder itself."
-                )
+                raise CheckpointError(f"{self.index} names the file {name!r}, which is not in the folder itself.")
             if not (self.folder / name).is_file():
-                raise CheckpointError(
-                    f"{self.folder / INDEX} names {name}, which is not there: the download is incomplete."
-                )
+                raise CheckpointError(f"{self.index} names {name}, which is not there: the download is incomplete.")
         return listed
 
 

@@ -153,6 +153,8 @@ class VideoModelMixin:
         Raises:
             ValueError: patches, grid, rows and memory that do not fit each other.
         """
+        if chunk_frames is not None and (type(chunk_frames) is not int or chunk_frames < 1):
+            raise ValueError(f"{chunk_frames=!r:.80} must be a number of frames from 1 on, or None.")
         videos = list_videos(pixel_values_videos, video_grid_thw, rows)
         return self._encode_videos(memory, videos, {"video": pixel_values_videos}, continue_video, chunk_frames)
 
@@ -279,6 +281,17 @@ class VideoHeadMixin:
         """The model's `encode_video` without gradients."""
         return self.model.encode_video(*args, **kwargs)
 
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """GenerationMixin's. Raises ValueError for a prompt that is no batch of text."""
+        prompt = kwargs.get("inputs_embeds")
+        if prompt is None:
+            ids = inputs if inputs is not None else kwargs.get("input_ids")
+            if ids is not None:
+                check_text("input_ids", ids, kwargs.get("attention_mask"), self.config.text_config.vocab_size)
+        elif isinstance(prompt, Tensor) and prompt.dim() != 3:
+            check_text("inputs_embeds", prompt, None)
+        return super().generate(inputs, *args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -378,14 +391,16 @@ def check_text(name: str, text: Tensor, attention_mask: Tensor | None, vocab_siz
 
     Only ids that lie on the CPU are looked at, as a look at a GPU's would wait for it.
     """
+    if not isinstance(text, Tensor):
+        raise ValueError(f"{name} is {text!r:.80}; give a tensor.")
     if is_tracing(text):
         return
     dims, shape = (3 if vocab_size is None else 2), list(text.shape)
     if len(shape) != dims or 0 in shape or text.is_floating_point() != (dims == 3) or text.dtype == torch.bool:
         kind = "floats (B, N, D)" if dims == 3 else "integers (B, N)"
         raise ValueError(f"{name} is {shape} of {text.dtype}; give {kind} of at least one row and one token.")
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        rows, tokens = attention_mask.shape
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() < 3:
+        rows, tokens = attention_mask.shape if attention_mask.dim() == 2 else (0, 0)
         if rows != shape[0] or tokens < shape[1]:
             raise ValueError(f"attention_mask is {[rows, tokens]} for {name} of {shape[:2]}; give one number a token.")
     if vocab_size is not None and text.device.type == "cpu":

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -173,6 +174,11 @@ class VideoChat:
             raise UserError(f"generation_config is {given!r:.80}; give a GenerationConfig.")
         config = copy.deepcopy(self.model.generation_config if given is None else given)
         try:
+            for name in ("stopping_criteria", "logits_processor"):
+                if not isinstance(generate_kwargs.get(name), (list, type(None))):
+                    raise ValueError(f"{name} is {generate_kwargs[name]!r:.80}; it must be a list")
+            if not hasattr(generate_kwargs.get("streamer") or SimpleNamespace(put=None), "put"):
+                raise ValueError(f"streamer is {generate_kwargs['streamer']!r:.80}; it must have put and end")
             config.update(**{name: value for name, value in generate_kwargs.items() if name != "generation_config"})
             check_generation(config, self.model.config.get_text_config().vocab_size)
         except (ValueError, TypeError) as error:
@@ -287,6 +293,8 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
     device_map = device or ("auto" if torch.cuda.is_available() else None)
     own_processor = base == path or (checkpoint_folder(path) / "processor_config.json").is_file()
     processor = load_processor(path if own_processor else base, load_config(base))  # first, as it is small
+    if processor.chat_template is None:
+        raise UserError(f"{path} holds no chat template; copy the chat_template.jinja of its origin there.")
     model = load_model(base, dtype=dtype, device_map=device_map)
     if base != path:
         model = merge_adapter(model, path)

@@ -41,6 +41,7 @@ GENERATION_BOUNDS = {
     **dict.fromkeys(("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), COUNT),
     **dict.fromkeys(("temperature", "repetition_penalty"), (0, 1e6)),
     "length_penalty": (-1e6, 1e6),
+    "max_time": (0, 1e9),
     **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), SHARE),
 }
 WHOLE = {name for name, bounds in GENERATION_BOUNDS.items() if bounds[1] == 2**24}
@@ -95,7 +96,9 @@ def check_weights(folder: Path, config: PreTrainedConfig) -> None:
     Raises:
         CheckpointError: a UserError that names the first missing, unknown or misshaped tensors, or the damaged file.
     """
-    specs = open_checkpoint(folder).specs
+    specs, index = open_checkpoint(folder).specs, folder / INDEX
+    if not (folder / SINGLE).is_file() and index.is_file() and not isinstance(read_json(index).get("metadata"), dict):
+        raise CheckpointError(f"{index} has no metadata, which transformers asks for.{REMEDY}")
     if getattr(config, "quantization_config", None) is not None:
         return  # its tensors have names and shapes of their own
     if any(map(EARLIER_KEYS.search, specs)):
@@ -189,8 +192,8 @@ def check_generation_file(folder: Path, config: PreTrainedConfig) -> None:
         values = read_json(file)
         with reading(str(file)):
             generation = GenerationConfig.from_dict(dict(values))
-            generation.validate()
             check_generation(generation, config.get_text_config().vocab_size)
+            generation.validate()
 
 
 def check_generation(generation: GenerationConfig, vocab_size: int) -> None:

@@ -179,8 +179,11 @@ class VideoChat:
                     raise ValueError(f"{name} is {generate_kwargs[name]!r:.80}; it must be a list")
             if not hasattr(generate_kwargs.get("streamer") or SimpleNamespace(put=None), "put"):
                 raise ValueError(f"streamer is {generate_kwargs['streamer']!r:.80}; it must have put and end")
-            config.update(**{name: value for name, value in generate_kwargs.items() if name != "generation_config"})
-            check_generation(config, self.model.config.get_text_config().vocab_size)
+            options = {name: value for name, value in generate_kwargs.items() if name != "generation_config"}
+            vocab_size = self.model.config.get_text_config().vocab_size
+            check_generation(SimpleNamespace(**options), vocab_size)  # first, as transformers compares them
+            config.update(**options)
+            check_generation(config, vocab_size)
         except (ValueError, TypeError) as error:
             raise UserError(f"Nothing can be generated so: {reason_of(error)}.") from error
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -191,12 +192,11 @@ def check_generation_file(folder: Path, config: PreTrainedConfig) -> None:
     if (file := folder / "generation_config.json").exists():
         values = read_json(file)
         with reading(str(file)):
-            generation = GenerationConfig.from_dict(dict(values))
-            check_generation(generation, config.get_text_config().vocab_size)
-            generation.validate()
+            check_generation(SimpleNamespace(**values), config.get_text_config().vocab_size)
+            GenerationConfig.from_dict(dict(values)).validate()
 
 
-def check_generation(generation: GenerationConfig, vocab_size: int) -> None:
+def check_generation(generation: GenerationConfig | SimpleNamespace, vocab_size: int) -> None:
     """Raises ValueError for the first number, switch or token that `generate` cannot use, whatever is asked of it."""
     for name, (low, high) in GENERATION_BOUNDS.items():
         value = getattr(generation, name, None)

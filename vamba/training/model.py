@@ -72,7 +72,9 @@ def load_model(recipe: Recipe) -> nn.Module:
     """The weights, with what trains, and how the backward pass saves memory."""
     chosen, arguments = recipe.model, recipe.training
     torch.manual_seed(arguments.seed)  # adapters start from random numbers
-    options = {} if chosen.attn_implementation is None else {"attn_implementation": chosen.attn_implementation}
+    options: dict[str, Any] = {}
+    if chosen.attn_implementation is not None:
+        options["attn_implementation"] = chosen.attn_implementation
     if chosen.load_in_4bit or chosen.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=chosen.load_in_4bit,

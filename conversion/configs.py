@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Qwen2VLConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
+from vamba.errors import UserError, reason_of
 from vamba.modeling.configuration_vamba import VambaConfig, VambaMamba2Config
 
 from .planning import ConversionError
@@ -149,8 +149,10 @@ def own_values(config: PreTrainedConfig) -> dict:
 
 @contextmanager
 def naming_bad_values(where: str = "The source's config.json: ") -> Iterator[None]:
-    """Makes what transformers says of a configuration's value a ConversionError, in one line."""
+    """Makes what transformers says of a configuration's value, or fails with at it, a ConversionError in one line."""
     try:
         yield
-    except StrictDataclassError as error:
-        raise ConversionError(f"{where}{' '.join(str(error).split())}") from error
+    except UserError:
+        raise
+    except Exception as error:  # what the values of a file raise, and where in transformers, is without number
+        raise ConversionError(f"{where}{reason_of(error)}") from error

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import PreTrainedConfig
+
+from vamba.loading import expected_shapes
+from vamba.weight_files import CheckpointReader, TorchReader
 
 from .planning import DROPPED, ConversionError, Rules, Table
-from .safetensors_io import CheckpointReader, TorchReader
 
 
 QWEN2_VL, ORIGINAL, VAMBA = "a Qwen2-VL checkpoint", "an original Vamba checkpoint", "a Vamba checkpoint"
@@ -54,7 +55,7 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises ConversionError if it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} is not a JSON object.")
@@ -91,13 +92,3 @@ def rules_for(config: PreTrainedConfig, table: Table, inverse: Table, fresh: str
     if config.tie_word_embeddings:  # there is no head of its own; a source may hold one all the same
         table = ((r"lm_head\.weight", DROPPED), *table)
     return Rules(expected_shapes(config), table, inverse, fresh)
-
-
-def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of our checkpoint, in the model's order, asked from the model without allocating it."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    return shapes

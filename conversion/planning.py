@@ -12,17 +12,11 @@ from typing import NamedTuple
 import torch
 
 from vamba.errors import UserError
+from vamba.weight_files import CheckpointError, TensorSpec, raise_problems
 
 
 class ConversionError(UserError):
     """The source cannot be converted; the message names the key or value and what was expected."""
-
-
-class TensorSpec(NamedTuple):
-    """What a file's header says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | str
 
 
 class Step(NamedTuple):
@@ -106,7 +100,10 @@ def plan(source: Mapping[str, TensorSpec], rules: Rules, dtype: torch.dtype | No
     for key in expected:
         if key not in origin and not re.fullmatch(rules.fresh, key):
             problems["missing"].add((rename(key, rules.inverse) or (key,))[0])
-    _raise_problems(problems)
+    try:
+        raise_problems("The checkpoint", {PROBLEMS[kind]: keys for kind, keys in problems.items()})
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
 
     fresh_dtype = dominant_dtype(source.values())
     steps = []
@@ -124,13 +121,3 @@ def dominant_dtype(specs: Iterable[TensorSpec]) -> torch.dtype:
         if dtype in counts:
             counts[dtype] += torch.Size(shape).numel()
     return max(counts, key=counts.__getitem__)
-
-
-def _raise_problems(problems: dict[str, set[str]]) -> None:
-    parts = []
-    for kind, keys in problems.items():
-        if keys:
-            more = f", and {len(keys) - 5} more" if len(keys) > 5 else ""
-            parts.append(f"{len(keys)} {PROBLEMS[kind]}: {', '.join(sorted(keys)[:5])}{more}")
-    if parts:
-        raise ConversionError("The checkpoint does not fit its config.json: " + "; ".join(parts) + ".")

@@ -14,12 +14,12 @@ import torch
 from vamba.errors import UserError
 from vamba.modeling.configuration_vamba import EARLIER_KEYS, VambaConfig
 from vamba.modeling.mamba2 import Mamba2Block
+from vamba.weight_files import CheckpointReader
 
 from .companions import copy_companions, set_generation_flag
 from .configs import config_from_original, config_from_qwen2_vl, config_to_original, naming_bad_values
 from .formats import EARLIER, ORIGINAL, QWEN2_VL, SUPPORTED, VAMBA, Conversion, read_config, rules_for, write_json
 from .planning import DROPPED, UNCHANGED, ConversionError, Rules, Table, rename
-from .safetensors_io import CheckpointReader
 
 
 TEXT = r"model\.(?:language_model\.)?"
@@ -95,7 +95,8 @@ def prepare(kind: str, source: Path, to: str | None, mamba_config: dict | None) 
     if kind == QWEN2_VL:
         config = config_from_qwen2_vl(read_config(source), mamba_config)
     elif kind == ORIGINAL:
-        config = config_from_original(read_config(source))
+        with naming_bad_values():
+            config = config_from_original(read_config(source))
     else:
         with naming_bad_values():
             config = VambaConfig.from_pretrained(source, local_files_only=True)

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, CLIPVisionConfig, GenerationConfig, Mamb
 
 from vamba.modeling.configuration_video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaVisionConfig
 from vamba.modeling.processing_video_ma2mba import VideoMa2mbaProcessor
+from vamba.weight_files import open_checkpoint
 
 from .configs import MAMBA_FIELDS, MAMBA_FIXED, naming_bad_values, own_values
 from .formats import STATE_SPACES, VIDEO_MA2MBA, Conversion, read_config, rules_for
 from .planning import DROPPED, UNCHANGED, ConversionError, Table
-from .safetensors_io import open_checkpoint
 
 
 FROM_MAMBA2: Table = (
@@ -53,8 +53,10 @@ def prepare(kind: str, source: Path, vision: str | Path | None, tokenizer: str |
     if kind == VIDEO_MA2MBA:
         if vision or tokenizer:
             raise ConversionError("The source is a Video-Ma2mba, with a vision tower and a tokenizer of its own.")
-        config = VideoMa2mbaConfig.from_pretrained(source, local_files_only=True)
-        processor = VideoMa2mbaProcessor.from_pretrained(source, local_files_only=True)
+        with naming_bad_values():
+            config = VideoMa2mbaConfig.from_pretrained(source, local_files_only=True)
+        with naming_bad_values(f"{source} holds no processor that can be read: "):
+            processor = VideoMa2mbaProcessor.from_pretrained(source, local_files_only=True)
         readers, rules = [open_checkpoint(source)], rules_for(config, UNCHANGED, UNCHANGED)
     else:
         if vision is None:
@@ -63,11 +65,12 @@ def prepare(kind: str, source: Path, vision: str | Path | None, tokenizer: str |
                 "openai/clip-vit-large-patch14-336, with --vision."
             )
         vision = Path(vision).expanduser().resolve()
-        config = VideoMa2mbaConfig(
-            architectures=["VideoMa2mbaForConditionalGeneration"],
-            **(_from_state_spaces(source) if kind == STATE_SPACES else _from_mamba2(source)),
-            vision_config=_vision_config(vision),
-        )
+        with naming_bad_values():
+            config = VideoMa2mbaConfig(
+                architectures=["VideoMa2mbaForConditionalGeneration"],
+                **(_from_state_spaces(source) if kind == STATE_SPACES else _from_mamba2(source)),
+                vision_config=_vision_config(vision),
+            )
         processor = _processor(config, source if tokenizer is None else Path(tokenizer).expanduser().resolve())
         readers = [open_checkpoint(source), open_checkpoint(vision)]
         table = FROM_MAMBA2 + from_clip(config.vision_config.num_hidden_layers)
@@ -139,7 +142,8 @@ def _processor(config: VideoMa2mbaConfig, folder: Path) -> VideoMa2mbaProcessor:
             f"{folder} holds no tokenizer; give the folder of one, such as EleutherAI/gpt-neox-20b's for the models of "
             "state-spaces, with --tokenizer."
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with naming_bad_values(f"{folder} holds no tokenizer that can be read: "):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     processor = VideoMa2mbaProcessor.for_model(config, tokenizer)
     if len(tokenizer) > config.text_config.vocab_size:
         raise ConversionError(

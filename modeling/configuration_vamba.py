@@ -3,9 +3,13 @@
 A Vamba is a Qwen2-VL whose video tokens go through Mamba-2 blocks instead of the language model. `vision_config` is
 that of any Qwen2-VL-style tower in transformers, chosen by its `model_type`; `text_config` is Qwen2-VL's with three
 switches for the cross-attention; `mamba_config` sizes the Mamba-2 blocks.
+
+What is unusual: every number is checked against a table of bounds before anything is built, as a config.json may be
+anyone's, and a list of 10**12 layers would fill the memory before the first error.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -25,6 +29,120 @@ AUTO_MAP = {
 }
 # Tensors of checkpoints from before November 2026, when the decoder layers held the keys' and values' projections.
 EARLIER_KEYS = re.compile(r"language_model\.layers\.\d+\.cross_attn\.[kv]_proj\.|video_encoder\.layers\.\d+\.")
+EARLIER_FORMAT = (
+    "This checkpoint is in Vamba's earlier format, with the video's keys and values in the decoder layers: "
+    "bring it into the present one with `vamba convert OLD NEW`."
+)
+
+# From the least to the greatest value that makes sense; far beyond any model that there is.
+LAYERS, WIDTH, TOKENS, SMALL, SHARE, POSITIVE = (1, 1024), (1, 2**20), (1, 2**24), (1, 64), (0, 1), (1e-30, 1e4)
+MIXER_BOUNDS = {
+    "hidden_size": WIDTH,
+    "state_size": (1, 2**14),
+    "conv_kernel": (2, 64),
+    "expand": SMALL,
+    "head_dim": WIDTH,
+    "n_groups": WIDTH,
+    "chunk_size": WIDTH,
+    "layer_norm_epsilon": SHARE,
+    "time_step_min": POSITIVE,
+    "time_step_max": POSITIVE,
+    "time_step_floor": SHARE,
+    "time_step_limit": (0, float("inf")),
+    "A_init_bounds": POSITIVE,
+    "initializer_range": (0, 1e4),
+}
+TEXT_BOUNDS = {
+    "vocab_size": TOKENS,
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": WIDTH,
+    "num_key_value_heads": WIDTH,
+    "max_position_embeddings": (1, 2**40),
+    "rms_norm_eps": SHARE,
+    "attention_dropout": SHARE,
+    "sliding_window": (1, 2**40),
+    "max_window_layers": (0, 2**40),
+    "initializer_range": (0, 1e4),
+}
+BACKENDS = {  # of the scan, the convolution and the norms
+    "ssd_backend": ("auto", "torch", "triton", "mamba_ssm"),
+    "conv_backend": ("auto", "torch", "triton", "causal_conv1d"),
+    "norm_backend": ("auto", "torch", "triton"),
+}
+# Of any vision tower in transformers, under the names that they have there.
+VISION_BOUNDS = {
+    **dict.fromkeys(("depth", "num_hidden_layers"), LAYERS),
+    **dict.fromkeys(("embed_dim", "hidden_size", "out_hidden_size", "intermediate_size", "projection_dim"), WIDTH),
+    **dict.fromkeys(("num_heads", "num_attention_heads"), WIDTH),
+    **dict.fromkeys(("in_channels", "num_channels", "temporal_patch_size", "spatial_merge_size"), SMALL),
+    "mlp_ratio": (1 / 64, 64),
+    "patch_size": (1, 1024),
+    "image_size": (1, 2**14),
+    "window_size": (1, 2**20),
+    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps", "attention_dropout"), SHARE),
+    "initializer_range": (0, 1e4),
+}
+PIXEL_BOUNDS = {"image_mean": (-1e4, 1e4), "image_std": POSITIVE, "initializer_range": (0, 1e4)}
+SPECIAL_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def check_bounds(config: PreTrainedConfig, bounds: Mapping[str, tuple[float, float]], where: str = "") -> None:
+    """Raises ValueError for the first of the values (or of the numbers in it) that is not from low to high.
+
+    A value that is None, or that the configuration does not have, is not looked at; `where` stands before its name.
+    """
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name, None)
+        for number in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not low <= number <= high:
+                raise ValueError(f"{where}{name} is {value!r:.80}; it must be a number from {low:g} to {high:g}.")
+
+
+def check_pair(config: PreTrainedConfig, name: str) -> None:
+    """Raises ValueError unless the value is two numbers, the second of which is not the smaller."""
+    value = getattr(config, name)
+    if len(value) != 2 or value[0] > value[1] or any(1e38 < number < float("inf") for number in value):
+        raise ValueError(f"{name} is {value!r:.80}; it must be two numbers of float32, the least and the greatest.")
+
+
+def check_divides(name: str, value: int, whole_name: str, whole: int) -> None:
+    """Raises ValueError unless `whole` is a multiple of `value`."""
+    if whole % value:
+        raise ValueError(f"{whole_name} is {whole}; it must be a multiple of {name}, which is {value}.")
+
+
+def check_rope(config: PreTrainedConfig, where: str = "") -> None:
+    """Raises ValueError for a base of the rotary frequencies from which none can be computed."""
+    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 1.0)
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 1 <= theta <= 1e15:
+        raise ValueError(f"{where}rope_parameters['rope_theta'] is {theta!r:.80}; it must be from 1 to 1e15.")
+
+
+def check_pixels(config: PreTrainedConfig) -> None:
+    """Raises ValueError unless the vision tower can be built, and mean and deviation are those of its channels."""
+    vision = config.vision_config
+    check_bounds(config, PIXEL_BOUNDS)
+    check_bounds(vision, VISION_BOUNDS, "vision_config.")
+    check_rope(vision, "vision_config.")
+    width = "embed_dim" if hasattr(vision, "embed_dim") else "hidden_size"
+    if heads := getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None):
+        check_divides("its number of heads", heads, f"vision_config.{width}", getattr(vision, width))
+    for name in ("image_mean", "image_std"):
+        if len(value := getattr(config, name)) != 3:
+            raise ValueError(f"{name} is {value!r:.80}; it must be three numbers, one for each colour.")
+
+
+def check_token_ids(config: PreTrainedConfig, names: tuple[str, ...], vocab_size: int) -> None:
+    """Raises ValueError for an id of a token beyond the vocabulary, unless it was just not said for a small one."""
+    for name in names:
+        value = getattr(config, name)
+        if value == getattr(type(config), name):
+            continue
+        for token in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ValueError(f"{name} is {value!r:.80}; it must be from 0 to {vocab_size - 1} (vocab_size - 1).")
 
 
 @strict
@@ -56,6 +174,14 @@ class VambaMamba2Config(PreTrainedConfig):
     ssd_backend: str = "auto"
     conv_backend: str = "auto"
     norm_backend: str = "auto"
+
+    def validate_bounds(self):
+        check_bounds(self, MIXER_BOUNDS)
+        check_pair(self, "time_step_limit")
+        check_pair(self, "A_init_bounds")
+        for name, known in BACKENDS.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}.")
 
     def validate_sizes(self):
         if self.intermediate_size % self.head_dim:
@@ -96,6 +222,28 @@ class VambaTextConfig(Qwen2VLTextConfig):
     # Whether cross-attention applies M-RoPE, to queries at text positions and keys at the (t, h, w) of each media item.
     cross_attn_use_position_embeddings: bool = False
 
+    def __post_init__(self, **kwargs):
+        check_bounds(self, TEXT_BOUNDS)  # at once, as a list of the layers' types is made next
+        super().__post_init__(**kwargs)
+
+    def validate_bounds(self):
+        check_bounds(self, TEXT_BOUNDS)
+        check_rope(self)
+        check_token_ids(self, ("bos_token_id", "eos_token_id", "pad_token_id"), self.vocab_size)
+
+    def validate_heads(self):
+        check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
+        check_divides("num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads)
+        head_dim = self.hidden_size // self.num_attention_heads
+        check_divides("2", 2, "hidden_size / num_attention_heads", head_dim)
+        sections = self.rope_parameters.get("mrope_section", [16, 24, 24])  # Qwen2-VL's default
+        positive = isinstance(sections, (list, tuple)) and all(type(part) is int and part >= 0 for part in sections)
+        if not positive or len(sections) != 3 or 2 * sum(sections) != head_dim:
+            raise ValueError(
+                f"rope_parameters['mrope_section'] is {sections!r:.80}; it must be three numbers that add up to half "
+                f"of hidden_size / num_attention_heads, {head_dim // 2}."
+            )
+
 
 @strict
 class VambaConfig(PreTrainedConfig):
@@ -122,10 +270,17 @@ class VambaConfig(PreTrainedConfig):
     initializer_range: float = 0.02  # standard deviation of the initial weights
 
     def __post_init__(self, **kwargs):
+        for name in self.sub_configs_defaults:
+            if not isinstance(part := getattr(self, name), (dict, PreTrainedConfig, type(None))):
+                raise ValueError(f"{name} is {part!r:.80}; it must be a configuration, or an object of its values.")
         if self.mamba_config is None and self.text_config is not None:
             text = self.text_config if isinstance(self.text_config, dict) else self.text_config.to_dict()
             self.mamba_config = {"hidden_size": text.get("hidden_size", VambaMamba2Config.hidden_size)}
         super().__post_init__(**kwargs)
+
+    def validate_bounds(self):
+        check_pixels(self)
+        check_token_ids(self, SPECIAL_IDS, self.text_config.vocab_size)
 
     def validate_widths(self):
         """Raises ValueError unless vision tower, Mamba-2 blocks and language model have the same width."""

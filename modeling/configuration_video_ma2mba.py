@@ -12,7 +12,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .configuration_vamba import VambaMamba2Config
+from .configuration_vamba import (
+    LAYERS,
+    SPECIAL_IDS,
+    TOKENS,
+    VambaMamba2Config,
+    check_bounds,
+    check_pixels,
+    check_token_ids,
+)
 
 
 # What a checkpoint's config.json tells `trust_remote_code=True` loaders on machines without this package.
@@ -69,6 +77,11 @@ class VideoMa2mbaTextConfig(VambaMamba2Config):
     eos_token_id: int | list[int] | None = 0  # the same
     pad_token_id: int | None = 0  # the same
 
+    def validate_bounds(self):
+        super().validate_bounds()
+        check_bounds(self, {"vocab_size": TOKENS, "num_hidden_layers": LAYERS})
+        check_token_ids(self, ("bos_token_id", "eos_token_id", "pad_token_id"), self.vocab_size)
+
 
 @strict
 class VideoMa2mbaConfig(PreTrainedConfig):
@@ -99,9 +112,13 @@ class VideoMa2mbaConfig(PreTrainedConfig):
             raise ValueError(f"There is no size {name!r}; choose one of {', '.join(SIZES)}.")
         return cls(text_config=dict(SIZES[name]), **kwargs)
 
+    def validate_bounds(self):
+        check_pixels(self)
+        check_token_ids(self, SPECIAL_IDS, self.text_config.vocab_size)
+
     def validate_vision(self):
         layers = self.vision_config.num_hidden_layers
-        if layers < 2 or self.grid_size % 2:
+        if layers < 2 or self.grid_size < 2 or self.grid_size % 2:
             raise ValueError(
                 f"vision_config has {layers} layers and {self.grid_size} patches along each side. There must be at "
                 "least two layers, as the last is not used, and an even number of patches."

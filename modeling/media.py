@@ -56,6 +56,12 @@ def list_media(kind: str, pixels: Tensor | None, grid_thw: Tensor | None) -> lis
         missing, given = names if pixels is None else reversed(names)
         raise ValueError(f"{given} came without {missing}; pass on all that the processor returns.")
     items, start = [], 0
+    for name, given in zip(names, (pixels, grid_thw)):
+        if not torch.is_tensor(given):
+            raise ValueError(f"{name} is {given!r:.80}; give a tensor, as the processor returns it.")
+    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
+        shape = list(grid_thw.shape)
+        raise ValueError(f"{names[1]} is {shape} of {grid_thw.dtype}; give integers (number of items, 3).")
     for t, h, w in grid_thw.tolist():
         if min(t, h, w) < 1:
             raise ValueError(f"{names[1]} holds {[t, h, w]}: each item has at least one frame of one patch.")
@@ -70,7 +76,7 @@ def list_videos(pixels: Tensor, grid_thw: Tensor, rows: list[int] | None) -> lis
     """Lists videos with the row of each, which is 0 if `rows` is None. Raises ValueError if `rows` does not fit."""
     items = list_media("video", pixels, grid_thw)
     rows = [0] * len(items) if rows is None else rows
-    if len(rows) != len(items) or min(rows, default=0) < 0:
+    if len(rows) != len(items) or not all(isinstance(row, int) and row >= 0 for row in rows):
         raise ValueError(f"{rows=} for {len(items)} videos; give one row for each video, counted from 0.")
     return list(zip(items, rows))
 

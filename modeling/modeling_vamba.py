@@ -38,7 +38,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_vamba import EARLIER_KEYS, VambaConfig, VambaTextConfig
+from .configuration_vamba import EARLIER_FORMAT, EARLIER_KEYS, VambaConfig, VambaTextConfig
 from .generation import VambaGenerationMixin
 from .kernels import can_use_inference_kernel, has_hooks, is_plain, overwritable
 from .kernels_attention import can_split_keys, reads_fp8, split_key_attention
@@ -94,10 +94,7 @@ class VambaPreTrainedModel(MultiAxisCheckpointingMixin, PreTrainedModel):
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
         if any(map(EARLIER_KEYS.search, loading_info.unexpected_keys)):
-            raise ValueError(
-                "This checkpoint is in Vamba's earlier format, with the video's keys and values in the decoder layers: "
-                "bring it into the present one with `vamba convert OLD NEW`."
-            )
+            raise ValueError(EARLIER_FORMAT)
 
 
 # Beyond as many queries, text rows that share a video counted together, flash attention fills the GPU by itself.
@@ -612,7 +609,7 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
             Read the video without positions although `cross_attn_use_position_embeddings` is set; see
             `VambaForConditionalGeneration.prepare_inputs_for_generation`.
         """
-        inputs_embeds = self.embedded(input_ids, inputs_embeds)
+        inputs_embeds = self.embedded(input_ids, inputs_embeds, attention_mask)
         B, N, _ = inputs_embeds.shape
         memory = VideoMemory.of(past_key_values, self.config.text_config)
         pixels = {"image": pixel_values, "video": pixel_values_videos}

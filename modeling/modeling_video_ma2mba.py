@@ -370,7 +370,7 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         read_hidden_states (`tuple` of `torch.FloatTensor`, *optional*):
             Those of the part of a prompt that `generate` has read before; they are put in front.
         """
-        inputs_embeds = self.embedded(input_ids, inputs_embeds)
+        inputs_embeds = self.embedded(input_ids, inputs_embeds, attention_mask)
         if kwargs.get("output_hidden_states") is None:
             configs = (self.config, self.config.text_config)
             kwargs["output_hidden_states"] = any(config.output_hidden_states for config in configs)

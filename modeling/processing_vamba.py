@@ -26,6 +26,7 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video, is_valid_video_frame, load_video
 
+from .chat_templates import check_rendering
 from .images import IMAGE_SUFFIXES, open_image
 from .media_limits import check_numbers, check_regular_file, number
 
@@ -111,9 +112,11 @@ class VambaProcessor(Qwen2VLProcessor):
             VideoReadError: a video cannot be read.
         """
         images, videos = _flat_images(images) or None, _flat_videos(videos) or None
-        texts = [text] if isinstance(text, str) else text or []
-        if not all(isinstance(sample, str) for sample in texts):
+        texts = [text] if isinstance(text, str) else [] if text is None else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
             raise ValueError("`text` must be a string or list of strings.")
+        if text is not None and not texts:
+            raise ValueError("`text` is an empty list; give at least one string.")
         kinds = self._kinds(texts, len(images or []), len(videos or []), media_kinds) if texts else []
         if isinstance(kwargs.get("fps"), (list, tuple)):
             kwargs.pop("fps")  # qwen-vl-utils lists the rates of frames that it has sampled already.
@@ -136,6 +139,15 @@ class VambaProcessor(Qwen2VLProcessor):
             if (getattr(part, "auto_map", None) or {}).keys() == {"AutoProcessor"}:
                 del part.auto_map
         return saved
+
+    def apply_chat_template(self, conversation, chat_template: str | None = None, *args, **kwargs):
+        """See `Qwen2VLProcessor.apply_chat_template`. Raises ValueError for a template that does or makes too much."""
+        _check_conversation(conversation)
+        template, variables = self._resolve_chat_template(chat_template), {"add_generation_prompt": False, **kwargs}
+        variables |= dict(zip(("tools", "documents", "add_generation_prompt"), args))
+        conversations, _ = self._normalize_conversations(conversation)
+        check_rendering(template, conversations, {**self.tokenizer.special_tokens_map, **variables})
+        return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
 
     def _kind(self, mark: str) -> str | None:
         """Returns the kind of Qwen2-VL's placeholder in a mark, None if it has no placeholder."""
@@ -352,6 +364,25 @@ class VambaProcessor(Qwen2VLProcessor):
     def _normalize_conversations(self, conversation):
         """Renames items for all chat templates. Raises ValueError for items that these would silently leave out."""
         return super()._normalize_conversations(_plain_messages(conversation))
+
+
+def _check_conversation(messages) -> None:
+    """Raises ValueError unless this is a list of messages, or of such lists, each with a role and a content."""
+    if hasattr(messages, "messages"):
+        return
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"A conversation is {messages!r:.80}; give a list of messages.")
+    for message in messages:
+        if isinstance(message, (list, tuple)) or hasattr(message, "messages"):
+            _check_conversation(message)
+            continue
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"A message is {message!r:.80}; give an object with a role, which is a text.")
+        content = message.get("content")
+        if not isinstance(content, (str, list, tuple, type(None))):
+            raise ValueError(f"The content of a message is {content!r:.80}; give a text, or a list of items.")
+        if bad := [item for item in content or () if not isinstance(item, (str, Mapping))]:
+            raise ValueError(f"A message's item is {bad[0]!r:.80}. Instead, give a text, an image or a video.")
 
 
 def _plain_messages(messages):

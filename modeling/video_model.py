@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+from transformers.utils.import_utils import is_tracing
 
 from .media import (
     MAX_CHUNK_FRAMES,
@@ -48,12 +49,16 @@ class VideoModelMixin:
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = value
 
-    def embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """`inputs_embeds`, or else those of the ids. Raises ValueError where neither is given."""
+    def embedded(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """`inputs_embeds`, or else those of the ids. Raises ValueError where neither is given or is a batch of text."""
         if inputs_embeds is not None:
+            check_text("inputs_embeds", inputs_embeds, attention_mask)
             return inputs_embeds
         if input_ids is None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        check_text("input_ids", input_ids, attention_mask, self.config.text_config.vocab_size)
         return self.get_input_embeddings()(input_ids)
 
     def media_starts(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -148,6 +153,8 @@ class VideoModelMixin:
         Raises:
             ValueError: patches, grid, rows and memory that do not fit each other.
         """
+        if chunk_frames is not None and (type(chunk_frames) is not int or chunk_frames < 1):
+            raise ValueError(f"{chunk_frames=!r:.80} must be a number of frames from 1 on, or None.")
         videos = list_videos(pixel_values_videos, video_grid_thw, rows)
         return self._encode_videos(memory, videos, {"video": pixel_values_videos}, continue_video, chunk_frames)
 
@@ -206,6 +213,7 @@ class VideoModelMixin:
             pixels: the patches of all images and of all videos, by kind.
             whole: nothing was cut into chunks; patches are then copied to the device pass by pass.
         """
+        check_patches(self.config.vision_config, chunks, pixels)
         needed = [ceil(sum(item.t for item in items) / self.pass_frames) for items in chunks]
         passes, device = agree_on_calls(self, needed, self.visual.device), self.visual.device
 
@@ -272,6 +280,17 @@ class VideoHeadMixin:
     def encode_video(self, *args, **kwargs) -> Cache:
         """The model's `encode_video` without gradients."""
         return self.model.encode_video(*args, **kwargs)
+
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """GenerationMixin's. Raises ValueError for a prompt that is no batch of text."""
+        prompt = kwargs.get("inputs_embeds")
+        if prompt is None:
+            ids = inputs if inputs is not None else kwargs.get("input_ids")
+            if ids is not None:
+                check_text("input_ids", ids, kwargs.get("attention_mask"), self.config.text_config.vocab_size)
+        elif isinstance(prompt, Tensor) and prompt.dim() != 3:
+            check_text("inputs_embeds", prompt, None)
+        return super().generate(inputs, *args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -355,6 +374,8 @@ class VideoHeadMixin:
     ) -> dict[str, Tensor | None]:
         """`logits` and `loss` as forward returns them: with `skip_logits` and labels no logits but the loss."""
         vocab_size = self.config.text_config.vocab_size
+        if labels is not None:
+            check_labels(labels, hidden_BND, vocab_size)
         if skip_logits and labels is not None:
             items = kwargs.get("num_items_in_batch")
             loss = chunked_causal_lm_loss(self.lm_head, hidden_BND, labels, vocab_size, items)
@@ -363,6 +384,58 @@ class VideoHeadMixin:
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return {"logits": logits, "loss": loss}
+
+
+def check_text(name: str, text: Tensor, attention_mask: Tensor | None, vocab_size: int | None = None) -> None:
+    """Raises ValueError unless this is a batch of ids (B, N) or of embeddings (B, N, D), with a mask for it.
+
+    Only ids that lie on the CPU are looked at, as a look at a GPU's would wait for it.
+    """
+    if not isinstance(text, Tensor):
+        raise ValueError(f"{name} is {text!r:.80}; give a tensor.")
+    if is_tracing(text):
+        return
+    dims, shape = (3 if vocab_size is None else 2), list(text.shape)
+    if len(shape) != dims or 0 in shape or text.is_floating_point() != (dims == 3) or text.dtype == torch.bool:
+        kind = "floats (B, N, D)" if dims == 3 else "integers (B, N)"
+        raise ValueError(f"{name} is {shape} of {text.dtype}; give {kind} of at least one row and one token.")
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() < 3:
+        rows, tokens = attention_mask.shape if attention_mask.dim() == 2 else (0, 0)
+        if rows != shape[0] or tokens < shape[1]:
+            raise ValueError(f"attention_mask is {[rows, tokens]} for {name} of {shape[:2]}; give one number a token.")
+    if vocab_size is not None and text.device.type == "cpu":
+        least, most = torch.aminmax(text)
+        if least < 0 or most >= vocab_size:
+            raise ValueError(f"{name} holds {least} to {most}; the model knows the tokens 0 to {vocab_size - 1}.")
+
+
+def check_labels(labels: Tensor, hidden_BND: Tensor, vocab_size: int) -> None:
+    """Raises ValueError unless there is one label for each token, and on the CPU each is a token or -100."""
+    if is_tracing(labels):
+        return
+    if labels.shape != hidden_BND.shape[:2] or labels.is_floating_point():
+        shape = list(hidden_BND.shape[:2])
+        raise ValueError(
+            f"labels are {list(labels.shape)} of {labels.dtype}; give integers {shape}, one for each token."
+        )
+    if labels.device.type == "cpu":
+        least, most = torch.aminmax(labels)
+        if (least < 0 and bool(((labels < 0) & (labels != -100)).any())) or most >= vocab_size:
+            raise ValueError(
+                f"labels hold {least} to {most}; give tokens from 0 to {vocab_size - 1}, or -100 for none."
+            )
+
+
+def check_patches(vision: PreTrainedConfig, chunks: list[list[MediaItem]], pixels: dict[str, Tensor]) -> None:
+    """Raises ValueError unless patches and grids are such as the vision tower takes."""
+    numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    for item in {item._replace(start=0, first_frame=0, t=1) for items in chunks for item in items}:
+        if (found := pixels[item.kind].shape[1:]) != (numbers,):
+            raise ValueError(f"The patches of {item.kind}s are {list(found)} numbers; the model takes {numbers} each.")
+        if item.h % vision.spatial_merge_size or item.w % vision.spatial_merge_size:
+            raise ValueError(
+                f"A grid of {item.h} x {item.w} patches; both must be multiples of {vision.spatial_merge_size}."
+            )
 
 
 def text_position_ids(

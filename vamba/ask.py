@@ -72,4 +72,8 @@ def run(args: argparse.Namespace) -> None:
 def _question(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"it is not UTF-8 at character {error.start}") from error
     return text

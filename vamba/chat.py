@@ -10,14 +10,16 @@ import copy
 import os
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, StoppingCriteriaList, TextIteratorStreamer
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
-from .errors import UserError, VideoReadError, opening
+from .errors import UserError, VideoReadError, reason_of
+from .loading import check_generation, load_config, load_model, load_processor, merge_adapter
 from .modeling import StateMemory, VideoMemory
 from .modeling.graphed_decoding import GraphedDecoding
 from .modeling.media import default_chunk_frames, load_ahead
@@ -26,6 +28,7 @@ from .video import read_ahead
 
 # What each kind of model remembers a video in.
 MEMORIES = {"vamba": VideoMemory, "video_ma2mba": StateMemory}
+MAX_QUESTION = 2**20  # characters
 
 
 class VideoChat:
@@ -49,6 +52,11 @@ class VideoChat:
         memory: VideoMemory | StateMemory | None = None,
         **memory_options: Any,
     ):
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind not in MEMORIES:
+            raise ValueError(f"{type(model).__name__} is no Vamba and no Video-Ma2mba; give a model of one of these.")
+        if memory is not None and not isinstance(memory, MEMORIES[kind]):
+            raise ValueError(f"memory is a {type(memory).__name__}; a {kind} remembers in a {MEMORIES[kind].__name__}.")
         if memory_options and MEMORIES[model.config.model_type] is not VideoMemory:
             raise ValueError(f"{sorted(memory_options)} are for models with a VideoMemory; leave them out.")
         self.model, self.processor, self.memory = model, processor, memory
@@ -80,7 +88,7 @@ class VideoChat:
         Whatever is raised, KeyboardInterrupt too, `self.memory` then is as it was before.
         """
         temporal = self.processor.video_processor.temporal_patch_size
-        if chunk_frames is not None and (chunk_frames < 1 or chunk_frames % temporal):
+        if chunk_frames is not None and (type(chunk_frames) is not int or chunk_frames < 1 or chunk_frames % temporal):
             raise ValueError(f"{chunk_frames=} must be a positive multiple of the temporal patch size, {temporal}.")
         memory = self.memory.fork() if append and self.memory is not None else None
         seconds = 0.0 if memory is None else memory.seconds
@@ -137,9 +145,15 @@ class VideoChat:
             stream: return an iterator over pieces of the answer as they are generated.
             generate_kwargs: passed to `generate`; where neither they nor a `generation_config` among them says so,
                 `max_new_tokens` is 256 and `min_new_tokens` 1, as no question is answered by nothing.
+
+        Raises:
+            ValueError: nothing was watched yet; the question is no text, empty, not UTF-8 or too long; an argument that
+                `generate` does not know or cannot use.
         """
         if self.memory is None or not self.memory.media:
             raise ValueError("Nothing was watched yet: call watch(video) before ask(question).")
+        check_question(question)
+        self._check_generation(generate_kwargs)
         inputs = self._prompt(question)
         if _setting(generate_kwargs, "max_new_tokens") is None and _setting(generate_kwargs, "max_length") is None:
             generate_kwargs["max_new_tokens"] = 256
@@ -153,6 +167,26 @@ class VideoChat:
         output = self.model.generate(**inputs, past_key_values=self._fork(inputs, generate_kwargs), **generate_kwargs)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
+
+    def _check_generation(self, generate_kwargs: dict) -> None:
+        """Raises UserError for what `generate` is told and cannot use."""
+        given = generate_kwargs.get("generation_config")
+        if given is not None and not isinstance(given, GenerationConfig):
+            raise UserError(f"generation_config is {given!r:.80}; give a GenerationConfig.")
+        config = copy.deepcopy(self.model.generation_config if given is None else given)
+        try:
+            for name in ("stopping_criteria", "logits_processor"):
+                if not isinstance(generate_kwargs.get(name), (list, type(None))):
+                    raise ValueError(f"{name} is {generate_kwargs[name]!r:.80}; it must be a list")
+            if not hasattr(generate_kwargs.get("streamer") or SimpleNamespace(put=None), "put"):
+                raise ValueError(f"streamer is {generate_kwargs['streamer']!r:.80}; it must have put and end")
+            options = {name: value for name, value in generate_kwargs.items() if name != "generation_config"}
+            vocab_size = self.model.config.get_text_config().vocab_size
+            check_generation(SimpleNamespace(**options), vocab_size)  # first, as transformers compares them
+            config.update(**options)
+            check_generation(config, vocab_size)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"Nothing can be generated so: {reason_of(error)}.") from error
 
     def _fork(self, inputs: dict, generate_kwargs: dict) -> VideoMemory | StateMemory:
         """What a question is asked on: a fork, with room for the text set aside where CUDA graphs can be used."""
@@ -173,7 +207,14 @@ class VideoChat:
         items = [{"type": kind} for kind, *_ in self.memory.media[0]]
         messages = [{"role": "user", "content": [*items, {"type": "text", "text": question}]}]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        return self.processor.tokenizer(text, return_tensors="pt").to(self.model.device)
+        inputs = self.processor.tokenizer(text, return_tensors="pt").to(self.model.device)
+        length, most = (
+            inputs["input_ids"].shape[1],
+            getattr(self.model.config.text_config, "max_position_embeddings", None),
+        )
+        if most is not None and length > most:
+            raise UserError(f"The question takes {length} tokens, and the model {most} at most; ask a shorter one.")
+        return inputs
 
     def _stream(self, inputs: dict, generate_kwargs: dict) -> Iterator[str]:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -212,10 +253,41 @@ def _plausible_frames(expected: int | None, video: Any) -> int | None:
     return None if is_file and expected is not None and expected > os.path.getsize(video) else expected
 
 
+def check_question(question: Any) -> None:
+    """Raises UserError unless the question is a text that can be asked."""
+    if not isinstance(question, str):
+        raise UserError(f"The question is {question!r:.80}; give a text.")
+    if not question.strip() or len(question) > MAX_QUESTION:
+        raise UserError(f"The question has {len(question)} characters; give from 1 to {MAX_QUESTION}, not spaces only.")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"The question is not UTF-8 at character {error.start}; give a text that is.") from error
+
+
 def _setting(generate_kwargs: dict, name: str) -> Any:
     """What `generate` is told about `name`, by itself or in a generation config."""
     value = generate_kwargs.get(name)
     return getattr(generate_kwargs.get("generation_config"), name, None) if value is None else value
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raises UserError unless a tensor can be made on `device` and read back, or it is None."""
+    if device is None:
+        return
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise UserError(f"{device=} is no device of PyTorch; give 'cpu' or e.g. 'cuda:0'.") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
+    if chosen.type == "cpu" and chosen.index:
+        raise UserError(f"There is one CPU, not that of {device=}; use 'cpu'.")
+    try:
+        torch.zeros(1, device=chosen).cpu()
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError …, as the backend has it
+        reason = reason_of(error).split(". ")[0][:200]
+        raise UserError(f"There is no device for {device=} here ({reason}); leave it out or use 'cpu'.") from error
 
 
 def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> VideoChat:
@@ -224,42 +296,18 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
     Where `path` is a PEFT adapter, it is added to the weights of the model it was trained on.
 
     Raises:
-        UserError: no Vamba checkpoint at `path`, or a CUDA device where there is none.
+        UserError: no Vamba checkpoint at `path`, something in it is damaged or missing, or there is no such device.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        kind = None if device is None else torch.device(device).type
-    except RuntimeError as error:
-        raise UserError(f"{device=} is no device of PyTorch; give 'cpu' or e.g. 'cuda:0'.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
+    check_device(device)
     check_kind(base := base_of(path))
     device_map = device or ("auto" if torch.cuda.is_available() else None)
     own_processor = base == path or (checkpoint_folder(path) / "processor_config.json").is_file()
-    source = path if own_processor else base
-    try:  # first, as it is small
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source} holds no processor and tokenizer that can be read: {reason}") from error
-    words = processor.tokenizer
-    if words.get_vocab().keys() <= set(words.all_special_tokens):  # transformers makes one of no words of no files
-        raise UserError(f"{source} holds no tokenizer; copy the tokenizer's files there.")
-    with opening(base):
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, device_map=device_map)
+    processor = load_processor(path if own_processor else base, load_config(base))  # first, as it is small
+    if processor.chat_template is None:
+        raise UserError(f"{path} holds no chat template; copy the chat_template.jinja of its origin there.")
+    model = load_model(base, dtype=dtype, device_map=device_map)
     if base != path:
-        from peft import PeftModel, load_peft_weights
-
-        from .conversion import is_earlier_format
-
-        with opening(path):
-            if is_earlier_format(load_peft_weights(path, device="cpu")):
-                raise UserError(
-                    f"{path} is an adapter of a Vamba in the earlier format: merge it with the version of vamba that "
-                    "made it, and give what `vamba convert` makes of the merged model."
-                )
-            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+        model = merge_adapter(model, path)
     return VideoChat(model.eval(), processor)
 
 

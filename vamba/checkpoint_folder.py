@@ -52,20 +52,26 @@ def _from_hub(repo_id: str, owner: Path) -> Path:
     raise UserError(f"{repo_id} on the Hub holds no config.json; it is no checkpoint.")
 
 
-def _read(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """A JSON object from a file of a checkpoint. Raises UserError if it is none."""
     with opening(file):
+        if not file.is_file():  # which a pipe or a device is not
+            raise UserError(f"{file} is no file; fetch the checkpoint again.")
         text = file.read_bytes()
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON object ({error}); fetch the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is no JSON object; fetch the checkpoint again.")
+    return content
 
 
 def adapter_config(folder: Path) -> dict | None:
     """adapter_config.json where `folder` holds a PEFT adapter instead of a whole model."""
     if (folder / CONFIG).is_file() or not (folder / ADAPTER).is_file():
         return None
-    return _read(folder / ADAPTER)
+    return read_json(folder / ADAPTER)
 
 
 def base_of(path: str) -> str:
@@ -97,7 +103,7 @@ def kind_of(path: str) -> str | None:
     if (adapter := adapter_config(folder)) is not None:
         base = adapter.get("base_model_name_or_path")
         raise UserError(f"{path} is an adapter of {base}; merge it into that model, or give that model.")
-    return _read(folder / CONFIG).get("model_type")
+    return read_json(folder / CONFIG).get("model_type")
 
 
 def check_kind(path: str) -> str:

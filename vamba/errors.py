@@ -47,6 +47,12 @@ def opening(path: str | os.PathLike) -> Iterator[None]:
         raise UserError(f"{path}: {error.strerror}" if error.strerror else " ".join(str(error).split())) from error
 
 
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line; of what kind it is where its words alone do not tell."""
+    text = " ".join(str(error).split())
+    return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
+
+
 def check_writable(folder: str | os.PathLike) -> None:
     """Raises UserError where `folder` is not there and cannot be made, or cannot be written to."""
     folder = Path(folder).absolute()

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file, logging
 from yaml import YAMLError
 
 from . import modeling
-from .checkpoint_folder import adapter_config, base_of, check_kind, checkpoint_folder
+from .checkpoint_folder import adapter_config, base_of, checkpoint_folder, read_json
 from .errors import UserError
+from .loading import load_config, skeleton
 from .modeling.configuration_vamba import VambaConfig
 from .modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 
@@ -133,17 +133,13 @@ def read_config(folder: str | os.PathLike) -> VambaConfig | VideoMa2mbaConfig:
     """The configuration of a checkpoint of either kind.
 
     Raises:
-        UserError: no checkpoint, or another kind of one.
+        UserError: no checkpoint, another kind of one, or a config.json that no model can be built from.
     """
-    check_kind(os.fspath(folder))
-    return AutoConfig.from_pretrained(folder)
+    return load_config(folder)
 
 
 def _count_parameters(config: VambaConfig | VideoMa2mbaConfig) -> str:
-    import torch
-
-    with torch.device("meta"):
-        count = AutoModelForImageTextToText.from_config(config).num_parameters()
+    count = skeleton(config).num_parameters()
     return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.2f} million"
 
 
@@ -206,7 +202,8 @@ def describe(path: str | os.PathLike) -> dict:
     text, weights, size = config.text_config, path / "model.safetensors", None
     index = weights.with_name("model.safetensors.index.json")
     if index.exists():
-        size = json.loads(index.read_text())["metadata"].get("total_size")
+        metadata = read_json(index).get("metadata")
+        size = metadata.get("total_size") if isinstance(metadata, dict) else None
     elif weights.exists():
         size = weights.stat().st_size
     about = {

@@ -13,9 +13,9 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from vamba.conversion import ConversionError, convert
 from vamba.conversion.formats import expected_shapes
-from vamba.conversion.safetensors_io import CheckpointReader
 from vamba.errors import DiskFullError, UserError
 from vamba.modeling.configuration_vamba import VambaConfig
+from vamba.weight_files import CheckpointReader
 
 import kill_points
 from tiny_checkpoints import tiny_qwen2_vl

@@ -5,14 +5,11 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from vamba.conversion.planning import ConversionError, Step
-from vamba.conversion.safetensors_io import (
-    CheckpointReader,
-    split_into_files,
-    write_files,
-)
+from vamba.conversion.planning import Step
+from vamba.conversion.safetensors_io import split_into_files, write_files
+from vamba.weight_files import CheckpointReader
 
 
 def steps_for(tensors):
@@ -88,57 +85,3 @@ def test_one_file_needs_no_index(tmp_path):
 def test_bad_shard_size():
     with pytest.raises(ValueError, match="5 bananas"):
         split_into_files(steps_for({"a": torch.zeros(3)}), "5 bananas")
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    save_file({"a": torch.zeros(3)}, tmp_path / "x.safetensors")
-    save_file({"b": torch.zeros(3)}, tmp_path / "y.safetensors")
-
-    def index(**weight_map):
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        return CheckpointReader(tmp_path)
-
-    return index
-
-
-def test_index_is_followed(sharded):
-    assert sharded(a="x.safetensors", b="y.safetensors").specs.keys() == {"a", "b"}
-
-
-@pytest.mark.parametrize(
-    "weight_map, says",
-    [
-        ({"a": "x.safetensors", "b": "z.safetensors"}, "z.safetensors, which is not there"),
-        ({"a": "x.safetensors", "b": "../y.safetensors"}, "not in the folder"),
-        ({"a": "x.safetensors", "b": "x.safetensors"}, "lists b and 0 more"),
-        ({"b": "x.safetensors"}, "x.safetensors holds a, but .* does not list it"),
-        ({"a": "y.safetensors", "b": "x.safetensors"}, "holds b, but .* puts it in x.safetensors"),
-    ],
-)
-def test_index_that_contradicts_the_files(sharded, weight_map, says):
-    with pytest.raises(ConversionError, match=says):
-        sharded(**weight_map)
-
-
-def test_damaged_file(tmp_path):
-    save_file({"a": torch.zeros(300)}, tmp_path / "model.safetensors")
-    raw = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(raw[:-100])
-    with pytest.raises(ConversionError, match="model.safetensors is damaged or incomplete"):
-        CheckpointReader(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name, says",
-    [
-        ("pytorch_model.bin", r"save_file\(state"),
-        ("pytorch_model-00001-of-00002.bin", "weights_only=True"),
-        ("adapter_model.safetensors", "merge_and_unload"),
-        ("readme.txt", "holds neither model.safetensors nor"),
-    ],
-)
-def test_folders_without_safetensors(tmp_path, name, says):
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ConversionError, match=says):
-        CheckpointReader(tmp_path)

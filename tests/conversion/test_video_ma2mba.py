@@ -17,6 +17,7 @@ from transformers import (
 
 from vamba.conversion import ConversionError, convert
 from vamba.demo.tiny_checkpoints import make_tiny_clip, make_tiny_mamba2
+from vamba.errors import UserError
 
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32
@@ -241,7 +242,7 @@ def test_a_bin_file_runs_no_code(sources, state_spaces, tmp_path):
             (state_spaces / "pytorch_model.bin").write_bytes(content)
         else:
             torch.save(content, state_spaces / "pytorch_model.bin")
-        with pytest.raises(ConversionError, match="pytorch_model.bin is damaged, or no file of tensors"):
+        with pytest.raises(UserError, match="pytorch_model.bin is damaged, or no file of tensors"):
             convert(
                 state_spaces, tmp_path / "out", vision=sources / "clip", tokenizer=sources / "mamba2", progress=False
             )

@@ -75,3 +75,36 @@ def test_another_ignored_label():
     assert torch.allclose(
         chunked_causal_lm_loss(head, hidden, labels.masked_fill(labels == -100, 3 - 10), V, ignore_index=-7), expected
     )
+
+
+IDS = torch.randint(8, 90, (2, 5))
+
+
+@pytest.mark.parametrize(
+    "inputs, says",
+    [
+        ({"input_ids": IDS[:, :0]}, "at least one row and one token"),
+        ({"input_ids": IDS[:0]}, "at least one row and one token"),
+        ({"input_ids": IDS.float()}, "give integers"),
+        ({"input_ids": IDS + 96}, "the model knows the tokens 0 to 95"),
+        ({"input_ids": [[1]]}, "give a tensor"),
+        ({"input_ids": IDS, "labels": IDS[:, :3]}, "labels are"),
+        ({"input_ids": IDS, "labels": IDS + 96}, "labels hold"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(3, 5)}, "attention_mask is"),
+        ({"input_ids": IDS[:1], "pixel_values": torch.zeros(16, 96), "image_grid_thw": torch.ones(1, 3)}, "integers"),
+        (
+            {"input_ids": IDS[:1], "pixel_values": torch.zeros(16, 95), "image_grid_thw": torch.tensor([[1, 4, 4]])},
+            "95",
+        ),
+        (
+            {"input_ids": IDS[:1], "pixel_values": torch.zeros(16, 96), "image_grid_thw": torch.tensor([[1, 1, 16]])},
+            "mult",
+        ),
+    ],
+)
+def test_misuse_is_named(model, inputs, says):
+    with pytest.raises(ValueError, match=says):
+        model(**inputs)
+    if "labels" not in inputs:
+        with pytest.raises(ValueError, match=says):
+            model.generate(**inputs, max_new_tokens=1)

@@ -207,3 +207,21 @@ def test_asking_before_watching_says_what_to_do(chat):
 def test_an_odd_chunk_is_refused(chat, clip):
     with pytest.raises(ValueError, match="chunk_frames=3 must be a positive multiple"):
         chat.watch(clip, chunk_frames=3)
+
+
+@pytest.mark.parametrize("question", [None, 5, b"x", "", " ", "\udcff", "x " * 4000, "x" * 2**21])
+def test_what_is_no_question_is_refused(chat, clip, question):
+    chat.watch(clip, progress=False)
+    with pytest.raises(ValueError, match="^The question "):
+        chat.ask(question)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": n} for n in (0, -1, "x", 1.5)]
+    + [{"temperature": float("nan")}, {"generation_config": 5}, {"num_beams": 0}, {"streamer": 5}, {"no_option": 1}],
+)
+def test_what_generate_cannot_use_is_refused(chat, clip, options):
+    chat.watch(clip, progress=False)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        chat.ask("What?", **options)

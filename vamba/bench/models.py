@@ -6,14 +6,14 @@ What is unusual: random weights are made on the GPU, where 11 billion of them ta
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForImageTextToText,
     PreTrainedModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
 
 from vamba.checkpoint_folder import kind_of
-from vamba.errors import UserError, opening
+from vamba.errors import UserError
+from vamba.loading import load_model
 from vamba.modeling import VambaConfig, VambaForConditionalGeneration, VambaMamba2Config
 from vamba.modeling.multi_axis import MemoryCosts
 
@@ -41,9 +41,7 @@ def load_ours(model: str, device: torch.device) -> VambaForConditionalGeneration
                 f"{model} is a {kind} checkpoint, and vamba bench measures a Vamba; benchmarks/video_ma2mba.py is for "
                 "a Video-Ma2mba."
             )
-        with opening(model):
-            loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
-        return loaded.to(device).eval()
+        return load_model(model, dtype="auto").to(device).eval()
     if device.type != "cuda":
         raise UserError(f"--model 7b takes 21 GiB and a GPU, not {device}; give the folder of a small checkpoint.")
     return random_model(VambaForConditionalGeneration, VambaConfig(**SEVEN_BILLION), device, torch.bfloat16)

@@ -8,23 +8,19 @@ are loaded; `bf16` computes in bfloat16 all the same.
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from transformers.utils import is_bitsandbytes_available
 
-from vamba.checkpoint_folder import kind_of
+from vamba.checkpoint_folder import KINDS, kind_of
 from vamba.errors import UserError
+from vamba.loading import load_config, load_processor, skeleton
+from vamba.loading import load_model as load_whole_model
 
 from .arguments import ModelArguments, Recipe, RecipeError
 from .distillation import teacher_mismatch
@@ -48,19 +44,21 @@ def check_model(recipe: Recipe) -> tuple[PreTrainedConfig, Any]:
         RecipeError: it cannot, or there is none, or names of parameters, layers or the teacher are wrong.
     """
     path, teacher = recipe.model.model_name_or_path, recipe.model.teacher_model_name_or_path
-    config = _load(AutoConfig, path, "model_name_or_path")
-    if config.model_type not in ("vamba", "video_ma2mba"):
-        raise RecipeError(
-            f"model_name_or_path is {path}, a {config.model_type}; accepted: a vamba or a video_ma2mba, which "
-            "`vamba convert` makes of published checkpoints"
-        )
-    with torch.device("meta"):
-        skeleton = AutoModelForImageTextToText.from_config(config)
-    if mistake := next(_mistakes(recipe, skeleton), None):
-        raise RecipeError(mistake)
-    if teacher and (mismatch := teacher_mismatch(_load(AutoConfig, teacher, "teacher_model_name_or_path"), config)):
-        raise RecipeError(f"teacher_model_name_or_path is {mismatch}")
-    return config, _load(AutoProcessor, path, "model_name_or_path")
+    with _naming("model_name_or_path"):
+        if (kind := kind_of(path)) not in KINDS:
+            raise RecipeError(
+                f"model_name_or_path is {path}, a {kind}; accepted: a vamba or a video_ma2mba, which `vamba convert` "
+                "makes of published checkpoints"
+            )
+        config = load_config(path)
+        if mistake := next(_mistakes(recipe, skeleton(config, path)), None):
+            raise RecipeError(mistake)
+    if teacher:
+        with _naming("teacher_model_name_or_path"):
+            if mismatch := teacher_mismatch(load_config(teacher, any_kind=True), config):
+                raise RecipeError(f"teacher_model_name_or_path is {mismatch}")
+    with _naming("model_name_or_path"):
+        return config, load_processor(path, config)
 
 
 def trainable_patterns(chosen: ModelArguments) -> list[str]:
@@ -74,7 +72,9 @@ def load_model(recipe: Recipe) -> nn.Module:
     """The weights, with what trains, and how the backward pass saves memory."""
     chosen, arguments = recipe.model, recipe.training
     torch.manual_seed(arguments.seed)  # adapters start from random numbers
-    options = {} if chosen.attn_implementation is None else {"attn_implementation": chosen.attn_implementation}
+    options: dict[str, Any] = {}
+    if chosen.attn_implementation is not None:
+        options["attn_implementation"] = chosen.attn_implementation
     if chosen.load_in_4bit or chosen.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=chosen.load_in_4bit,
@@ -83,7 +83,7 @@ def load_model(recipe: Recipe) -> nn.Module:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    model = AutoModelForImageTextToText.from_pretrained(chosen.model_name_or_path, dtype=chosen.dtype, **options)
+    model = load_whole_model(chosen.model_name_or_path, dtype=chosen.dtype, **options)
     if arguments.multi_axis_checkpointing:
         model.enable_multi_axis_checkpointing("auto", "auto", offload=arguments.multi_axis_offload)
     if chosen.use_lora:
@@ -106,21 +106,22 @@ def load_teacher(path: str, dtype: str) -> PreTrainedModel:
     shared, loading = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FSDP_LOADING, None)
     deepspeed.unset_hf_deepspeed_config()
     try:
-        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        return load_whole_model(path, any_kind=True, dtype=dtype)
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = shared
         if loading is not None:
             os.environ[_FSDP_LOADING] = loading
 
 
-def _load(auto, path: str, key: str):
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Makes a UserError one about the recipe's `key`."""
     try:
-        kind_of(path)  # at once, where transformers would ask the Hub for half a minute about a mistyped folder
-        return auto.from_pretrained(path)
+        yield
+    except RecipeError:
+        raise
     except UserError as error:
         raise RecipeError(f"{key}: {error}") from error
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{key} is {path}, no checkpoint that can be read: {' '.join(str(error).split())}") from error
 
 
 def _mistakes(recipe: Recipe, skeleton: PreTrainedModel) -> Iterator[str]:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
+from transformers import AutoProcessor, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 
 from vamba.errors import DiskFullError, UserError, is_disk_full
 from vamba.files import publish
 from vamba.hub import inherited_metadata, push_to_hub, write_model_card
+from vamba.loading import load_model, merge_adapter
 
 from .arguments import Recipe
 from .checkpoints import FINAL, RECIPE_FILE, UNFINISHED
@@ -73,7 +74,7 @@ def upload(folder: Path, recipe: Recipe) -> None:
     """Puts the trained model on the Hub if the recipe says so; what is there already is not sent again."""
     given = recipe.given
     if given.get("push_to_hub"):
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+        model = load_model(folder, dtype="auto")
         processor = AutoProcessor.from_pretrained(folder)
         private, token = given.get("hub_private_repo"), given.get("hub_token")
         try:
@@ -86,11 +87,8 @@ def _finish(folder: Path, recipe: Recipe, processor) -> None:
     """Adapters merged, the processor as it was used, the card, and the recipe that made it all."""
     unset_hf_deepspeed_config()  # models that this process alone makes from here on are whole
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, of use to Trainer's own checkpoints only
-    adapter = folder
     if recipe.model.use_lora and recipe.model.lora_merge:
-        adapter = _merge(folder, recipe)
-    if recipe.model.use_lora:
-        _name_base(adapter, recipe)
+        _merge(folder, recipe)
     data, video = recipe.data, processor.video_processor
     video.fps = video.fps if data.fps is None else data.fps  # so that it is asked as it was trained
     for edge, area in (("shortest_edge", data.min_pixels), ("longest_edge", data.max_pixels)):
@@ -122,29 +120,15 @@ def _without_absolute(value: Any, output: Path) -> Any:
     return os.path.relpath(value, output)
 
 
-def _name_base(adapter: Path, recipe: Recipe) -> None:
-    """Has an adapter name a base model in a folder by the way there from its own, as `base_of` takes it."""
-    base = recipe.model.model_name_or_path
-    if os.path.isabs(base):
-        file = adapter / "adapter_config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = os.path.relpath(os.path.realpath(base), adapter.resolve())
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _merge(folder: Path, recipe: Recipe) -> Path:
-    """Puts the adapter in `folder` into a subfolder, and the base model with its weights added into `folder`.
-    Returns the subfolder."""
-    from peft import PeftModel
-
+def _merge(folder: Path, recipe: Recipe) -> None:
+    """Puts the adapter in `folder` into a subfolder, and the base model with its weights added into `folder`."""
     adapter = folder / "adapter"
     adapter.mkdir()
     for file in [*folder.glob("adapter_*"), folder / "README.md"]:
         if file.is_file():
             file.rename(adapter / file.name)
-    base = AutoModelForImageTextToText.from_pretrained(recipe.model.model_name_or_path, dtype=recipe.model.dtype)
-    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
-    return adapter
+    base = load_model(recipe.model.model_name_or_path, dtype=recipe.model.dtype)
+    merge_adapter(base, adapter).save_pretrained(folder)
 
 
 def _card(recipe: Recipe) -> dict[str, Any]:

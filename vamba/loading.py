@@ -1,0 +1,269 @@
+"""Configuration, processor and model of a checkpoint, checked before they are used: the one door to them.
+
+What is unusual: a file may be anyone's, and what a damaged one raises inside transformers is without number. Here all
+of it becomes a UserError that names the file. transformers only warns of weights that are missing, and leaves random
+ones in their place; here names, shapes and dtypes in the headers are compared with a model on the meta device before a
+weight is read, and the weights are looked through for NaN and infinity afterwards (16 GB/s on a CPU).
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from .checkpoint_folder import CONFIG, KINDS, check_kind, checkpoint_folder, kind_of, read_json
+from .errors import UserError, opening, reason_of
+from .modeling.configuration_vamba import EARLIER_FORMAT, EARLIER_KEYS
+from .weight_files import BIN, INDEX, NAMES, SINGLE, CheckpointError, open_checkpoint, raise_problems
+
+
+REMEDY = " Fetch the checkpoint again, or convert it again."
+FLOATS = (*NAMES, torch.float64, "F64")
+VISION_SIZES = ("patch_size", "temporal_patch_size", "spatial_merge_size")
+# Of generation_config.json and of what `generate` is told: from the least to the greatest value.
+COUNT, SHARE = (0, 2**24), (0, 1)
+GENERATION_BOUNDS = {
+    **dict.fromkeys(("max_length", "max_new_tokens", "num_beams", "num_return_sequences"), (1, 2**24)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), COUNT),
+    **dict.fromkeys(("temperature", "repetition_penalty"), (0, 1e6)),
+    "length_penalty": (-1e6, 1e6),
+    "max_time": (0, 1e9),
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), SHARE),
+}
+WHOLE = {name for name, bounds in GENERATION_BOUNDS.items() if bounds[1] == 2**24}
+SWITCHES = ("do_sample", "use_cache", "output_scores", "output_hidden_states", "return_dict_in_generate")
+
+
+@contextmanager
+def reading(what: str, remedy: str = REMEDY) -> Iterator[None]:
+    """Makes whatever the content of a file raises in the block a UserError; `what` names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the values of a file raise anything, from anywhere in transformers
+        raise UserError(f"{what}: {reason_of(error)}.{remedy}") from error
+
+
+def load_config(path: str | os.PathLike, *, any_kind: bool = False) -> PreTrainedConfig:
+    """The configuration of a checkpoint folder or Hub id.
+
+    Raises:
+        UserError: no checkpoint, not one of ours (unless of `any_kind`), or a config.json that no model can be built
+            from.
+    """
+    path = os.fspath(path)
+    kind_of(path) if any_kind else check_kind(path)
+    with reading(str(folder := checkpoint_folder(path) / CONFIG)):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        dtype = config.dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise UserError(f"{folder}: dtype is {dtype}; it must be float32, bfloat16 or float16.")
+        return config
+
+
+def skeleton(config: PreTrainedConfig, where: str = "config.json") -> PreTrainedModel:
+    """The model without weights, on the meta device. Raises UserError where it cannot be built."""
+    with reading(where), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+
+
+def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of our checkpoint, in the model's order, asked from the model without allocating it."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in skeleton(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def check_weights(folder: Path, config: PreTrainedConfig) -> None:
+    """Compares the headers of the files of weights with what the model expects; reads no weight.
+
+    Raises:
+        CheckpointError: a UserError that names the first missing, unknown or misshaped tensors, or the damaged file.
+    """
+    specs, index = open_checkpoint(folder).specs, folder / INDEX
+    if not (folder / SINGLE).is_file() and index.is_file() and not isinstance(read_json(index).get("metadata"), dict):
+        raise CheckpointError(f"{index} has no metadata, which transformers asks for.{REMEDY}")
+    if getattr(config, "quantization_config", None) is not None:
+        return  # its tensors have names and shapes of their own
+    if any(map(EARLIER_KEYS.search, specs)):
+        raise CheckpointError(EARLIER_FORMAT)
+    expected = expected_shapes(config)
+    shapes = {key: (list(specs[key].shape), list(expected[key])) for key in specs.keys() & expected}
+    problems = {
+        "missing tensors": expected.keys() - specs.keys(),
+        "unknown tensors": specs.keys() - expected.keys(),
+        "wrongly shaped tensors": [
+            f"{key} is {is_}, must be {must}" for key, (is_, must) in shapes.items() if is_ != must
+        ],
+        "tensors that are no floats": [
+            f"{key} is {spec.dtype}" for key, spec in specs.items() if spec.dtype not in FLOATS
+        ],
+    }
+    raise_problems(str(folder), problems, REMEDY)
+
+
+def load_model(path: str | os.PathLike, *, any_kind: bool = False, **options: Any) -> PreTrainedModel:
+    """`AutoModelForImageTextToText.from_pretrained(path, **options)`, every weight of which comes from the checkpoint.
+
+    Raises:
+        UserError: see `load_config` and `check_weights`; a weight is NaN or infinite.
+    """
+    config, folder = load_config(path, any_kind=any_kind), checkpoint_folder(os.fspath(path))
+    if (folder / "adapter_config.json").is_file():  # of which transformers would load the base model instead
+        raise UserError(
+            f"{path} holds both config.json and adapter_config.json; keep the adapter in a folder of its own."
+        )
+    if config.model_type in KINDS and (
+        Path(path).is_dir() or any((folder / name).is_file() for name in (SINGLE, INDEX, BIN))
+    ):  # those on the Hub may not have been fetched yet
+        check_weights(folder, config)
+    check_generation_file(folder, config)
+    with opening(path):
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=False, **options
+        )
+    mismatched = [str(key) for key in report.get("mismatched_keys", ())]
+    raise_problems(str(path), {"missing tensors": report["missing_keys"], "wrong tensors": mismatched}, REMEDY)
+    check_finite(model, path)
+    return model
+
+
+def merge_adapter(model: PreTrainedModel, path: str | os.PathLike) -> PreTrainedModel:
+    """The model with a PEFT adapter added to its weights.
+
+    Raises:
+        UserError: the adapter is damaged, incomplete, or one of another model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+    with opening(path), reading(f"{path} holds no adapter that can be read", " Save or fetch it again."):
+        weights = load_peft_weights(os.fspath(path), device="cpu")
+        if any(map(EARLIER_KEYS.search, weights)):
+            raise UserError(
+                f"{path} is an adapter of a Vamba in the earlier format: merge it with the version of vamba that "
+                "made it, and give what `vamba convert` makes of the merged model."
+            )
+        with warnings.catch_warnings():  # of the keys that are missing, which are an error here
+            warnings.simplefilter("ignore")
+            # on the meta device first, as the ranks in adapter_config.json may be any numbers
+            adapted = PeftModel.from_pretrained(model, os.fspath(path), low_cpu_mem_usage=True)
+        expected = get_peft_model_state_dict(adapted)
+        problems = {
+            "missing tensors": expected.keys() - weights.keys(),
+            "unknown tensors": weights.keys() - expected.keys(),
+        }
+        raise_problems(str(path), problems, " Save or fetch it again.", "adapter_config.json")
+        merged = adapted.merge_and_unload()
+    check_finite(merged, path)
+    return merged
+
+
+def check_finite(model: nn.Module, path: str | os.PathLike) -> None:
+    """Raises UserError that names weights that are NaN or infinite; quantized and absent ones are passed by."""
+    extremes: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, weight in model.state_dict().items():
+        if weight.dtype in FLOATS and weight.numel() and not weight.is_meta:
+            extremes.setdefault(weight.device, {})[name] = torch.stack(torch.aminmax(weight.detach())).float()
+    for of_device in extremes.values():
+        finite = torch.stack(list(of_device.values())).isfinite().all(1).tolist()  # one wait for the device
+        if bad := [name for name, is_finite in zip(of_device, finite) if not is_finite]:
+            raise UserError(f"{path}: {len(bad)} weights are NaN or infinite: {', '.join(bad[:5])}.{REMEDY}")
+
+
+def check_generation_file(folder: Path, config: PreTrainedConfig) -> None:
+    """Raises UserError for a generation_config.json, where there is one, with values that `generate` cannot use."""
+    if (file := folder / "generation_config.json").exists():
+        values = read_json(file)
+        with reading(str(file)):
+            check_generation(SimpleNamespace(**values), config.get_text_config().vocab_size)
+            GenerationConfig.from_dict(dict(values)).validate()
+
+
+def check_generation(generation: GenerationConfig | SimpleNamespace, vocab_size: int) -> None:
+    """Raises ValueError for the first number, switch or token that `generate` cannot use, whatever is asked of it."""
+    for name, (low, high) in GENERATION_BOUNDS.items():
+        value = getattr(generation, name, None)
+        kind, said = (int, "whole number") if name in WHOLE else ((int, float), "number")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high):
+            raise ValueError(f"{name} is {value!r:.80}; it must be a {said} from {low:g} to {high:g}")
+    for name in SWITCHES:
+        if (value := getattr(generation, name, None)) not in (None, False, True):
+            raise ValueError(f"{name} is {value!r:.80}; it must be true or false")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        value = getattr(generation, name, None)
+        if torch.is_tensor(value):
+            value = value.tolist()
+        for token in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ValueError(f"{name} is {value!r:.80}; it must be from 0 to {vocab_size - 1}")
+
+
+def load_processor(path: str | os.PathLike, config: PreTrainedConfig) -> ProcessorMixin:
+    """The processor of a checkpoint, which suits a model of this configuration.
+
+    Raises:
+        UserError: there is none, a file of it is damaged, or it was made for another model.
+    """
+    where = f"{path} holds no processor and tokenizer that can be read"
+    with opening(path), reading(where, " Copy the processor's and the tokenizer's files there."):
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        words = processor.tokenizer.get_vocab()
+        own = set(processor.tokenizer.all_special_tokens) | set(processor.tokenizer.added_tokens_encoder)
+    if words.keys() <= own:  # transformers makes one of no words of no files
+        raise UserError(f"{path} holds no tokenizer; copy the tokenizer's files there.")
+    text = config.get_text_config()
+    if (largest := max(words.values())) >= text.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has a word {largest}, and the model {text.vocab_size} words from 0 on.{REMEDY}"
+        )
+    for side in ("start", "end"):
+        token, expected = f"<|vision_{side}|>", getattr(config, f"vision_{side}_token_id")
+        if words.get(token) != expected:
+            raise UserError(
+                f"{path}: {token} is {words.get(token)} in the tokenizer, {expected} in config.json.{REMEDY}"
+            )
+    for part in ("image_processor", "video_processor"):
+        with reading(f"{path}: the {part} cannot be used"):
+            _check_media_processor(getattr(processor, part), part, config)
+    if processor.chat_template is not None:
+        with reading(f"{path}: the chat template cannot be used"):
+            processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
+    return processor
+
+
+def _check_media_processor(processor, name: str, config: PreTrainedConfig) -> None:
+    """Raises ValueError for sizes other than the model's, or anything else where a small black frame is too much."""
+    for size in VISION_SIZES:
+        value, must = getattr(processor, size.removeprefix("spatial_")), getattr(config.vision_config, size)
+        if value != must:
+            raise ValueError(f"its {size} is {value!r:.80}, the model's {must}")
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+    if not all(type(area) is int for area in (least, most)) or not 1 <= least <= most <= 2**40 or least > 2**24:
+        raise ValueError(
+            f"its size is {dict(processor.size)!r:.120}; it must be two numbers of pixels, least and greatest"
+        )
+    side = processor.patch_size * processor.merge_size
+    black = torch.zeros(processor.temporal_patch_size, 3, side, side, dtype=torch.uint8)
+    kind = name.removesuffix("_processor")
+    given = [black] if kind == "video" else [black[0]]
+    patches = processor(given, return_tensors="pt")["pixel_values_videos" if kind == "video" else "pixel_values"]
+    numbers = 3 * config.vision_config.temporal_patch_size * config.vision_config.patch_size**2
+    if patches.shape[1:] != (numbers,) or not patches.isfinite().all():
+        raise ValueError(f"it makes patches of {list(patches.shape[1:])} numbers, or NaN; the model takes {numbers}")

@@ -120,6 +120,18 @@ def check_rope(config: PreTrainedConfig, where: str = "") -> None:
         raise ValueError(f"{where}rope_parameters['rope_theta'] is {theta!r:.80}; it must be from 1 to 1e15.")
 
 
+def check_rope_sections(config: PreTrainedConfig) -> None:
+    """Raises ValueError unless time, height and width share out all rotary frequencies, as reading any text needs."""
+    sections = config.rope_parameters.get("mrope_section", [16, 24, 24])  # Qwen2-VL's default
+    half = config.hidden_size // config.num_attention_heads // 2
+    whole = isinstance(sections, (list, tuple)) and all(type(part) is int and part >= 0 for part in sections)
+    if not whole or len(sections) != 3 or sum(sections) != half:
+        raise ValueError(
+            f"rope_parameters['mrope_section'] is {sections!r:.80}; it must be three numbers that add up to half of "
+            f"hidden_size / num_attention_heads, {half}."
+        )
+
+
 def check_pixels(config: PreTrainedConfig) -> None:
     """Raises ValueError unless the vision tower can be built, and mean and deviation are those of its channels."""
     vision = config.vision_config
@@ -135,13 +147,14 @@ def check_pixels(config: PreTrainedConfig) -> None:
 
 
 def check_token_ids(config: PreTrainedConfig, names: tuple[str, ...], vocab_size: int) -> None:
-    """Raises ValueError for an id of a token beyond the vocabulary, unless it was just not said for a small one."""
+    """Raises ValueError for an id of a token beyond the vocabulary, unless it was just not said for a small one; -1 is
+    the field's word for none."""
     for name in names:
         value = getattr(config, name)
         if value == getattr(type(config), name):
             continue
         for token in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < vocab_size:
                 raise ValueError(f"{name} is {value!r:.80}; it must be from 0 to {vocab_size - 1} (vocab_size - 1).")
 
 
@@ -234,15 +247,7 @@ class VambaTextConfig(Qwen2VLTextConfig):
     def validate_heads(self):
         check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
         check_divides("num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads)
-        head_dim = self.hidden_size // self.num_attention_heads
-        check_divides("2", 2, "hidden_size / num_attention_heads", head_dim)
-        sections = self.rope_parameters.get("mrope_section", [16, 24, 24])  # Qwen2-VL's default
-        positive = isinstance(sections, (list, tuple)) and all(type(part) is int and part >= 0 for part in sections)
-        if not positive or len(sections) != 3 or 2 * sum(sections) != head_dim:
-            raise ValueError(
-                f"rope_parameters['mrope_section'] is {sections!r:.80}; it must be three numbers that add up to half "
-                f"of hidden_size / num_attention_heads, {head_dim // 2}."
-            )
+        check_divides("2", 2, "hidden_size / num_attention_heads", self.hidden_size // self.num_attention_heads)
 
 
 @strict

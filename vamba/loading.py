@@ -28,7 +28,7 @@ from transformers import (
 
 from .checkpoint_folder import CONFIG, KINDS, check_kind, checkpoint_folder, kind_of, read_json
 from .errors import UserError, opening, reason_of
-from .modeling.configuration_vamba import EARLIER_FORMAT, EARLIER_KEYS
+from .modeling.configuration_vamba import EARLIER_FORMAT, EARLIER_KEYS, check_rope_sections
 from .weight_files import BIN, INDEX, NAMES, SINGLE, CheckpointError, open_checkpoint, raise_problems
 
 
@@ -74,6 +74,8 @@ def load_config(path: str | os.PathLike, *, any_kind: bool = False) -> PreTraine
         dtype = config.dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise UserError(f"{folder}: dtype is {dtype}; it must be float32, bfloat16 or float16.")
+        if config.model_type == "vamba":
+            check_rope_sections(config.text_config)
         return config
 
 

@@ -159,7 +159,7 @@ print((peak() - before) // 1024)
 
 @pytest.mark.parametrize(
     "source",
-    [5, None, True, 1.5, [1, 2], {"a": 1}, object(), "", "a\0b", b"", "/nowhere.png", "x" * 5000, "ftp://x/y.png"],
+    [5, None, True, 1.5, [1, 2], {"a": 1}, object, "", "a\0b", b"", "/nowhere.png", "x" * 5000, "ftp://x/y.png"],
     ids=repr,
 )
 def test_what_is_no_image_is_a_value_error(source):

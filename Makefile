@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-floor test-av lint types format wheel clean
+.PHONY: setup demo test test-floor test-av fuzz lint types format wheel clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,10 @@ test-av: setup
 		$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --upgrade --target build/av-$$version "av==$$version.*" \
 		&& PYTHONPATH=build/av-$$version $(BIN)/python -m pytest tests/vamba/video || exit 1; \
 	done
+
+# Broken and hostile input of every kind for two minutes, or as FUZZ says: make fuzz FUZZ="--cases 10000"
+fuzz: setup
+	$(BIN)/python tests/fuzz $(FUZZ)
 
 lint: setup types
 	$(BIN)/ruff check .

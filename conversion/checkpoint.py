@@ -125,7 +125,9 @@ def convert(
 
 def _absolute(path: str | Path) -> Path:
     try:
-        return Path(path).expanduser().resolve()
+        absolute = Path(path).expanduser().resolve()
+        str(absolute).encode()  # as safetensors and model cards are in UTF-8
+        return absolute
     except (TypeError, ValueError, RuntimeError, OSError) as error:  # a loop of links, a user who is not known
         raise UserError(f"{path!r} is no path of a folder: {error}") from error
 

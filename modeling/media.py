@@ -390,9 +390,15 @@ def default_chunk_frames(model: PreTrainedModel, patches: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the bytes that can still be allocated on a GPU: those of its driver, and those PyTorch holds unused."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    """Returns the bytes that can still be allocated: of a GPU those of its driver, and those PyTorch holds unused."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux, where nobody says it in Python: what any machine has
+        return 2**31
 
 
 def activation_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -1,63 +1,308 @@
 """Saves memories to files, and takes the fingerprint of the weights that made them.
 
 What is unusual: a file (safetensors with a JSON header) appears complete or not at all, so an interrupted write leaves
-an older file intact. The fingerprint is a short text that differs between fine-tunes but not between dtypes: it holds
-one number of each weight instead of a hash, so weights that were rounded to another dtype are recognised. Weights that
-cannot be read (quantised, shared out, or offloaded) are not compared. Adapters count by their own weights; once merged
-into the base model, they make other weights. As reading waits for the GPU, it happens only when the addresses or
-version counters of weights have changed. Fused optimizers do not raise these counters, so the models also read the
-weights again after anything that records gradients (see `check_weights`).
+an older file intact, and its checksum covers every byte. The partial file has always the same name and is locked, so a
+second writer is refused, and the next one takes over what a killed one left. The fingerprint is a short text that
+differs between fine-tunes but not between dtypes: one number of each weight instead of a hash, so weights that were
+rounded to another dtype are recognised. Weights that cannot be read (quantised, shared out, or offloaded) are not
+compared. Adapters count by their own weights; once merged into the base model, they make other weights. As reading
+waits for the GPU, it happens only when the addresses or version counters of weights have changed. Fused optimizers do
+not raise these counters, so the models also read the weights again after anything that records gradients.
 """
 
 import base64
 import hashlib
 import json
+import math
+import mmap
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 
+try:
+    import fcntl
+except ImportError:  # Windows, where two writers are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+_NAMES[torch.float8_e4m3fn] = "F8_E4M3"
+_NO_CHECKSUM = "0" * 64  # what stands in the place of the checksum while it is taken
+_PART = 2**24  # bytes that are hashed at once
+# How the file of a memory begins, one of an earlier version or half-written included.
+_BEGINNING = rb'.{8}\{"__metadata__":\{("format":"pt",|"sha256":"[^"]*",)*"vamba":"\{\\"format\\"'
+_BEGINNING_LENGTH = 256
+
+
 def write_memory(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Writes tensors and a header of the format `kind` to one file. Raises OSError if that is not possible."""
-    # safetensors cannot write slices of a shared buffer. The copies are made on the CPU, as a GPU may have no room.
-    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    partial = f"{os.fspath(path)}.partial-{os.getpid()}"
+    """Writes tensors and a header of the format `kind` to one file; an older memory there is replaced at once.
+
+    Raises:
+        OSError: that is not possible, another process writes there, or something that is no memory is in the way.
+    """
+    path = check_memory_path(path)
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # so that all are aligned
+    text = json.dumps({"format": kind, **header})
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "sha256": _NO_CHECKSUM, "vamba": text}}
+    end = 0
+    for name, t in tensors.items():
+        start, end = end, end + t.nbytes
+        entries[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with _partial_file(path) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for t in tensors.values():  # one after the other, as neither GPU nor CPU may have room for a copy of all
+            file.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        checksum = _checksum(file, _NO_CHECKSUM)
+        file.seek(8 + head.index(_NO_CHECKSUM.encode()))
+        file.write(checksum.encode())
+        file.flush()
+        os.fsync(file.fileno())
+        check_memory_path(path)
+
+
+def read_memory(
+    path: str | os.PathLike, kind: str, device: str | torch.device = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns tensors and header of a file.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is damaged in any byte, or none of the format `kind`.
+    """
+    path, device = _text_of(path), checked_device(device)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"There is no memory at {path!r}.")
+    if not os.path.isfile(path):  # a FIFO would be waited for
+        raise ValueError(f"{path!r} is no file, so it holds no memory.")
+    again = "Encode the video again, and write a memory with memory.save()."
     try:
-        save_file(tensors, partial, metadata={"format": "pt", "vamba": json.dumps({"format": kind, **header})})
-        os.replace(partial, path)
+        with _opened_twice(path) as (file, raw):
+            about = file.metadata() or {}
+            if "vamba" not in about:
+                raise ValueError(f"{path!r} holds no memory, not {kind}. {again}")
+            if (checksum := about.get("sha256")) is None:
+                raise ValueError(f"{path!r} has no checksum, as an earlier version of vamba wrote it. {again}")
+            if _checksum(raw, checksum) != checksum:
+                raise ValueError(f"{path!r} is damaged: its checksum is not that of what it holds. {again}")
+            try:
+                header = {**json.loads(about["vamba"])}  # which takes nothing but an object
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"{path!r} is damaged: its header is no JSON object ({error}). {again}") from error
+            if (found := header.pop("format", None)) != kind:
+                raise ValueError(f"{path!r} holds a memory of another kind of model ({found}), not {kind}. {again}")
+            # a copy, as the tensors of safetensors are the file itself, which someone may write into
+            return {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}, header
     except SafetensorError as error:
-        raise OSError(f"The memory cannot be written to {os.fspath(path)!r}: {error}.") from error
+        raise ValueError(f"{path!r} is damaged or no safetensors file: {error}. {again}") from error
+
+
+@contextmanager
+def _opened_twice(path: str) -> Iterator[tuple[Any, IO[bytes]]]:
+    """A file for safetensors and for itself; the same one, even where others are saving to `path`."""
+    while True:
+        with open(path, "rb") as raw, safe_open(path, framework="pt") as file:
+            if os.path.samestat(os.fstat(raw.fileno()), os.stat(path)):
+                yield file, raw
+                return
+
+
+def check_memory_path(path: str | os.PathLike) -> str:
+    """Returns the file that `path` names, links followed. Raises OSError where a memory cannot or must not be written.
+
+    A file that is there and is no memory is never replaced.
+    """
+    path = os.path.realpath(_text_of(path))
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:  # which safetensors could not open again
+        raise OSError(f"{path!r} is not UTF-8; give another name for the memory.") from error
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file for the memory.")
+    if not os.path.isdir(os.path.dirname(path)):
+        raise FileNotFoundError(f"{path} cannot be written: there is no such folder; make it first.")
+    if os.path.lexists(path) and not (os.path.isfile(path) and _begins_as_memory(path)):
+        raise FileExistsError(f"{path} exists and is no memory; give the name of a new file for the memory.")
+    return path
+
+
+def _text_of(path: str | os.PathLike) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError as error:
+        raise ValueError(f"{path!r} is no path of a file; give the name of one.") from error
+
+
+def _begins_as_memory(path: str) -> bool:
+    with open(path, "rb") as file:
+        return re.match(_BEGINNING, file.read(_BEGINNING_LENGTH), re.DOTALL) is not None
+
+
+def _checksum(file: IO[bytes], checksum: str) -> str:
+    """SHA-256 of a whole safetensors file with zeros for `checksum` in its head, and of the rest part by part."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        end = 8 + int.from_bytes(data[:8], "little")
+
+        def digest(start: int) -> bytes:
+            with memoryview(data) as view, view[start : start + _PART] as part:
+                return hashlib.sha256(part).digest()
+
+        head = data[:end].replace(checksum.encode(), _NO_CHECKSUM.encode())
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves Python to other threads
+            parts = b"".join(pool.map(digest, range(end, len(data), _PART)))
+    return hashlib.sha256(head + parts).hexdigest()
+
+
+@contextmanager
+def _partial_file(path: str) -> Iterator[IO[bytes]]:
+    """A locked file beside `path`, empty, which takes its name when the block ends and goes if anything is raised."""
+    partial = f"{path}.partial"
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags |= getattr(os, "O_BINARY", 0)
+    with (
+        held(partial, lambda: os.open(partial, flags, 0o666)) as descriptor,
+        os.fdopen(descriptor, "r+b", closefd=False) as file,
+    ):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or (status.st_size and not _begins_as_memory(partial)):
+            raise FileExistsError(f"{partial} is in the way and is no memory; move it away.")
+        try:
+            file.truncate(0)
+            yield file
+            os.replace(partial, path)
+        except BaseException as error:
+            with suppress(OSError):
+                os.remove(partial)
+                file.close()  # may still hold what did not fit on the disk
+            if isinstance(error, OSError) and error.filename is None and error.strerror:
+                raise OSError(error.errno, f"the memory cannot be written: {error.strerror}", path) from error
+            raise
+
+
+_locks: set[int] = set()  # descriptors
+
+
+def _let_go() -> None:
+    """A forked child, such as one that loads data, must not hold a lock longer than the process that took it."""
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def held(path: str | os.PathLike, opened: Callable[[], int]) -> Iterator[int]:
+    """The descriptor that `opened` returns of `path`, locked against other processes until the block ends.
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    descriptor = _lock(path, opened)
+    _locks.add(descriptor)
+    try:
+        yield descriptor
     finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+        _locks.discard(descriptor)
+        os.close(descriptor)
 
 
-def read_memory(path: str | os.PathLike, kind: str, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns tensors and header of a file. Raises FileNotFoundError, or ValueError for a damaged or another file."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no memory at {os.fspath(path)!r}.")
+def _lock(path: str | os.PathLike, opened: Callable[[], int]) -> int:
+    while True:
+        descriptor = opened()
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise FileExistsError(f"{os.fspath(path)} is being written by another process; let it finish.") from error
+        except OSError:  # a filesystem without locks: as if alone
+            pass
+        with suppress(FileNotFoundError):  # whoever held it has removed or renamed it meanwhile
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """`device` as PyTorch's. Raises ValueError where there is no such device, or it holds no numbers."""
     try:
-        with safe_open(path, framework="pt", device=device) as file:
-            header = json.loads((file.metadata() or {}).get("vamba", "{}"))
-            if (found := header.get("format")) != kind:
-                holds = "no memory" if found is None else f"a memory of another kind of model ({found})"
-                raise ValueError(f"{os.fspath(path)!r} holds {holds}, not {kind}. Write one with memory.save().")
-            return {name: file.get_tensor(name) for name in file.keys()}, header
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}.") from error
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except Exception as error:  # of many kinds, by the device
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used ({reason}); give 'cpu' or e.g. 'cuda:0'.") from error
+    if found.type == "meta":
+        raise ValueError("device 'meta' holds no numbers; give 'cpu' or e.g. 'cuda:0'.")
+    return found
 
 
-def warn_of_unknown_weights(path: str | os.PathLike) -> None:
-    """Warns of a file by an earlier version, which did not write the fingerprint of the weights."""
-    text = f"{os.fspath(path)!r} does not say which weights made it, so no model can be checked for having them."
-    warnings.warn(f"{text} Encode the video again to be sure.", stacklevel=3)
+@contextmanager
+def whole_memory(path: str | os.PathLike) -> Iterator[None]:
+    """Makes whatever is raised by a file that has a right checksum and yet makes no memory a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{os.fsdecode(path)!r} does not hold a whole memory ({reason}); encode it again.") from error
+
+
+def check_header(header: dict[str, Any], rows: int | None) -> None:
+    """Raises ValueError for values of a header that no memory has; `rows` is how many its tensors have."""
+    media, seconds, made_by = header["media"], header["seconds"], header["made_by"]
+    require("layers", header["layers"], is_count(header["layers"]) and 1 <= header["layers"] <= 10_000)
+    fits = isinstance(media, list) and len(media) in ((0,) if rows is None else (0, rows))
+    require("media", media, fits and all(isinstance(row, list) and all(map(_is_item, row)) for row in media))
+    is_time = type(seconds) in (int, float) and math.isfinite(seconds) and seconds >= 0
+    require("seconds", seconds, seconds is None or is_time)
+    require("made_by", made_by, made_by is None or _is_fingerprint(made_by))
+
+
+def check_states(states: Sequence[tuple[Tensor, Tensor] | None], rows: int | None) -> None:
+    """Raises ValueError where states from a file, (B, T, C) and (B, H, P, K), are not alike or not of `rows` rows."""
+    first, *others = [state for state in states if state is not None] or [None]
+    if first is not None:
+        conv, ssm = first
+        fits = conv.dim() == 3 and ssm.dim() == 4 and len(conv) == len(ssm) == (len(conv) if rows is None else rows)
+        are_alike = all(one.shape == t.shape for state in others for one, t in zip(state, first))
+        dtypes = {t.dtype for state in [first, *others] for t in state}
+        require("the shape of a state", first, fits and are_alike)
+        require("the dtype of a state", dtypes, all(dtype.is_floating_point for dtype in dtypes))
+
+
+def require(name: str, value: Any, condition: bool) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {str(value)[:100]}")
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number that something in a memory may have."""
+    return type(value) is int and 0 <= value < 2**40
+
+
+def _is_item(item: Any) -> bool:
+    """Whether it is `[kind, t, h, w]`."""
+    fits = isinstance(item, list) and len(item) == 4 and item[0] in ("image", "video")
+    return fits and all(is_count(size) and size > 0 for size in item[1:])
+
+
+def _is_fingerprint(text: Any) -> bool:
+    match = re.fullmatch(r"[0-9a-f]{16}:([dfhb-]*):([A-Za-z0-9+/]*=*)", text)
+    return match is not None and len(base64.b64decode(match[2], validate=True)) == 4 * len(match[1])
 
 
 def describe(name: str, memory: Cache, kept: Tensor | None, frames: int) -> str:

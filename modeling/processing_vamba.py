@@ -7,7 +7,6 @@ read by `vamba.video`, frame by frame at their final size, or by transformers' `
 with its own code on a machine without the package vamba.
 """
 
-import io
 import os
 import re
 from collections.abc import Mapping
@@ -19,13 +18,16 @@ import torch
 from torch.nn.functional import interpolate
 from transformers import BatchFeature, processing_utils
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import ImageInput, load_image
+from transformers.image_utils import ImageInput, is_valid_image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, VideosKwargs
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 from transformers.video_utils import VideoInput, VideoMetadata, is_valid_video, is_valid_video_frame, load_video
+
+from .images import IMAGE_SUFFIXES, open_image
+from .media_limits import check_numbers, check_regular_file, number
 
 
 logger = logging.get_logger(__name__)
@@ -36,14 +38,12 @@ _SOURCE_KEYS = {"video": ("video", "url", "path"), "image": ("image", "url", "pa
 _ALIASES = {"nframes": "num_frames", "video_start": "start", "video_end": "end", "sample_fps": "source_fps"}
 _IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 # The video processor refuses these options, which only `read_video` knows.
-_READER_OPTIONS = (
-    "start", "end", "total_pixels", "resized_height", "resized_width", "source_fps", "backend", "allow_urls",
-)  # fmt: skip
+_READER_OPTIONS = ("start", "end", "total_pixels", "resized_height", "resized_width", "source_fps", "backend")
 _VIDEO_OPTIONS = ("min_pixels", "max_pixels", "fps", "num_frames", "min_frames", "max_frames", *_READER_OPTIONS)
 # qwen-vl-utils adds `raw_fps` to frames that are in memory.
 _OPTIONS = {"video": (*_VIDEO_OPTIONS, "raw_fps", *_ALIASES), "image": _IMAGE_OPTIONS, "text": ("text",)}
 _EVERY_FRAME = 1e6  # a rate in frames per second that no video exceeds
-_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_STILL_SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix != ".gif")  # Several GIFs are several videos.
 # Control tokens that transformers has marked as text of a user (`sanitize_control_tokens`) stand for no media.
 _UNMARKED = getattr(processing_utils, "_UNMARKED", "")
 
@@ -51,6 +51,7 @@ _UNMARKED = getattr(processing_utils, "_UNMARKED", "")
 class VambaImagesKwargs(ImagesKwargs, total=False):
     min_pixels: int | None  # least area of an image, in place of `size["shortest_edge"]`
     max_pixels: int | None  # greatest area of an image, in place of `size["longest_edge"]`
+    allow_urls: bool | None  # whether an image may be a URL; it may not by default
 
 
 class VambaVideosKwargs(VideosKwargs, total=False):
@@ -216,6 +217,14 @@ class VambaProcessor(Qwen2VLProcessor):
             data.num_video_tokens = [1] * len(video_sizes)
         return data
 
+    def _merge_kwargs(self, *args, **kwargs) -> dict[str, Any]:
+        from huggingface_hub.errors import StrictDataclassError
+
+        try:
+            return super()._merge_kwargs(*args, **kwargs)
+        except (StrictDataclassError, TypeError) as error:  # a value of another type, an option that it does not know
+            raise ValueError(" ".join(str(error).split())) from error
+
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if images is None and text is None and videos is None:
             raise ValueError(f"You need to provide at least one input to call {self.__class__.__name__}")
@@ -228,24 +237,22 @@ class VambaProcessor(Qwen2VLProcessor):
         return self._process_one_by_one(self._process_image, images, kwargs)
 
     def _process_image(self, item: dict, **kwargs) -> BatchFeature:
-        image = self.fetch_image(item["image"])
+        image = self.fetch_image(item["image"], allow_urls=kwargs.pop("allow_urls", False))
         kwargs["size"] = _size(self.image_processor, kwargs, item)
         if item.keys() & {"resized_height", "resized_width"}:
             height, width = _explicit_size(item, _factor(self.image_processor, kwargs))
             image, kwargs["do_resize"] = to_pil_image(image).convert("RGB").resize((width, height)), False
         return self.image_processor([image], **kwargs)
 
-    def fetch_image(self, source):
-        """Fetches what transformers does (strings, images in memory), and also `pathlib` paths, bytes and files."""
-        if hasattr(source, "__fspath__"):
-            source = os.fspath(source)
-        if isinstance(source, (bytes, bytearray)):
-            source = io.BytesIO(source)
-        if hasattr(source, "read"):
-            from PIL import Image
-
-            source = load_image(Image.open(source))
-        return self.image_processor.fetch_images(source)
+    def fetch_image(self, source, allow_urls: bool = False):
+        """Decodes an image (see `images.open_image`); one in memory stays as it is. Raises ValueError if it cannot."""
+        if not (hasattr(source, "shape") and is_valid_image(source)):
+            return open_image(source, allow_urls=allow_urls)
+        shape, kind = tuple(source.shape), source.dtype
+        numeric = isinstance(kind, torch.dtype) or getattr(kind, "kind", "f") in "buif"
+        if len(shape) != 3 or min(shape) == 0 or not {1, 3, 4} & {shape[0], shape[2]} or not numeric:
+            raise ValueError(f"An array of shape {shape} and {kind} is no image; give numbers (H, W, 3) or (3, H, W).")
+        return source
 
     def _process_videos(self, videos: list[dict], **kwargs):
         if (metadata := kwargs.pop("video_metadata", None)) is not None:
@@ -258,6 +265,7 @@ class VambaProcessor(Qwen2VLProcessor):
     def _process_one_by_one(self, process, items: list[dict], kwargs: dict) -> tuple[BatchFeature, list[str]]:
         """Returns the joined outputs of `process` for the items, and the text that stands for each item."""
         kwargs = _given(kwargs) | {"return_tensors": "pt"}
+        check_numbers(kwargs)
         outputs, joined = [process(item, **kwargs) for item in items], BatchFeature()
         for key in outputs[0]:
             parts = [output[key] for output in outputs]
@@ -266,7 +274,7 @@ class VambaProcessor(Qwen2VLProcessor):
 
     def _process_video(self, item: dict, **kwargs) -> BatchFeature:
         source, metadata = item["video"], item.get("metadata")
-        options = {key: kwargs.pop(key) for key in _READER_OPTIONS if key in kwargs}
+        options = {key: kwargs.pop(key) for key in (*_READER_OPTIONS, "allow_urls") if key in kwargs}
         options |= {key: item[key] for key in _VIDEO_OPTIONS if key in item}
         if "num_frames" in kwargs:
             kwargs.pop("fps", None)
@@ -371,11 +379,18 @@ def plain_item(block, *known: str):
             # OpenAI's `detail`, which is the size of an image, has no meaning here.
             block |= {key: value for key, value in named.items() if key != "detail"} | {"type": kind}
         if block.get("type") == kind or kind in block:
+            if isinstance(inner := block.get(kind), Mapping):
+                del block[kind]
+                block |= {key: value for key, value in inner.items() if key != "detail" and value is not None}
             _check_keys(block, kind, "type", *known)
+            if inner is not None and not block.keys() & set(sources):
+                raise ValueError(f"A message's {kind} is {inner!r:.60}, which names no source; give one under 'path'.")
             for source in [block.pop(key) for key in reversed(sources) if key in block]:  # The first of them wins.
-                block[kind] = source["url"] if isinstance(source, Mapping) and "url" in source else source
-            return {_ALIASES.get(key, key): value for key, value in block.items()} | {"type": kind}
-    if "text" not in block or block.get("type", "text") != "text":
+                block[kind] = source
+            block = {_ALIASES.get(key, key): value for key, value in block.items()} | {"type": kind}
+            check_numbers(block)
+            return block
+    if not isinstance(block.get("text"), str) or block.get("type", "text") != "text":
         raise ValueError(f"A message's item is {str(block)[:80]}. Instead, give a text, an image or a video.")
     _check_keys(block, "text", "type")
     return block
@@ -399,18 +414,23 @@ def _factor(processor, kwargs: dict) -> int:
 
 def _size(processor, kwargs: dict, options: dict) -> dict[str, int]:
     """Takes the least and greatest area from the item's options, else the call's `kwargs`, else the processor."""
-    size = dict(kwargs.pop("size", processor.size))
+    size = kwargs.pop("size", processor.size)
+    if isinstance(size, (int, list, tuple)):
+        raise ValueError(f"size={size!r:.60} must be a dict of 'shortest_edge' and 'longest_edge'.")
+    size = dict(size)
     for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
         size[edge] = options.get(name, kwargs.pop(name, size.get(edge)))
-    if not size["shortest_edge"] or not size["longest_edge"]:
+    if not size.get("shortest_edge") or not size.get("longest_edge"):
         raise ValueError(f"`size` must contain 'shortest_edge' and 'longest_edge' (least and greatest area): {size}.")
+    size["shortest_edge"] = int(number("min_pixels", size["shortest_edge"]))
+    size["longest_edge"] = int(min(number("max_pixels", size["longest_edge"]), 2**62))
     return size
 
 
 def _explicit_size(options: dict, factor: int) -> tuple[int, int]:
     """Returns the size of whole patches nearest to the one asked for, within the bounds of qwen-vl-utils."""
     height, width = (options.get(name) for name in ("resized_height", "resized_width"))
-    if not all(isinstance(side, (int, float)) and side >= 1 and side == int(side) for side in (height, width)):
+    if height is None or width is None:
         raise ValueError(f"resized_height={height!r}, resized_width={width!r}: give both as integers of at least 1.")
     return smart_resize(int(height), int(width), factor, 4 * factor**2, 16384 * factor**2)
 
@@ -459,7 +479,7 @@ def _is_pair(video) -> bool:
 
 
 def _is_image_file(source) -> bool:
-    return isinstance(source, (str, os.PathLike)) and str(source).lower().endswith(_IMAGE_SUFFIXES)
+    return isinstance(source, (str, os.PathLike)) and str(source).lower().endswith(_STILL_SUFFIXES)
 
 
 @cache
@@ -491,6 +511,8 @@ def _read_by_transformers(source, **options) -> tuple[torch.Tensor, VideoMetadat
         )
     else:
         try:
+            if "://" not in f"{source}":
+                check_regular_file(os.stat(source))
             frames, about = load_video(f"{source}", backend=options.get("backend") or "pyav", sample_indices_fn=choose)
         except Exception as error:  # Each fault of a file raises an error of its own type.
             message = f"{source}: transformers' load_video cannot read it ({error})."

@@ -11,6 +11,7 @@ Shapes: B rows, H heads, P head dim, K state size, T conv taps, C conv channels.
 import contextlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,17 @@ from transformers.cache_utils import Cache
 
 from .mamba2 import Mamba2State
 from .media import Run
-from .memory_files import describe, read_memory, warn_of_unknown_weights, write_memory
+from .memory_files import (
+    check_header,
+    check_states,
+    checked_device,
+    describe,
+    is_count,
+    read_memory,
+    require,
+    whole_memory,
+    write_memory,
+)
 
 
 FORMAT = "vamba.state_memory.1"
@@ -177,7 +188,8 @@ class StateMemory(Cache):
         return fork
 
     def to(self, device: torch.device | str) -> "StateMemory":
-        """Moves the states in place."""
+        """Moves the states in place. Raises ValueError where there is no such device."""
+        device = checked_device(device)
         self._replace(lambda t: t.to(device))
         return self
 
@@ -259,29 +271,53 @@ class StateMemory(Cache):
         return describe("StateMemory", self, state, frames=sum(t for row in self.media for _, t, _, _ in row))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes states and counts to one safetensors file; an interrupted write leaves an older file intact."""
+        """Writes states and counts to one safetensors file; an interrupted write leaves an older file intact.
+
+        Raises:
+            OSError: it cannot be written, or something that is no memory is in the way.
+        """
+        write_memory(path, FORMAT, *self._contents())
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and header of a file."""
         tensors = {} if self.text_tokens_B is None else {"text_tokens": self.text_tokens_B}
         for index, state in enumerate(self.states):
             if state is not None:
                 tensors[f"state.{index}.conv"], tensors[f"state.{index}.ssm"] = state
-        header = {"layers": len(self.states)} | {name: getattr(self, name) for name in _IN_HEADER}
-        write_memory(path, FORMAT, tensors, header)
+        return tensors, {"layers": len(self.states)} | {name: getattr(self, name) for name in _IN_HEADER}
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "StateMemory":
         """Reads a memory written by `save`.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: the file is not such a memory, or is damaged.
+            FileNotFoundError: no such file. ValueError: the file is not such a memory, or is damaged in any byte.
         """
-        tensors, header = read_memory(path, FORMAT, str(device))
+        tensors, header = read_memory(path, FORMAT, device)
+        with whole_memory(path):
+            memory = cls._from_tensors(tensors, header)
+            found, about = memory._contents()  # what is missing or left over shows here
+            require("the list of tensors", sorted(found.keys() ^ tensors.keys()), found.keys() == tensors.keys())
+            require("the header", header, about == header)
+        return memory
+
+    @classmethod
+    def _from_tensors(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "StateMemory":
+        tokens = tensors.get("text_tokens")
+        rows = None if tokens is None else len(tokens)
+        check_header(header, rows)
         memory = cls(PreTrainedConfig(num_hidden_layers=header["layers"]))
         for name in _IN_HEADER:
-            setattr(memory, name, header.get(name))
-        if memory.media and not header.get("made_by"):
-            warn_of_unknown_weights(path)
-        memory.text_tokens_B = tensors.get("text_tokens")
-        for index in range(header["layers"]):
-            if f"state.{index}.ssm" in tensors:
-                memory.states[index] = Mamba2State(tensors[f"state.{index}.conv"], tensors[f"state.{index}.ssm"])
+            setattr(memory, name, header[name])
+        for index in range(header["layers"] if tokens is not None else 0):
+            memory.states[index] = Mamba2State(tensors[f"state.{index}.conv"], tensors[f"state.{index}.ssm"])
+        check_states(memory.states, rows)
+        are_counts = tokens is None or (tokens.dtype == torch.int64 and tokens.dim() == 1 and bool((tokens >= 0).all()))
+        require("text_tokens", tokens, are_counts)
+        flags = memory.is_open
+        is_list = isinstance(flags, list) and len(flags) in (0, rows) and all(isinstance(flag, bool) for flag in flags)
+        require("is_open", flags, is_list)
+        require("is_ragged", memory.is_ragged, isinstance(memory.is_ragged, bool))
+        require("text_length", memory.text_length, is_count(memory.text_length))
+        memory.text_tokens_B = tokens
         return memory

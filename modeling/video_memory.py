@@ -3,8 +3,7 @@
 What is unusual: a video is encoded once into keys and values per layer (57 KB per video token for the 7B in bf16) plus
 one Mamba-2 state per block, so it can be asked many times, extended frame by frame, forked, saved and loaded. As a
 `Cache` its length is the *text's*, whose own cache it holds (`text`). Rows of text and rows of video are counted apart:
-any number of questions or beams share one video row without copying it (`video_rows`). Forks share the buffers that
-keys and values lie in: only the first that holds all that was written may write on, any other copies first.
+any number of questions or beams share one video row without copying it (`video_rows`).
 
 Shapes: B video rows, M video tokens, S tokens of one append, H key/value heads, P head dim.
 """
@@ -13,8 +12,8 @@ import contextlib
 import copy
 import itertools
 import os
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -22,79 +21,26 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
-from .mamba2 import Mamba2State, rebuildable
+from .mamba2 import Mamba2State
 from .media import MediaItem, copy_to_gpu, free_bytes, side_stream
-from .memory_files import describe, read_memory, warn_of_unknown_weights, write_memory
+from .memory_files import (
+    check_header,
+    check_states,
+    checked_device,
+    describe,
+    is_count,
+    read_memory,
+    require,
+    whole_memory,
+    write_memory,
+)
+from .video_levels import DTYPES, FP8, LevelStore, VideoLevel, check_level
 
 
 FORMAT = "vamba.video_memory.1"
-FP8 = torch.float8_e4m3fn
-GROWTH = 1.25  # of a full buffer, where nobody has announced what is to come
-_CLAIMING = threading.Lock()
+MAX_TEXT = 2**24  # tokens that a static text cache may have room for; beyond what any model has been trained on
 _IN_HEADER = ("made_by", "seconds", "temporal_patch_size")
 _PARTS = ("keys", "values", "key_scales", "value_scales")  # of a VideoLevel, in a file
-
-
-@rebuildable
-class VideoLevel(NamedTuple):
-    """What one layer's cross-attention reads of a video.
-
-    In fp8 a number is its 8 bits times 2**scale, with one scale (int8) per token and head; otherwise there are none.
-    """
-
-    keys_BHMP: Tensor
-    values_BHMP: Tensor
-    key_scales_BHM: Tensor | None = None
-    value_scales_BHM: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        return self.keys_BHMP.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self if t is not None)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "VideoLevel":
-        return VideoLevel(*(None if t is None else function(t) for t in self))
-
-    def stored_as(self, dtype: torch.dtype) -> "VideoLevel":
-        """The same numbers in another dtype; in `FP8` they get scales, and lose all but four significant bits."""
-        if self.keys_BHMP.dtype == dtype:
-            return self
-        if dtype == FP8:
-            (keys, key_scales), (values, value_scales) = _to_fp8(self.keys_BHMP), _to_fp8(self.values_BHMP)
-            return VideoLevel(keys, values, key_scales, value_scales)
-        if self.key_scales_BHM is None:
-            return self.map(lambda t: t.to(dtype))
-        compute = torch.promote_types(dtype, torch.bfloat16)  # bfloat16 holds all powers of two and four bits more
-
-        def widened(t: Tensor, scales: Any) -> Tensor:
-            return (t.to(compute) * torch.exp2(scales.to(compute)).unsqueeze(-1)).to(dtype)
-
-        return VideoLevel(*map(widened, self[:2], self[2:]))
-
-    def cut(self, reads: "list[VideoRead]") -> "list[VideoLevel]":
-        """The part that each read sees; views, unless padding lies between its tokens."""
-        if all(read.video_row is None for read in reads):
-            return [self] * len(reads)
-        # split, not indexed: its backward joins the rows' gradients instead of padding each to all rows
-        by_row = zip(*(itertools.repeat(None) if t is None else t.split(1) for t in self))
-        rows = [*map(VideoLevel._make, by_row)]
-        return [rows[row or 0]._of_tokens(tokens) for _, row, tokens in reads]
-
-    def _of_tokens(self, tokens: int | Tensor | None) -> "VideoLevel":
-        if isinstance(tokens, Tensor):
-            return self.map(lambda t: t.index_select(2, tokens.to(t.device)))
-        return self if tokens is None else self.map(lambda t: t[:, :, :tokens])
-
-
-def _to_fp8(t_BHSP: Tensor) -> tuple[Tensor, Tensor]:
-    exact = t_BHSP.float()
-    # the smallest power of two that brings the largest number of the head within range
-    mantissas, scales = torch.frexp(exact.abs().amax(-1) / torch.finfo(FP8).max)
-    scales = (scales - (mantissas == 0.5).int()).clamp(-126, 126)
-    return torch.ldexp(exact, -scales.unsqueeze(-1)).to(FP8), scales.to(torch.int8)
 
 
 class TextSlice(NamedTuple):
@@ -116,89 +62,6 @@ class VideoRead(NamedTuple):
     video_tokens: int | Tensor | None = None
 
 
-class _Buffer:
-    """Tensors (B, H, capacity, ...), of which the first `claimed` tokens are written, or about to be."""
-
-    def __init__(self, like: VideoLevel, capacity: int):
-        def empty(t: Tensor) -> Tensor:
-            shape = (*t.shape[:2], capacity, *t.shape[3:])
-            return torch.empty(shape, dtype=t.dtype, device=t.device, pin_memory=t.is_pinned())
-
-        self.level, self.capacity, self.claimed = like.map(empty), capacity, 0
-
-    def claim(self, start: int, length: int) -> bool:
-        """Whether the caller may write after the first `start` tokens; of several threads one may."""
-        with _CLAIMING:
-            is_free = self.claimed == start and start + length <= self.capacity
-            self.claimed += length if is_free else 0
-        return is_free
-
-    def write(self, start: int, level: VideoLevel) -> None:
-        for buffer, t in zip(self.level, level):
-            if t is not None:
-                buffer[:, :, start : start + level.length] = t
-
-    def read(self, length: int) -> VideoLevel:
-        return self.level.map(lambda t: t[:, :, :length])
-
-
-class LevelStore:
-    """All keys and values of one layer, in the order they came.
-
-    Attributes:
-        keys_are_rotated: whether the keys carry M-RoPE, where `cross_attn_use_position_embeddings` asks for it.
-    """
-
-    def __init__(self, parts: Iterable[VideoLevel] = (), buffer: _Buffer | None = None, keys_are_rotated: bool = True):
-        self.parts, self._buffer, self.keys_are_rotated = list(parts), buffer, keys_are_rotated
-
-    @property
-    def length(self) -> int:
-        return sum(part.length for part in self.parts)
-
-    def append(self, level: VideoLevel, expected: int = 0) -> None:
-        """Adds S tokens; `expected` tokens in all is what a new buffer is made for."""
-        held, length = self.length, self.length + level.length
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for part in [*self.parts, level] for t in part[:2])
-        if recorded or (not self.parts and length >= expected):  # all at once: nothing to copy
-            self.parts.append(level)
-            self._buffer = None  # does not hold this part, and forks may write on where it would lie
-            return
-        if self._buffer is None or not self._buffer.claim(held, level.length):
-            self._buffer = _Buffer(level, expected if expected > length else int(GROWTH * length))
-            self._buffer.claim(0, length)
-            start = 0
-            for part in self.parts:
-                self._buffer.write(start, part)
-                start += part.length
-        self._buffer.write(held, level)
-        self.parts = [self._buffer.read(length)]
-
-    def replace(self, level: VideoLevel) -> None:
-        self.parts, self._buffer = [level], None
-
-    def truncate(self, length: int) -> None:
-        """Forgets what came after the first `length` tokens; the buffer is whoever's that wrote them."""
-        self.parts = [self.read().map(lambda t: t[:, :, :length])] if length else []
-
-    def read(self) -> VideoLevel:
-        """All tokens; parts that gradients kept apart are joined for good."""
-        if len(self.parts) > 1:
-            self.replace(VideoLevel(*(None if t[0] is None else torch.cat(t, dim=2) for t in zip(*self.parts))))
-        return self.parts[0]
-
-    def map(self, function: Callable[[VideoLevel], VideoLevel]) -> None:
-        """Puts something else in the place of what is stored."""
-        if self.parts:
-            self.replace(function(self.read()))
-
-    def fork(self) -> "LevelStore":
-        """A store that shares the tensors, and goes on by itself."""
-        if self.parts:
-            self.read()
-        return LevelStore(self.parts, self._buffer, self.keys_are_rotated)
-
-
 class VideoMemory(Cache):
     """Text cache, video keys and values, and Mamba-2 states of one batch of conversations about videos.
 
@@ -208,6 +71,9 @@ class VideoMemory(Cache):
         text_cache: a `Cache` whose layers hold the text instead; they are shared, not copied.
         video_dtype: dtype in which keys and values are kept, e.g. `torch.float8_e4m3fn`; None keeps the model's.
         video_device: where keys and values are kept, e.g. "cpu"; None leaves them where the model makes them. See `to`.
+
+    Raises:
+        ValueError: an argument is not one of those.
 
     Attributes:
         expected_length: video tokens in all for which room is made, see `reserve`.
@@ -234,9 +100,11 @@ class VideoMemory(Cache):
         video_device: torch.device | str | None = None,
     ):
         L = config.get_text_config(decoder=True).num_hidden_layers
+        if not isinstance(text_cache, Cache | None):
+            raise ValueError(f"text_cache is a {type(text_cache).__name__}; give a Cache of transformers, or None.")
         self.text = text_cache if text_cache is not None else _empty_text_cache(L, max_cache_len)
-        self.video_dtype = video_dtype
-        self.video_device = None if video_device is None else torch.device(video_device)
+        self.video_dtype = None if video_dtype is None else _checked_dtype(video_dtype)
+        self.video_device = None if video_device is None else checked_device(video_device)
         self._levels = [LevelStore() for _ in range(L)]
         self.expected_length = 0  # video tokens in all
         self._model_dtype: torch.dtype | None = None
@@ -305,7 +173,10 @@ class VideoMemory(Cache):
         """Announces that the video will be `tokens` long in all, so that room is made once.
 
         An estimate will do: more can be appended, and what does not fit into the free memory is not set aside.
+        Raises ValueError for what is no number of tokens.
         """
+        if not isinstance(tokens, Integral) or tokens < 0:
+            raise ValueError(f"reserve({tokens!r}) needs a number of tokens, 0 or more.")
         self.expected_length = tokens
 
     def append(self, layer_idx: int, keys_BHSP: Tensor, values_BHSP: Tensor) -> None:
@@ -313,7 +184,7 @@ class VideoMemory(Cache):
         if self._levels[layer_idx].parts and not torch.is_autocast_enabled(keys_BHSP.device.type):
             self._check_dtype(keys_BHSP.dtype, "new frames")
         level = self._stored(keys_BHSP, values_BHSP)
-        if layer_idx == 0 and self.expected_length and level.keys_BHMP.is_cuda:
+        if layer_idx == 0 and self.expected_length and level.length:
             per_token = len(self._levels) * level.nbytes // level.length
             fitting = int(0.85 * free_bytes(level.keys_BHMP.device)) // per_token
             self.expected_length = min(self.expected_length, self.video_length + fitting)
@@ -441,7 +312,8 @@ class VideoMemory(Cache):
         """An independent continuation: text and video may be extended without touching this memory or other forks.
 
         The video's tensors are shared, never copied; the text cache (usually empty or short) is copied. With
-        `max_cache_len` the fork of a memory without text gets a static text cache instead, for compiled decoding.
+        `max_cache_len` the fork of a memory without text gets a static text cache instead, for compiled decoding; a
+        ValueError is raised for one that has text, and where `max_cache_len` is no number of tokens.
         """
         if max_cache_len is not None:
             if length := self.get_seq_length():
@@ -462,12 +334,17 @@ class VideoMemory(Cache):
             device: on "cpu" the keys and values stay in pinned memory, from where each layer is copied to the GPU while
                 the one before it computes; what is encoded afterwards goes there too.
             dtype: `torch.float8_e4m3fn` halves the memory. Other memories that share this video keep theirs.
+
+        Raises:
+            ValueError: there is no such device, or memories are not kept in `dtype`.
         """
+        dtype = None if dtype is None else _checked_dtype(dtype)
+        device = None if device is None else checked_device(device)
         self._fetched.clear()
         if dtype is not None:
             self.video_dtype = dtype
         if device is not None:
-            self.video_device = torch.device(device)
+            self.video_device = device
         for store in self._levels:
             if dtype is not None:
                 store.map(lambda level: level.stored_as(dtype))
@@ -558,7 +435,16 @@ class VideoMemory(Cache):
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes video, states and text to one safetensors file; an interrupted write leaves an older file intact."""
+        """Writes video, states and text to one safetensors file; an interrupted write leaves an older file intact.
+
+        Raises:
+            OSError: it cannot be written, or something that is no memory is in the way. ValueError: the text cache is
+                static.
+        """
+        write_memory(path, FORMAT, *self._contents())
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and header of a file."""
         tensors: dict[str, Tensor] = {}
         for i in range(len(self._levels) if self.video_length else 0):
             for name, tensor in zip(_PARTS, self.level(i)):
@@ -573,7 +459,7 @@ class VideoMemory(Cache):
             if not isinstance(layer, DynamicLayer):
                 raise ValueError(f"Only a growing text cache can be saved, not {layer}; save before generating.")
             tensors[f"text.{i}.keys"], tensors[f"text.{i}.values"] = layer.keys, layer.values
-        header = {
+        return tensors, {
             "layers": len(self._levels),
             "dtype": None if self._model_dtype is None else str(self._model_dtype).removeprefix("torch."),
             "video_length": self.video_length,
@@ -582,44 +468,62 @@ class VideoMemory(Cache):
             **{name: getattr(self, name) for name in _IN_HEADER},
             "keys_are_rotated": [store.keys_are_rotated for store in self._levels],
         }
-        write_memory(path, FORMAT, tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "VideoMemory":
         """Reads a memory written by `save`.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: the file is not a video memory, or is damaged.
+            FileNotFoundError: no such file. ValueError: the file is not a video memory, or is damaged in any byte.
         """
-        tensors, header = read_memory(path, FORMAT, str(device))
-        if header["video_length"] and not header.get("made_by"):
-            warn_of_unknown_weights(path)
-        return cls._from_tensors(tensors, header)
+        tensors, header = read_memory(path, FORMAT, device)
+        with whole_memory(path):
+            memory = cls._from_tensors(tensors, header)
+            found, about = memory._contents()  # what is missing or left over shows here
+            require("the list of tensors", sorted(found.keys() ^ tensors.keys()), found.keys() == tensors.keys())
+            require("the header", header, about == header)
+        return memory
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "VideoMemory":
+        M = header["video_length"]
+        require("video_length", M, is_count(M))
+        video = tensors["video.0.keys"] if M else None
+        check_header(header, None if video is None else len(video))
         L = header["layers"]
         memory = cls(PreTrainedConfig(num_hidden_layers=L))
-        if header["video_length"]:
+        if video is not None:
             for i in range(L):
                 level = VideoLevel(*(tensors.get(f"video.{i}.{name}") for name in _PARTS))
+                check_level(level, video, M)
                 memory._levels[i].replace(level)
-            stored = level.keys_BHMP.dtype
-            memory.video_dtype = stored if stored == FP8 else None
-            memory._model_dtype = getattr(torch, header.get("dtype") or "", stored)
-            memory.video_device = level.keys_BHMP.device
-            memory.append_mask(header["video_length"], tensors.get("video.mask"))
+            memory.video_dtype = FP8 if video.dtype == FP8 else None
+            memory._model_dtype, memory.video_device = video.dtype, video.device
+            mask = tensors.get("video.mask")
+            require("video.mask", mask, mask is None or (mask.dtype == torch.bool and mask.shape == (len(video), M)))
+            memory.append_mask(M, mask)
+        if header["dtype"] is not None:
+            memory._model_dtype = _checked_dtype(getattr(torch, header["dtype"]))
         for i in range(L - 1):
             if f"state.{i}.ssm" in tensors:
                 memory.states[i] = Mamba2State(tensors[f"state.{i}.conv"], tensors[f"state.{i}.ssm"])
+        check_states(memory.states, None if video is None else len(video))
         for i in range(L if "text.0.keys" in tensors else 0):
-            memory.update(tensors[f"text.{i}.keys"], tensors[f"text.{i}.values"], i)
-        rotated = header["keys_are_rotated"]
-        for store, of_layer in zip(memory._levels, [rotated] * L if isinstance(rotated, bool) else rotated):
-            store.keys_are_rotated = of_layer
-        memory.media, memory.video_rows = header["media"], header["video_rows"]
+            keys, values = tensors[f"text.{i}.keys"], tensors[f"text.{i}.values"]
+            of_all = {(t.shape, t.dtype) for t in (keys, values, tensors["text.0.keys"])}
+            require(f"text.{i}", of_all, len(of_all) == 1 and keys.dim() == 4 and keys.is_floating_point())
+            memory.update(keys, values, i)
+        for store, rotated in zip(memory._levels, header["keys_are_rotated"], strict=True):
+            require("keys_are_rotated", rotated, isinstance(rotated, bool))
+            store.keys_are_rotated = rotated
+        rows, patch = header["video_rows"], header["temporal_patch_size"]
+        known = range(memory.num_video_rows)
+        are_rows = isinstance(rows, list) and len(rows) > 0 and all(type(row) is int and row in known for row in rows)
+        require("video_rows", rows, rows is None or are_rows)
+        require("temporal_patch_size", patch, is_count(patch) and patch > 0)
+        memory.media, memory.video_rows = header["media"], rows
         for name in _IN_HEADER:
-            setattr(memory, name, header.get(name, getattr(memory, name)))
+            setattr(memory, name, header[name])
         return memory
 
     def check(self, config: PreTrainedConfig, batch_size: int, dtype: torch.dtype) -> None:
@@ -675,11 +579,20 @@ def _valid_tokens(mask_M: Tensor) -> int | Tensor | None:
     return len(valid) if int(valid[-1]) == len(valid) - 1 else valid
 
 
+def _checked_dtype(dtype: Any) -> torch.dtype:
+    if dtype not in DTYPES:
+        names = ", ".join(map(str, DTYPES))
+        raise ValueError(f"A video memory is not kept in {dtype!r}; give one of {names}, or None for the model's.")
+    return dtype
+
+
 def _empty_text_cache(num_layers: int, max_cache_len: int | None) -> Cache:
     if max_cache_len is None:
         cache = DynamicCache()
         cache.layers = [DynamicLayer() for _ in range(num_layers)]
         return cache
+    if not isinstance(max_cache_len, Integral) or not 1 <= max_cache_len <= MAX_TEXT:
+        raise ValueError(f"max_cache_len is {max_cache_len!r}; give the tokens of text to expect, 1 to {MAX_TEXT}.")
     return StaticCache(config=PreTrainedConfig(num_hidden_layers=num_layers), max_cache_len=max_cache_len)
 
 

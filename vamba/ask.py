@@ -1,7 +1,6 @@
 """`vamba ask`: watches a video once and answers questions about it."""
 
 import argparse
-from pathlib import Path
 
 from .checkpoint_folder import base_of, check_kind
 from .console import positive, quiet_transformers
@@ -32,16 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Watches, or loads a saved memory, and prints an answer to each question."""
-    if args.save_memory:
-        with opening(memory := Path(args.save_memory)):
-            if memory.is_dir():
-                raise UserError(f"--save-memory {memory} is a folder; give the name of a file.")
-            if not memory.resolve().parent.is_dir():
-                raise UserError(f"--save-memory {memory}: there is no such folder; make it first.")
     check_kind(base_of(args.model))  # at once, before torch is imported
     quiet_transformers()
     from .chat import MEMORIES, load_chat
+    from .modeling.memory_files import check_memory_path
 
+    if args.save_memory:  # before anything is watched
+        with opening(args.save_memory):
+            check_memory_path(args.save_memory)
     reading = {name: value for name in READING if (value := getattr(args, name)) is not None}
     saved = args.video.endswith(".safetensors")
     if not saved:  # tell of a bad video before loading a large model
@@ -54,6 +51,9 @@ def run(args: argparse.Namespace) -> None:
         try:
             with opening(args.video):
                 watched = chat.memory = kind.load(args.video, device=chat.model.device)
+            if len(watched.media) != 1:
+                raise UserError(f"{args.video} holds {len(watched.media)} rows of videos; a question needs one.")
+            chat.model.model.check_weights(watched)
         except ValueError as error:
             raise UserError(str(error)) from error
     else:

@@ -7,6 +7,7 @@ on a fork of the memory, which copies no video.
 
 import contextlib
 import copy
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -87,7 +88,7 @@ class VideoChat:
         with contextlib.ExitStack() as stack:
             # a few frames at a time, as the thread that decodes can be stopped between them
             reader = stack.enter_context(self.processor.video_reader(video, chunk_frames=temporal, **options))
-            total = reader.num_frames_expected
+            total = _plausible_frames(reader.num_frames_expected, video)
             bar = stack.enter_context(tqdm(total=total, unit="frame", disable=not progress, desc="watching"))
             height, width = reader.frame_size
             patch = self.processor.video_processor.patch_size
@@ -137,7 +138,7 @@ class VideoChat:
             generate_kwargs: passed to `generate`; where neither they nor a `generation_config` among them says so,
                 `max_new_tokens` is 256 and `min_new_tokens` 1, as no question is answered by nothing.
         """
-        if self.memory is None:
+        if self.memory is None or not self.memory.media:
             raise ValueError("Nothing was watched yet: call watch(video) before ask(question).")
         inputs = self._prompt(question)
         if _setting(generate_kwargs, "max_new_tokens") is None and _setting(generate_kwargs, "max_length") is None:
@@ -203,6 +204,12 @@ class VideoChat:
             thread.join()
         if failure:
             raise failure[0]
+
+
+def _plausible_frames(expected: int | None, video: Any) -> int | None:
+    """How many frames a reader expects; None, as it is not known, where a file says more than it has bytes."""
+    is_file = isinstance(video, (str, os.PathLike)) and os.path.isfile(video)
+    return None if is_file and expected is not None and expected > os.path.getsize(video) else expected
 
 
 def _setting(generate_kwargs: dict, name: str) -> Any:

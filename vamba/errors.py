@@ -8,11 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+LONGEST = 1000  # characters of a message
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, of the user, or of one file
 
 
 class UserError(ValueError):
     """What was asked for cannot be done: one line that names the value and the remedy. A fault is anything else."""
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        return said if len(said) <= LONGEST else f"{said[: LONGEST - 300]} … {said[-290:]}"  # of megabytes
 
 
 class VideoReadError(UserError):

@@ -14,17 +14,12 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .errors import DiskFullError, OccupiedPathError, UserError, is_disk_full, opening
-
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two writers are not told apart
-    fcntl = None  # type: ignore[assignment]
+from .modeling.memory_files import held
 
 
 _CONTENT = "content"  # of a staging folder
@@ -131,7 +126,9 @@ def staged_folder(destination: Path, check: Callable[[], None] = lambda: None) -
                     publish(content, destination, check)
             except Exception as error:
                 if is_disk_full(error, partial):
-                    raise DiskFullError(f"The disk of {destination} is full; nothing was left behind.") from error
+                    raise DiskFullError(
+                        f"The disk of {destination} is full ({error}); nothing was left behind."
+                    ) from error
                 raise
     except BaseException:
         for parent in created:  # the innermost comes first
@@ -185,36 +182,32 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _flush(path: Path) -> None:
     """Brings a file, or what a folder lists, to the disk."""
-    if path.is_file() or (path.is_dir() and fcntl is not None):
-        descriptor = os.open(path, os.O_RDONLY if fcntl is not None else os.O_RDWR)
+    on_windows = sys.platform == "win32"  # where folders cannot be opened
+    if path.is_file() or (path.is_dir() and not on_windows):
+        descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-_locks: set[int] = set()  # descriptors
-
-
-def _forget_locks() -> None:
-    """A forked child, such as one that loads data, must not hold a lock longer than the process that took it."""
-    for descriptor in _locks:
-        os.close(descriptor)
-    _locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)
-
-
 @contextmanager
 def _held(partial: Path, destination: Path) -> Iterator[None]:
     """Within, the staging folder `partial` exists, is empty and belongs to this process; afterwards it is gone."""
-    with opening(partial):
-        descriptor = _lock(partial)
-    try:
-        replaced = _replaced(partial / _CONTENT, destination)
+
+    def opened() -> int:
+        while True:
+            partial.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # whoever held it has removed it meanwhile
+                return os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+    with ExitStack() as stack:
         with opening(partial):
+            if sys.platform == "win32":  # where folders cannot be locked
+                partial.mkdir(parents=True, exist_ok=True)
+            else:
+                stack.enter_context(held(partial, opened))
+            replaced = _replaced(partial / _CONTENT, destination)
             if foreign := {path.name for path in partial.iterdir()} - {_CONTENT, replaced.name}:
                 raise OccupiedPathError(f"{partial} holds {min(foreign)}, which no run left there; move it away.")
             if replaced.exists() and not destination.exists():  # killed between the two renames
@@ -226,30 +219,3 @@ def _held(partial: Path, destination: Path) -> Iterator[None]:
             yield
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        if descriptor is not None:
-            _locks.discard(descriptor)
-            os.close(descriptor)
-
-
-def _lock(folder: Path) -> int | None:
-    """Makes and locks a folder; returns the descriptor that holds the lock as long as it is open."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            return None
-        with suppress(FileNotFoundError):
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(descriptor)
-                raise OccupiedPathError(f"{folder} is being written by another process; let it finish.") from error
-            except OSError:  # a filesystem without locks: as if alone
-                pass
-            _locks.add(descriptor)
-            with suppress(FileNotFoundError):  # whoever held it has removed it meanwhile
-                if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-                    return descriptor
-            _locks.discard(descriptor)
-            os.close(descriptor)

@@ -2,10 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
 from types import SimpleNamespace
 
-import kill_points
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,9 +14,10 @@ from transformers import Qwen2VLForConditionalGeneration
 from vamba.conversion import ConversionError, convert
 from vamba.conversion.formats import expected_shapes
 from vamba.conversion.safetensors_io import CheckpointReader
-from vamba.errors import UserError
+from vamba.errors import DiskFullError, UserError
 from vamba.modeling.configuration_vamba import VambaConfig
 
+import kill_points
 from tiny_checkpoints import tiny_qwen2_vl
 
 
@@ -283,6 +284,19 @@ def test_interrupted_run_leaves_nothing_and_keeps_the_old(qwen2_vl, convert_qwen
     assert same(old, tensors_of(tmp_path / "ours"))
 
 
+@pytest.mark.parametrize("size", [0, 100, 200_000])
+def test_without_room_the_old_one_stays(convert_qwen, tmp_path, size):
+    old, limits = tensors_of(convert_qwen()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(DiskFullError, match=r"ours is full .*too large.*; nothing was left behind"):
+            convert_qwen(overwrite=True, seed=5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "qwen2_vl"]
+    assert same(old, tensors_of(tmp_path / "ours"))
+
+
 def test_too_small_a_disk_is_refused_before_anything_is_written(convert_qwen, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="ours needs .* GB are free"):
@@ -318,7 +332,7 @@ def test_what_is_read_is_never_replaced(convert_qwen, qwen2_vl, tmp_path):
         with pytest.raises(UserError, match="must not lie in each other"):
             quietly(qwen2_vl, tmp_path / "ours", overwrite=True, **{name: tmp_path / "ours"})
     (tmp_path / "loop").symlink_to("loop")
-    for path in (tmp_path / "loop", tmp_path / "with\0zero", "~nobody-of-that-name/x", None, b"bytes"):
+    for path in (tmp_path / "loop", tmp_path / "with\0zero", "~nobody-of-that-name/x", None, b"bytes", "\udcff"):
         with pytest.raises(UserError, match="no path of a folder|is no folder"):
             quietly(qwen2_vl, path)
 

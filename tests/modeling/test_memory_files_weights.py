@@ -2,13 +2,9 @@
 
 import copy
 import functools
-import json
-import warnings
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from vamba.modeling import StateMemory, VideoMemory
@@ -178,29 +174,6 @@ def test_in_training_weights_are_not_read():
     assert model.train()(tiny_vamba.prompt(5, 1), **given, use_cache=True).past_key_values.made_by is None
     with torch.no_grad():
         assert model.eval()(tiny_vamba.prompt(5, 1), **given, use_cache=True).past_key_values.made_by
-
-
-@kinds
-def test_files_without_a_fingerprint_load_with_one_warning(kind, tmp_path):
-    model, video, ids, memories = make(kind)
-    memory = model.encode_video(*video)
-    memory.save(tmp_path / "new")
-    with safe_open(tmp_path / "new", framework="pt") as file:
-        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["vamba"])
-    for name in ("made_by", "seconds", "temporal_patch_size"):
-        header.pop(name, None)
-    if kind == "vamba":
-        header["keys_are_rotated"] = True
-    save_file(tensors, tmp_path / "old", metadata={"format": "pt", "vamba": json.dumps(header)})
-    with pytest.warns(UserWarning, match="does not say which weights") as caught:
-        old = memories.load(tmp_path / "old")
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        memories.load(tmp_path / "new")
-    train_a_step(model, tiny_vamba.prompt(5, 1) if kind == "vamba" else ids, video)
-    ask(model, ids, old)  # it cannot be known
-    assert model.encode_video(*video, memory=old).made_by is None  # a part of it still cannot
 
 
 @kinds

@@ -321,6 +321,60 @@ def test_every_form_of_an_image(processor, folder, form):
     assert marks(inputs, processor) == [[1]]
 
 
+def test_a_damaged_image_is_one_clear_line(processor, shared):
+    """torchvision's decoder ended the process at this one."""
+    with pytest.raises(ValueError, match="damaged_crc.png: cannot be read as an image"):
+        chat(processor, say({"type": "image", "image": str(shared / "repro" / "damaged_crc.png")}))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [5, True, [1], {}, {"a": 1}, 2.5, "", "/nowhere.png", b"", np.zeros((0, 4, 3)), np.array([[[None] * 3] * 3])],
+    ids=repr,
+)
+def test_what_is_no_image_is_a_value_error(processor, bad):
+    with pytest.raises(ValueError) as error:
+        chat(processor, say({"type": "image", "image": bad}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_only_the_caller_can_allow_urls(processor, kind):
+    url, closed = "http://127.0.0.1:9/a", "cannot be (read|opened) as .*[Cc]onnection refused"
+    wrapped = {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+    for item in ({"type": kind, kind: url}, wrapped, {"type": kind, "url": url}, {"type": kind, kind: {"url": url}}):
+        with pytest.raises(ValueError, match="pass allow_urls=True"):
+            chat(processor, say(item))
+        with pytest.raises(ValueError, match=closed):
+            processor.apply_chat_template(
+                [say(item)], tokenize=True, return_dict=True, processor_kwargs={"allow_urls": True}
+            )
+        source = next(value for key, value in item.items() if key != "type")
+        for host in ({**item, "allow_urls": True}, {"type": kind, kind: {"url": url, "allow_urls": True}}):
+            with pytest.raises(ValueError, match="'allow_urls' is unknown"):
+                chat(processor, say(host))
+        with pytest.raises(ValueError, match=closed):
+            processor(**{f"{kind}s": source if isinstance(source, str) else source["url"]}, allow_urls=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_pixels": "100"}, {"max_pixels": "100"}, {"min_pixels": 1e300}, {"max_pixels": -5}, {"resized_height": 28},
+        {"resized_height": "28", "resized_width": "28"}, {"resized_height": 10**9, "resized_width": 10**9},
+        {"min_pixels": True},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_options_out_of_bounds_are_named(processor, folder, kind, options):
+    source = folder / {"image": "stills/0.png", "video": "clip.mp4"}[kind]
+    with pytest.raises(ValueError, match=next(iter(options))) as error:
+        chat(processor, say({"type": kind, kind: source, **options}))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError):
+        processor(**{f"{kind}s": source}, **{f"{kind}s_kwargs": options})
+
+
 # --- qwen-vl-utils -------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from vamba.modeling import VideoMemory
 from vamba.modeling.media import copy_to_gpu
-from vamba.modeling.video_memory import FP8, VideoLevel
+from vamba.modeling.video_levels import FP8, LevelStore, VideoLevel
 
 from tiny_vamba import media, prompt, tiny_config, tiny_model
 
@@ -197,19 +197,51 @@ def test_loading_refuses_other_files(tmp_path):
         VideoMemory.load(tmp_path / "other.safetensors")
 
 
-def test_an_interrupted_save_leaves_the_old_file(memory, tmp_path, monkeypatch):
-    memory.save(tmp_path / "talk.safetensors")
-    before = (tmp_path / "talk.safetensors").read_bytes()
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"video_dtype": torch.int8}, "not kept in torch.int8; give one of torch.bfloat16"),
+        ({"video_dtype": "int8"}, "not kept in 'int8'"),
+        ({"video_dtype": 8}, "not kept in 8"),
+        ({"video_device": "tpu"}, "device 'tpu' cannot be used"),
+        ({"video_device": "meta"}, "holds no numbers"),
+        ({"video_device": 1.5}, "device 1.5 cannot be used"),
+        ({"max_cache_len": -1}, "max_cache_len is -1; give the tokens"),
+        ({"max_cache_len": 10**15}, "max_cache_len is 1000000000000000"),
+        ({"max_cache_len": "x"}, "max_cache_len is 'x'"),
+        ({"text_cache": "x"}, "text_cache is a str"),
+    ],
+)
+def test_arguments_that_make_no_sense(memory, options, match):
+    with pytest.raises(ValueError, match=match):
+        VideoMemory(tiny_config(), **options)
+    if "max_cache_len" in options:
+        with pytest.raises(ValueError, match=match):
+            memory.fork(**options)
+    elif "text_cache" not in options:
+        with pytest.raises(ValueError, match=match):
+            memory.to(**{name.removeprefix("video_"): value for name, value in options.items()})
+    for tokens in (-1, "x", 1.5, None):
+        with pytest.raises(ValueError, match="needs a number of tokens"):
+            memory.reserve(tokens)
 
-    def broken(tensors, path, metadata):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError("disk full")
 
-    monkeypatch.setattr("vamba.modeling.memory_files.save_file", broken)
-    with pytest.raises(OSError, match="disk full"):
-        memory.save(tmp_path / "talk.safetensors")
-    assert (tmp_path / "talk.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+def test_what_is_reserved_is_bounded_by_free_memory(model):
+    pixels, grid = media(VIDEO)
+    memory = VideoMemory(model.config)
+    memory.reserve(10**15)
+    first = model.encode_video(pixels[:120], torch.tensor([[5, 4, 6]]), memory=memory)
+    assert 0 < memory.expected_length < 10**12
+    assert_same(
+        model.encode_video(pixels[120:], torch.tensor([[4, 4, 6]]), memory=first), model.encode_video(pixels, grid)
+    )
+
+
+def test_without_room_for_what_is_expected_a_buffer_grows():
+    store, level = LevelStore(), VideoLevel(*torch.randn(2, 1, 2, 3, 4))
+    for _ in range(3):
+        store.append(level, expected=2**60)
+    assert store.length == 9 and torch.equal(store.read().keys_BHMP, torch.cat([level.keys_BHMP] * 3, dim=2))
 
 
 def test_another_models_memory_is_refused(memory):

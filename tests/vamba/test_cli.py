@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba.cli import main
+from vamba.modeling import VideoMemory
 
 
 def test_ask_prints_an_answer_for_each_question(checkpoint, clip, capsys):
@@ -35,6 +37,19 @@ def test_a_saved_memory_is_asked_again(checkpoint, clip, tmp_path, capsys):
     first = capsys.readouterr().out
     assert main(["ask", str(memory), "What happens?", *common]) == 0
     assert capsys.readouterr().out == first
+    whole = memory.read_bytes()
+    memory.write_bytes(whole[:-9] + b"\xff" * 9)  # NaN
+    assert main(["ask", str(memory), "What happens?", *common]) == 2
+    assert "is damaged: its checksum is not that" in capsys.readouterr().err
+    memory.write_bytes(whole)
+    loaded = VideoMemory.load(memory)
+    others = {"made_by": "0" * 16 + "::", "media": []}, {"media": loaded.media * 2}, {"made_by": "0" * 16 + "::"}
+    for changes, message in zip(others, ("holds 0 rows", "damaged|whole", "made with other weights")):
+        vars(changed := loaded.fork()).update(changes)
+        changed.save(memory)
+        assert main(["ask", str(memory), "What happens?", *common]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error) and error.count("\n") == 1
 
 
 def bad_videos(folder, clip):
@@ -75,6 +90,13 @@ def test_a_missing_model_is_a_users_mistake(clip, tmp_path, capsys):
     assert str(tmp_path / "none") in capsys.readouterr().err
 
 
+def test_a_file_that_says_it_lasts_for_ever_takes_no_room_for_that(shared, checkpoint, capsys):
+    video = shared / "repro" / "duration_huge.mkv"  # whose header says 1e15
+    assert main(["ask", str(video), "What?", "--model", str(checkpoint), "--max-new-tokens", "2"]) == 0
+    error = capsys.readouterr().err
+    assert "watching:" in error and "000000" not in error  # of the bar's total
+
+
 def test_mistakes_that_are_found_before_the_video_is_encoded(checkpoint, clip, tmp_path, capsys):
     asking = ["ask", str(clip), "What?", "--model", str(checkpoint)]
     assert main([*asking, "--save-memory", str(tmp_path / "no" / "m.safetensors")]) == 2
@@ -82,6 +104,16 @@ def test_mistakes_that_are_found_before_the_video_is_encoded(checkpoint, clip, t
     assert main([*asking, "--save-memory", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "is a folder; give the name of a file" in error and "watching" not in error
+    before = clip.read_bytes()
+    (tmp_path / "link").symlink_to(clip)
+    for path in (clip, tmp_path / "link", "/dev/null"):
+        assert main([*asking, "--save-memory", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert "is no memory; give the name of a new file" in error and error.count("\n") == 1
+    assert clip.read_bytes() == before
+    (tmp_path / "talk.safetensors").write_bytes(before)
+    assert main(["ask", str(tmp_path / "talk.safetensors"), *asking[2:]]) == 2
+    assert "is damaged or no safetensors file" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert main([*asking, "--device", "cuda:0"]) == 2
         assert (

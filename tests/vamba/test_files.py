@@ -5,12 +5,13 @@ import os
 import stat
 import threading
 
-import kill_points
 import pytest
 
 import vamba.files
 from vamba.errors import OccupiedPathError, UserError
 from vamba.files import check_apart, check_destination, check_replaceable, check_space, publish, staged_folder
+
+import kill_points
 
 
 def names(folder):
@@ -104,7 +105,7 @@ def test_killed_before_any_file_operation(tmp_path, exchange):
 
 def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
     with staged_folder(tmp_path / "a") as folder:
-        with pytest.raises(OccupiedPathError, match=r"a.partial is being written by another process"):
+        with pytest.raises(UserError, match=r"a.partial is being written by another process"):
             with staged_folder(tmp_path / "a"):
                 pass
         assert folder.is_dir()

@@ -6,13 +6,13 @@ except that LLaVA's files write `<image>` for a video too where an example has n
 
 import base64
 import binascii
-import io
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from vamba.errors import UserError
+from vamba.modeling.images import image_of_base64
 
 
 ROLES = {"human": "user", "gpt": "assistant"} | {name: name for name in ("user", "assistant", "system", "tool")}
@@ -161,20 +161,8 @@ def _resolve(block: dict, media_root: str | os.PathLike | None) -> None:
         except binascii.Error as error:
             raise ExampleError(f"the base64 text of a {kind} cannot be read: {error}") from error
     elif kind == "image" and isinstance(source, str):
-        source = _base64_picture(source) or source
+        source = image_of_base64(source) or source
     block[kind] = _under(media_root, source)
-
-
-def _base64_picture(text: str) -> bytes | None:
-    """The bytes of a picture that is given as its base64 text; None for a path or URL, which is none or no picture."""
-    from PIL import Image
-
-    try:
-        data = base64.b64decode("".join(text.split()), validate=True)
-        with Image.open(io.BytesIO(data)):
-            return data
-    except (ValueError, OSError, Image.DecompressionBombError):
-        return None
 
 
 def _under(root: str | os.PathLike | None, source: Any) -> Any:

@@ -5,10 +5,7 @@ tokens an example will have, which is what packing needs to know; `encode` decod
 not fit its share of the budget is seen in fewer frames, spread evenly over it, never in part.
 """
 
-import base64
-import io
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -16,6 +13,7 @@ import torch
 from transformers import ProcessorMixin
 from transformers.image_utils import get_image_size
 
+from vamba.modeling.images import image_size
 from vamba.modeling.processing_vamba import plain_item
 from vamba.video import frames_asked_for
 from vamba.video.selection import target_size
@@ -28,7 +26,7 @@ IGNORED = -100
 GRIDS = ("image_grid_thw", "video_grid_thw")
 _TENSORS = ("pixel_values", "pixel_values_videos", *GRIDS)
 _COUNTING = ("fps", "num_frames", "min_frames", "max_frames")
-_PLACES = ("start", "end", "source_fps", "backend", "allow_urls")
+_PLACES = ("start", "end", "source_fps", "backend")
 _READING = (*_COUNTING, *_PLACES, "min_pixels", "max_pixels", "resized_height", "resized_width")
 
 
@@ -75,6 +73,7 @@ class ConversationEncoder:
             at least two, all videos of the example by the same share.
         max_length: text tokens of an example; one with more is an `ExampleError`.
         media_root: what relative paths in examples are relative to.
+        allow_urls: whether images and videos may be URLs, whatever the example says; one with a URL is an error if not.
         pixel_dtype: of the patches; the vision tower's dtype halves what goes through memory, with the same result.
     """
 
@@ -87,6 +86,7 @@ class ConversationEncoder:
     max_video_tokens: int | None = None
     max_length: int | None = None
     media_root: str | None = None
+    allow_urls: bool = False
     pixel_dtype: torch.dtype | None = None
 
     def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,6 +155,8 @@ class ConversationEncoder:
     def _tokenize(self, messages: list[dict]) -> dict[str, Any]:
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
         options |= template_options(self.processor, messages)
+        if self.allow_urls:
+            options["processor_kwargs"] = {"allow_urls": True}
         with refusals():
             return self.processor.apply_chat_template(messages, **options)
 
@@ -166,32 +168,33 @@ class ConversationEncoder:
     def _image_tokens(self, block: dict) -> int:
         processor = self.processor.image_processor
         factor = processor.patch_size * processor.merge_size
-        if {"resized_height", "resized_width"} <= block.keys():
-            return (block["resized_height"] // factor) * (block["resized_width"] // factor)
         low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
         area = {"min_pixels": block.get("min_pixels", low), "max_pixels": block.get("max_pixels", high)}
-        size = _image_size(block["image"])
-        if size is None:  # as large as any
+        source = block["image"]
+        if self.allow_urls and isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+            # as large as any, before it is fetched
             return area["max_pixels"] // factor**2
-        height, width = target_size(*size, factor=factor, **area)
+        with refusals():
+            width, height = get_image_size(source)[::-1] if hasattr(source, "shape") else image_size(source)
+        # a picture that is turned has its sides the other way round, which is all the same here
+        asked = {key: int(block[key]) for key in ("resized_height", "resized_width") if key in block}
+        if len(asked) == 1:
+            raise ExampleError("resized_height and resized_width belong together: give both or neither")
+        height, width = target_size(height, width, factor=factor, **area, **asked)
         return (height // factor) * (width // factor)
 
     def _decoded(self, block: dict) -> dict:
         """A copy of an item, an image with what the processor is to see, as errors of any kind come of broken ones."""
         if block["type"] != "image":
             return dict(block)
-        source = block["image"]
-        with _told_of_images(source):
-            image = self.processor.fetch_image(_image_file(source) or source)
-            if hasattr(image, "load"):
-                image.load()
-        return block | {"image": image}
+        with refusals():
+            return block | {"image": self.processor.fetch_image(block["image"], allow_urls=self.allow_urls)}
 
     def _clip(self, block: dict) -> _Clip:
         """How many frames of what size a video has, as it would be sampled without a budget."""
         if self.fps is not None and not {"fps", "num_frames"} & block.keys():
             block["fps"] = self.fps
-        options = {key: block[key] for key in _READING if key in block}
+        options = {key: block[key] for key in _READING if key in block} | {"allow_urls": self.allow_urls}
         options, frames, (height, width) = frames_asked_for(block["video"], options, self.processor.video_reader)
         for key in _COUNTING:  # what is decoded is what was counted
             block.pop(key, None)
@@ -232,41 +235,6 @@ def tokens_of_pixels(video_processor, area: int | None) -> int:
     """Video tokens of one temporal patch of frames with `area` pixels, by default the least of the processor."""
     area = video_processor.size["shortest_edge"] if area is None else area
     return max(1, area // (video_processor.patch_size * video_processor.merge_size) ** 2)
-
-
-def _image_size(source: Any) -> tuple[int, int] | None:
-    """(height, width) of an image, by its header if it is stored; either may come first in a picture that is turned,
-    which is all the same here. None of what only the processor can get, at a URL."""
-    from PIL import Image
-
-    with _told_of_images(source):
-        if (stored := _image_file(source)) is not None:
-            with Image.open(stored) as image:
-                return image.size
-        if isinstance(source, str):
-            return None
-        return source.size if isinstance(source, Image.Image) else get_image_size(source)
-
-
-def _image_file(source: Any) -> Any:
-    """What PIL opens of an image that is stored: a path, or bytes as a file; None for one in memory or at a URL."""
-    if isinstance(source, str) and source.startswith("data:"):
-        source = base64.b64decode(source.partition(",")[2])
-    if isinstance(source, (bytes, bytearray)):
-        return io.BytesIO(source)
-    if isinstance(source, str):
-        return None if source.startswith(("http://", "https://")) else source.removeprefix("file://")
-    return source if hasattr(source, "__fspath__") else None
-
-
-@contextmanager
-def _told_of_images(source: Any) -> Iterator[None]:
-    """PIL meets broken files with OSError, SyntaxError, zlib.error, DecompressionBombError and others."""
-    try:
-        yield
-    except Exception as error:
-        name = f"{source:.80}" if isinstance(source, str) else f"of type {type(source).__name__}"
-        raise ExampleError(f"an image ({name}) cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _without_sources(messages: list[dict]) -> list[dict]:

@@ -101,6 +101,7 @@ class DataArguments:
     max_video_tokens, max_length: video and text tokens of an example.
     batch_video_tokens, batch_text_tokens: of a batch, or of a pack with `packing`; no limit by default.
     on_error: what a broken example does.
+    allow_urls: whether images and videos may be URLs.
     """
 
     datasets: list[str] = field(repr=False, compare=False)
@@ -116,6 +117,7 @@ class DataArguments:
     batch_video_tokens: int | None = None
     batch_text_tokens: int | None = None
     on_error: Literal["skip", "raise"] = "skip"
+    allow_urls: bool = False
     sources: list[DatasetArguments] = field(init=False)
 
     def __post_init__(self):

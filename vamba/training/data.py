@@ -80,7 +80,7 @@ def _make_encoder(recipe: Recipe, config: PreTrainedConfig, processor) -> Conver
             "(min_pixels)"
         )
     dtype = str(config.dtype).split(".")[-1] if recipe.model.dtype == "auto" else recipe.model.dtype
-    names = ("fps", "max_frames", "min_pixels", "max_pixels", "max_video_tokens", "max_length")
+    names = ("fps", "max_frames", "min_pixels", "max_pixels", "max_video_tokens", "max_length", "allow_urls")
     return ConversationEncoder(
         processor,
         **{name: getattr(data, name) for name in names},

@@ -14,12 +14,13 @@ from itertools import chain
 from pathlib import Path
 
 import av
-from av.error import FFmpegError
+from av.error import ExitError, FFmpegError
 from av.video.reformatter import VideoReformatter
 
 from vamba.errors import VideoReadError
+from vamba.modeling.media_limits import MAX_AREA, MEMORY_VARIABLE, media_memory
 
-from .pictures import MAX_PIXELS, ArrayClip, VideoInfo, check_picture_size, to_rgb
+from .pictures import REFERENCES, ArrayClip, VideoInfo, check_decoding, few_at_once, to_rgb
 from .pyav_versions import frame_duration, is_cover_art, key_frame_index, quarter_turns
 from .selection import MAX_GAP, PresentationClock
 
@@ -29,6 +30,11 @@ MIN_SKIP = 2.0  # seconds: nearer instants are reached by decoding
 MIN_GAIN = 1.0  # seconds of decoding that a jump must save, where an index tells
 URL_PROTOCOLS = "http,https,httpproxy,tcp,tls,crypto,ftp,rtmp,rtmps,rtmpt,rtp,rtsp,srtp,udp,data"
 URL_TIMEOUT = 30.0
+NO_SIZE = (
+    "its pictures have no size that may be decoded: damaged, or too large; scale the video down or raise "
+    f"{MEMORY_VARIABLE}"
+)
+ANIMATED_WEBP = "FFmpeg reads no animated WebP; convert it, for example to MP4, or give its pictures one by one"
 NO_FRAMES = "not one frame of the video stream could be decoded; the file is damaged"
 
 
@@ -70,9 +76,11 @@ def _open_container(source):
             source = io.BytesIO(source)
         else:
             source.seek(0)
-        return av.open(source, options=options, metadata_errors="replace", timeout=timeout)
+        return av.open(source, options=options | _bounds(), metadata_errors="replace", timeout=timeout)
     except (OSError, ValueError, FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, ExitError):
+            reason = f"no answer in {URL_TIMEOUT:g} seconds"
         raise VideoReadError(
             f"cannot be opened as a video ({reason}); check that it is a complete video file"
         ) from error
@@ -104,10 +112,13 @@ class PyavStream:
             context = self.stream.codec_context
             if context is None:
                 raise VideoReadError("no decoder for its video codec; convert it, for example to H.264")
-            check_picture_size(context.width, context.height)
+            if not (context.width and context.height):  # so FFmpeg leaves it where it refused the size
+                webp = "webp" in self.container.format.name
+                raise VideoReadError(ANIMATED_WEBP if webp else NO_SIZE)
+            picture = check_decoding(context.width, context.height, context.format)
             context.thread_type = "AUTO"
-            context.thread_count = self._threads
-            context.options = {"max_pixels": str(MAX_PIXELS)}
+            context.thread_count = _threads(self._threads, picture)
+            context.options = _bounds()
             self.time_base = float(self.stream.time_base or 0) or 1e-6
             rates = self.stream.average_rate, self.stream.guessed_rate, self.stream.base_rate
             self.rate = next((float(rate) for rate in rates if rate and 0 < rate <= 1000), None)
@@ -241,7 +252,6 @@ class PyavStream:
         return duration if 0 < duration <= MAX_GAP else self._clock.interval
 
     def _describe_first(self, frame):
-        check_picture_size(frame.width, frame.height)
         turns = quarter_turns(frame)
         size = (frame.width, frame.height) if turns % 2 == 0 else (frame.height, frame.width)
         codec, count = self.stream.codec_context.name, self.stream.frames or None
@@ -275,12 +285,25 @@ class PyavStream:
 
     def render(self, frame, height, width):
         """`frame` upright as uint8 RGB (3, height, width), or None when it cannot be converted."""
+        check_decoding(frame.width, frame.height, frame.format)
         self.damaged += frame.is_corrupt
         try:
             return to_rgb(self._reformatter, frame, height, width, self._threads)
         except (FFmpegError, ValueError):
             self.lost += 1
             return None
+
+
+def _bounds():
+    """FFmpeg's own bound on pictures, which holds before anything else, when it looks into a file that is opened."""
+    return {"max_pixels": str(min(MAX_AREA, media_memory() // 16))}
+
+
+def _threads(asked, picture):
+    """As many threads as are asked for (0 = as FFmpeg thinks right), fewer where each holds large pictures."""
+    usual = asked or min((os.cpu_count() or 1) + 1, 16)
+    fitting = max((few_at_once(picture) - REFERENCES) // 2, 1)
+    return fitting if fitting < usual else asked
 
 
 def _video_stream(container):
@@ -324,7 +347,7 @@ class TorchcodecClip(ArrayClip):
             metadata = self._new_decoder().metadata
         self._begin = metadata.begin_stream_seconds or 0.0
         span, size = metadata.end_stream_seconds - self._begin, (metadata.width, metadata.height)
-        check_picture_size(*size)
+        check_decoding(*size, None)
         self.info = VideoInfo(name, span, metadata.average_fps, *size, metadata.codec, 0, metadata.num_frames)
         self.close()
 

@@ -5,7 +5,6 @@ with antialias), rotated upright, transparency over white as in qwen-vl-utils, a
 which needs no neighbours and so no state.
 """
 
-import contextlib
 import copy
 import math
 import os
@@ -17,16 +16,16 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageOps
 
 from vamba.errors import VideoReadError
+from vamba.modeling.images import IMAGE_SUFFIXES, open_image
+from vamba.modeling.media_limits import MAX_AREA, MAX_SIDE, check_memory, media_memory
 
 from .pyav_versions import quarter_turns, reformat
 
 
-MAX_SIDE = 16384
-MAX_PIXELS = 2**28
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+REFERENCES = 5  # pictures that a decoder keeps, besides two for each of its threads
+PROCESSED = 6  # bytes per pixel of a finished frame while it is made and put into a chunk
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,32 @@ class VideoInfo:
 
 
 def check_picture_size(width, height):
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+    if max(width, height) > MAX_SIDE or width * height > MAX_AREA:
         raise VideoReadError(
             f"pictures of {width}x{height} pixels are too large (limit {MAX_SIDE} a side); scale the video down"
         )
+
+
+def few_at_once(size):
+    """How many things of `size` bytes may be held at once where one would do: an eighth of the memory for media."""
+    return max(media_memory() // 8 // max(size, 1), 1)
+
+
+def check_decoding(width, height, form):
+    """Raises ValueError where pictures of this size and PyAV pixel format (None: unknown) do not fit the memory.
+
+    Returns the bytes of one picture as it is decoded.
+    """
+    check_picture_size(width, height)
+    picture = width * height * (form.padded_bits_per_pixel if form else 32) // 8
+    over_white = 7 * width * height if form and _has_alpha(form) else 0
+    needed = (REFERENCES + 2) * picture + over_white
+    check_memory(f"decoding pictures of {width}x{height} pixels", needed, "scale the video down")
+    return picture
+
+
+def _has_alpha(form):
+    return any(component.is_alpha for component in form.components)
 
 
 def to_rgb(reformatter, frame, height, width, threads=0):
@@ -57,7 +78,7 @@ def to_rgb(reformatter, frame, height, width, threads=0):
         height, width = width, height
     if frame.interlaced_frame:
         frame = _top_field(frame)
-    if any(component.is_alpha for component in frame.format.components):
+    if _has_alpha(frame.format):
         frame = _over_white(frame)
     planar = reformat(reformatter, frame, width, height, "gbrp", threads)
     green, blue, red = (
@@ -77,10 +98,15 @@ def _top_field(frame):
 
 
 def _over_white(frame):
-    rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
-    color, alpha = rgba[..., :3], rgba[..., 3:]
-    blended = (color * alpha + 255 * (255 - alpha) + 127) // 255
-    return av.VideoFrame.from_ndarray(blended.astype(np.uint8), format="rgb24")
+    """Blends in strips, as a picture in 16 bits would take more than everything else."""
+    rgba, opaque = frame.reformat(format="rgba"), av.VideoFrame(frame.width, frame.height, "rgb24")
+    source, target = (np.frombuffer(each.planes[0], np.uint8).reshape(frame.height, -1) for each in (rgba, opaque))
+    for rows in np.array_split(np.arange(frame.height), -(-frame.height // 64)):
+        strip = source[rows, : 4 * frame.width].reshape(len(rows), -1, 4).astype(np.uint16)
+        color, alpha = strip[..., :3], strip[..., 3:]
+        blended = (color * alpha + 255 * (255 - alpha) + 127) // 255
+        target[rows, : 3 * frame.width] = blended.reshape(len(rows), -1)
+    return opaque
 
 
 class ArrayClip:
@@ -138,21 +164,7 @@ class StillClip(ArrayClip):
 
     def array(self, picture):
         still = self._stills[picture]
-        return still if isinstance(still, np.ndarray) else _image_array(still)
-
-
-def _image_array(item):
-    """An image file or PIL image as uint8 (H, W, 3), upright and over white."""
-    in_memory = hasattr(item, "convert")
-    try:
-        with contextlib.nullcontext(item) if in_memory else Image.open(item) as image:
-            check_picture_size(*image.size)
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
-    except Exception as error:  # PIL meets broken files with errors of many types
-        which = "" if in_memory else f"{item}: "
-        raise VideoReadError(f"{which}cannot be read as an image ({error})") from error
+        return still if isinstance(still, np.ndarray) else np.asarray(open_image(still, over_white=True))
 
 
 def images_of_folder(folder):
@@ -162,7 +174,7 @@ def images_of_folder(folder):
     except OSError as error:
         raise VideoReadError(f"the folder cannot be listed ({error.strerror}); check its permissions") from error
     if not files:
-        raise VideoReadError(f"the folder holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise VideoReadError(f"the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(files, key=lambda path: natural_key(path.name))
 
 

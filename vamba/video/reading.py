@@ -6,24 +6,22 @@ Not done: sample aspect ratio is ignored, HDR is not tone mapped. Transparency i
 are made of their top field, and rotation metadata is applied.
 """
 
-import base64
 import math
 import os
-import re
 import warnings
 import weakref
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import torch
 
 from vamba.errors import VideoReadError
+from vamba.modeling.media_limits import check_memory, check_regular_file, describe, is_url, path_or_bytes
 
 from .decoding import NO_FRAMES, PyavClip, TorchcodecClip
-from .pictures import StillClip, channels_last, images_of_folder, stills_of_list
+from .pictures import PROCESSED, StillClip, channels_last, few_at_once, images_of_folder, stills_of_list
 from .selection import SampleTimes, check_sizes, check_times, number, target_size
 
 
@@ -71,24 +69,24 @@ def read_video(
     Raises:
         VideoReadError: for every mistake in the arguments or the source, here or (damage further in) while iterating.
     """
-    name = _describe(source)
+    name = describe(source)
     with _naming(name):
         times = check_times(fps, num_frames, start, end)
         sizes = check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, resized_width)
-        chunk_frames = number("chunk_frames", chunk_frames, low=1, integer=True)
-        threads = number("threads", threads, integer=True)
-        source_fps = number("source_fps", source_fps, above=True) or times[0] or 1.0
+        chunk_frames, threads = number("chunk_frames", chunk_frames), number("threads", threads)
+        source_fps = number("source_fps", source_fps) or times[0] or 1.0
         clip = _open_source(source, name, backend, allow_urls, threads or 0, source_fps)
         return VideoReader(clip, times, sizes if resize else None, chunk_frames or 64)
 
 
 @contextmanager
 def _naming(name):
-    """Puts before the errors of the block what source they are about."""
+    """Puts before the errors of the block what source they are about, and makes VideoReadErrors of them."""
     try:
         yield
-    except VideoReadError as error:
-        raise VideoReadError(f"{name}: {error}") from error.__cause__
+    except ValueError as error:
+        told = isinstance(error, VideoReadError)
+        raise VideoReadError(f"{name}: {error}") from (error.__cause__ if told else error)
 
 
 def load_video(source, **options):
@@ -132,7 +130,8 @@ def frames_asked_for(source, options, open_video=read_video):
         height and width.
     """
     options = dict(options)
-    low, high = (number(name, options.pop(name, None), 1, integer=True) for name in ("min_frames", "max_frames"))
+    with _naming(describe(source)):
+        low, high = (number(name, options.pop(name, None)) for name in ("min_frames", "max_frames"))
     if "num_frames" in options:
         options.pop("fps", None)
         low = high = None
@@ -158,7 +157,6 @@ class VideoReader:
 
     def __init__(self, clip, times, sizes, chunk_frames):
         self.metadata = clip.info
-        self.chunk_frames = chunk_frames
         self.lost_packets = self.damaged_frames = self.read_packets = 0
         self._clip = clip
         self._passes = weakref.WeakSet()
@@ -180,6 +178,10 @@ class VideoReader:
         self.frame_size = clip.info.height, clip.info.width
         if sizes:
             self.frame_size = target_size(*self.frame_size, num_frames=self.num_frames_expected or 1, **sizes)
+        height, width = self.frame_size
+        frame = PROCESSED * height * width
+        check_memory(f"frames of {width}x{height} pixels", frame, "lower factor, min_pixels or resized_*")
+        self.chunk_frames = min(chunk_frames, few_at_once(frame))
 
     def __enter__(self):
         return self
@@ -249,25 +251,10 @@ def _chosen(stream, times):
         yield pending
 
 
-def _describe(source):
-    """The name a source goes by in messages: short, whatever was given."""
-    if isinstance(source, (str, os.PathLike)):
-        text = os.fspath(source)
-        text = os.fsdecode(text) if isinstance(text, bytes) else text
-        return (text if len(text) <= 300 else text[:60] + "...") or "an empty path"
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"<{len(source)} bytes>"
-    if hasattr(source, "shape"):
-        return f"<array {tuple(source.shape)}>"
-    if isinstance(source, (list, tuple)):
-        return f"<list of {len(source)} images>"
-    return f"<{type(source).__name__} {getattr(source, 'name', '')}".rstrip() + ">"
-
-
 def _open_source(source, name, backend, allow_urls, threads, source_fps):
     """Sort out what `source` is: a clip with `info`, `open()` and `last_time()`."""
-    if backend not in BACKENDS:
-        raise VideoReadError(f"backend={backend!r} is unknown; use 'pyav' or 'torchcodec'")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise VideoReadError(f"backend={backend!r:.40} is unknown; use 'pyav' or 'torchcodec'")
     if isinstance(source, (str, os.PathLike)):
         source = _locate(os.fspath(source), allow_urls)
         if isinstance(source, Path) and source.is_dir():
@@ -282,6 +269,8 @@ def _open_source(source, name, backend, allow_urls, threads, source_fps):
             f"cannot read video from {type(source).__name__}; give a path, bytes, a seekable binary file, "
             "a folder or list of images, or an array"
         )
+    if hasattr(source, "read") and not isinstance(source.read(0), bytes):
+        raise VideoReadError("the file is open in text mode; open it with mode 'rb'")
     if source == b"":
         raise VideoReadError("there are no bytes; the upload or download is incomplete")
     return BACKENDS[backend](name, source, threads)
@@ -289,30 +278,19 @@ def _open_source(source, name, backend, allow_urls, threads, source_fps):
 
 def _locate(text, allow_urls):
     """A path or URL as what it stands for: a Path that can be read, the bytes of a data: URL, or an allowed URL."""
-    text = os.fsdecode(text) if isinstance(text, bytes) else text
-    if text.lower().startswith("data:") and "," in text:
-        head, _, payload = text.partition(",")
-        try:
-            return base64.b64decode(payload, validate=True) if head.endswith(";base64") else unquote_to_bytes(payload)
-        except ValueError as error:
-            raise VideoReadError(f"the data: URL is not sound base64 ({error})") from error
-    if text.lower().startswith("file://"):
-        text = unquote(urlsplit(text).path)
-    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
-        if not allow_urls:
-            raise VideoReadError("URLs are not opened by default; download it, or pass allow_urls=True")
-        return text
-    if not text or "\0" in text:
-        raise VideoReadError("not a path; give the path of a video file")
-    path = Path(text)
+    found = path_or_bytes(os.fsdecode(text), allow_urls)
+    if isinstance(found, bytes) or is_url(found):
+        return found
+    path = Path(found)
     try:
         about = path.stat()
     except OSError as error:
         raise VideoReadError(f"{error.strerror or error}; check the path") from error
-    if not (path.is_file() or path.is_dir()):
-        raise VideoReadError("neither a file nor a folder; give a regular file or pass its bytes")
+    if path.is_dir():
+        return path
+    check_regular_file(about)
     if not os.access(path, os.R_OK):
         raise VideoReadError("permission denied; make it readable for this user")
-    if path.is_file() and about.st_size == 0:
+    if about.st_size == 0:
         raise VideoReadError("the file is empty (0 bytes); the copy or download is incomplete")
     return path

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from vamba.errors import VideoReadError
+from vamba.modeling import media_limits
 
 
 MAX_GAP = 3600.0  # seconds between two frames beyond which a timestamp is taken for damage
@@ -37,7 +38,7 @@ class SampleTimes:
 
     def at_or_after(self, time):
         """The first instant >= `time`, or None when all are before it. Constant time, however far the jump."""
-        if time > self.start and self.step == 0.0:
+        if time > self.start and self.step < 1e-12:  # as good as one instant
             return None
         index = math.ceil((time - self.start) / self.step) if time > self.start else 0
         if self.count is not None and index >= self.count:
@@ -89,29 +90,19 @@ class PresentationClock:
         return self.last
 
 
-def number(name, value, low=0.0, above=False, integer=False):
+def number(name, value):
     """`value` as a checked number, or VideoReadError naming the argument. None passes."""
-    if value is None:
-        return None
     try:
-        result = int(value) if integer else float(value)
-        sound = not isinstance(value, bool) and result == float(value) and (result > low if above else result >= low)
-    except (TypeError, ValueError, OverflowError):
-        sound = False
-    if not sound:
-        kind = "an integer" if integer else "a number"
-        raise VideoReadError(f"{name} must be {kind} {'above' if above else 'of at least'} {low:g}, got {value!r}")
-    return result
+        return media_limits.number(name, value)
+    except ValueError as error:
+        raise VideoReadError(str(error)) from error
 
 
 def check_times(fps, num_frames, start, end):
     """The four arguments of `read_video` as numbers or None."""
     if fps is not None and num_frames is not None:
         raise VideoReadError(f"fps={fps!r} and num_frames={num_frames!r} exclude each other: give one of them")
-    fps = number("fps", fps, above=True)
-    if fps == math.inf:
-        raise VideoReadError("fps must be finite, got inf; a large value such as fps=1000 gives every frame")
-    num_frames = number("num_frames", num_frames, low=1, integer=True)
+    fps, num_frames = number("fps", fps), number("num_frames", num_frames)
     start, end = number("start", start) or 0.0, number("end", end)
     if end is not None and end <= start:
         raise VideoReadError(f"end={end:g} must be after start={start:g} (seconds)")
@@ -123,12 +114,12 @@ def check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, re
     if (resized_height is None) != (resized_width is None):
         raise VideoReadError("resized_height and resized_width belong together: give both or neither")
     return {
-        "factor": number("factor", factor, low=1, integer=True) or 28,
+        "factor": number("factor", factor) or 28,
         "min_pixels": number("min_pixels", min_pixels) or 0,
-        "max_pixels": number("max_pixels", max_pixels, low=1) or math.inf,
-        "total_pixels": number("total_pixels", total_pixels, low=1),
-        "resized_height": number("resized_height", resized_height, low=1, integer=True),
-        "resized_width": number("resized_width", resized_width, low=1, integer=True),
+        "max_pixels": number("max_pixels", max_pixels) or math.inf,
+        "total_pixels": number("total_pixels", total_pixels),
+        "resized_height": number("resized_height", resized_height),
+        "resized_width": number("resized_width", resized_width),
     }
 
 

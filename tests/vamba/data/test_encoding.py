@@ -12,6 +12,7 @@ from vamba.data import (
     ConversationEncoder,
     ExampleError,
 )
+from vamba.errors import UserError
 
 from training_data import as_png, example, video
 
@@ -164,13 +165,16 @@ def test_images_however_they_are_given(kind, processor, picture, tmp_path):
 
 
 def test_an_image_at_a_url_counts_as_the_largest(processor):
-    """Until the processor has fetched it."""
-    encoder = ConversationEncoder(processor, max_pixels=64 * 64)
+    """Until the processor has fetched it, which only the caller can allow."""
+    encoder = ConversationEncoder(processor, max_pixels=64 * 64, allow_urls=True)
     item = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/a.png"}}
     plan = encoder.plan(example(item))
     assert plan.video_tokens == 16
-    with pytest.raises(ExampleError, match="an image .http://127.0.0.1:9/a.png. cannot be read"):
+    with pytest.raises(ExampleError, match="http://127.0.0.1:9/a.png: cannot be read as an image"):
         encoder.encode(plan)
+    encoder.allow_urls = False
+    with pytest.raises(ExampleError, match="allow_urls"):
+        encoder.plan(example(item))
 
 
 def test_planning_decodes_no_image(processor, picture):
@@ -182,5 +186,31 @@ def test_planning_decodes_no_image(processor, picture):
     for source in (cut, in_memory):
         plan = encoder.plan(example({"type": "image", "image": source}))
         assert plan.video_tokens == tokens(encoder(example({"type": "image", "image": png})))
-        with pytest.raises(ExampleError, match="an image .* cannot be read: "):
+        with pytest.raises(ExampleError, match="cannot be read as an image"):
             encoder.encode(plan)
+
+
+@pytest.mark.parametrize("form", ["BMP", "TIFF", "PPM", "JPEG2000", "WEBP", "GIF"])
+def test_every_format_that_is_planned_is_decoded(form, processor, picture, tmp_path):
+    picture.save(path := tmp_path / "picture", form)
+    encoder = ConversationEncoder(processor)
+    plan = encoder.plan(example({"type": "image", "image": str(path)}))
+    assert plan.video_tokens == tokens(encoder.encode(plan))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"image": 5}, {"image": [1, 2]}, {"image": {"path": 5}}, {"image": True}, {"image": "/dev/zero"},
+        {"image": "http://127.0.0.1:9/a.png"}, {"image": {"url": "http://127.0.0.1:9/a.png", "allow_urls": True}},
+        {"image": "a.png", "min_pixels": "100"}, {"image": "a.png", "resized_height": 10**9, "resized_width": 28},
+        {"image": "a.png", "resized_height": 28}, {"video": "http://127.0.0.1:9/a.mp4"}, {"video": "a", "fps": 1e308},
+        {"video": {"url": "http://127.0.0.1:9/a.mp4", "allow_urls": True}}, {"video": 5}, {"video": [5]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_whatever_is_given_as_media_is_at_most_a_broken_example(item, processor, picture, tmp_path):
+    (tmp_path / "a.png").write_bytes(as_png(picture))
+    with pytest.raises(UserError) as error:
+        ConversationEncoder(processor, media_root=str(tmp_path))(example({"type": next(iter(item)), **item}))
+    assert "\n" not in str(error.value)

@@ -18,6 +18,7 @@ from vamba.demo import pipeline
 from vamba.demo.evaluation import Reply, accuracy, chance
 from vamba.demo.report import shown
 from vamba.demo.videos import QUESTIONS, stories
+from vamba.errors import UserError
 
 
 TINY = {"steps": 2, "train_videos": 8, "test_videos": 3, "batch_size": 4}
@@ -80,13 +81,15 @@ def test_a_short_run_leaves_checkpoint_picture_and_results(finished, capsys):
 def test_the_last_lines_say_the_accuracy_and_a_second_run_replaces_the_first(tmp_path, capsys):
     output = tmp_path / "runs" / "demo"
     demo.run(output, seed=0, **TINY)
-    (output / "left-over").write_text("of the first run")
+    (output / "notes").write_text("of the user")
+    with pytest.raises(UserError, match="holds notes"):
+        demo.run(output, seed=2, **TINY)
+    (output / "notes").unlink()
     capsys.readouterr()
     results = demo.run(output, seed=2, **TINY)
     *_, blind, last = capsys.readouterr().out.splitlines()
     assert last.startswith("demo: accuracy 0.") and f"on {TINY['test_videos']} held-out videos (chance 0." in last
     assert blind.startswith(f"without the video: accuracy {shown(results['text_only_accuracy'])}")
-    assert not (output / "left-over").exists()
     assert json.loads((output / "demo.json").read_text())["seed"] == 2
 
 

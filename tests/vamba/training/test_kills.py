@@ -4,11 +4,12 @@ import json
 import os
 from itertools import islice
 
-import kill_points
 import torch
 
 from vamba import demo
 from vamba.training import finetune
+
+import kill_points
 
 
 KILLS = int(os.environ.get("VAMBA_KILLS", "2"))

@@ -2,6 +2,9 @@
 
 import io
 import struct
+import subprocess
+import sys
+from contextlib import closing
 
 import av
 import numpy as np
@@ -175,6 +178,69 @@ def test_huge_pictures_are_refused():
         load_video(video.replace(header, struct.pack("<II", 70000, 70000)))
     with pytest.raises(VideoReadError, match="20000x3 pixels are too large"):
         load_video(np.broadcast_to(np.uint8(0), (1, 3, 20000, 3)))
+
+
+def test_large_pictures_are_decoded_with_fewer_threads_and_in_smaller_chunks(monkeypatch):
+    video = encode(12, size=(512, 512))  # 0.4 MB a picture, 1.6 MB a finished frame
+    reader = read_video(video, resize=False, fps=100, threads=8)
+    with closing(reader._clip.open()) as stream:
+        assert stream.stream.codec_context.thread_count == 8
+    expected, _ = load_video(video, resize=False, fps=100)
+    monkeypatch.setenv("VAMBA_MEDIA_MEMORY", "32MB")
+    reader = read_video(video, resize=False, fps=100, threads=8)
+    with closing(reader._clip.open()) as stream:
+        assert stream.stream.codec_context.thread_count == 2
+    chunks = list(reader)
+    assert [len(chunk) for chunk in chunks] == [2] * 6
+    assert torch.equal(torch.cat([chunk.frames for chunk in chunks]), expected)
+
+
+def test_pictures_that_do_not_fit_the_memory_are_refused(monkeypatch):
+    still = np.zeros((1, 512, 512, 3), np.uint8)
+    moving = encode(1, "mov", codec="qtrle", pix_fmt="argb", size=(512, 512))
+    monkeypatch.setenv("VAMBA_MEDIA_MEMORY", "1MB")
+    with pytest.raises(VideoReadError, match="frames of 512x512 pixels would take .*VAMBA_MEDIA_MEMORY"):
+        read_video(still, resize=False)
+    with pytest.raises(VideoReadError, match="damaged, or too large; .*VAMBA_MEDIA_MEMORY"):
+        read_video(moving)
+    monkeypatch.setenv("VAMBA_MEDIA_MEMORY", "5MB")  # FFmpeg's own bound lets this one through
+    with pytest.raises(VideoReadError, match="decoding pictures of 512x512 pixels would take"):
+        read_video(encode(2, size=(512, 512), pix_fmt="yuv444p"))
+    monkeypatch.setenv("VAMBA_MEDIA_MEMORY", "a lot")
+    with pytest.raises(VideoReadError, match="VAMBA_MEDIA_MEMORY='a lot' is no size"):
+        read_video(still)
+
+
+def test_a_header_of_a_huge_picture_takes_no_memory():
+    """In a child, as a process's peak never falls; decoded as the header says, the frame alone would take 1 GB."""
+    video = encode(1, "mov", codec="qtrle", pix_fmt="argb")
+    small = struct.pack(">HH", 32, 32)
+    assert small in video
+    code = """
+import sys
+from vamba.video import VideoReadError, read_video
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+try:
+    read_video(sys.stdin.buffer.read())
+except VideoReadError as error:
+    print("too large" in str(error), (peak() - before) // 1024)
+"""
+    bomb = video.replace(small, struct.pack(">HH", 16000, 16000))
+    done = subprocess.run([sys.executable, "-c", code], input=bomb, capture_output=True, timeout=60, check=True)
+    told, megabytes = done.stdout.split()
+    assert told == b"True" and int(megabytes) < 100
+
+
+def test_transparency_of_a_picture_higher_than_a_strip():
+    layers = np.random.default_rng(0).integers(0, 256, (150, 34, 4), dtype=np.uint8)
+    found, _ = load_video(
+        encode(1, "mov", codec="png", pix_fmt="rgba", size=(150, 34), picture=lambda i: layers), resize=False
+    )
+    color, alpha = layers[..., :3].astype(int), layers[..., 3:].astype(int)
+    expected = (color * alpha + 255 * (255 - alpha) + 127) // 255
+    assert np.array_equal(found[0].permute(1, 2, 0), expected)
 
 
 def test_natural_order():

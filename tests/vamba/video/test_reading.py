@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 
 from vamba.video import VideoReadError, load_video, read_video
 
@@ -74,7 +75,7 @@ def test_files_that_are_not_video(clip, tmp_path):
         empty: "empty",
         headless: "cannot be opened",
         folder: "no images",
-        tmp_path / "pipe": "neither a file nor a folder",
+        tmp_path / "pipe": "not a regular file",
     }
     for path, message in cases.items():
         with pytest.raises(VideoReadError, match=message) as caught:
@@ -103,6 +104,24 @@ def test_permissions(clip, tmp_path):
     path.chmod(0)
     with pytest.raises(VideoReadError, match="permission"):
         read_video(path)
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_an_animated_webp_is_refused_with_the_remedy(as_bytes, tmp_path):
+    pictures = [Image.new("RGB", (32, 32), (60 * index,) * 3) for index in range(3)]
+    pictures[0].save(path := tmp_path / "a.webp", save_all=True, append_images=pictures[1:], duration=100)
+    with pytest.raises(VideoReadError, match="animated WebP; convert it"):
+        load_video(path.read_bytes() if as_bytes else path)
+
+
+def test_a_file_in_text_mode_and_images_that_are_none(clip, tmp_path):
+    (tmp_path / "text.mp4").write_text("text")
+    with open(tmp_path / "text.mp4") as file, pytest.raises(VideoReadError, match="text mode"):
+        load_video(file)
+    os.mkfifo(tmp_path / "pipe.png")
+    for item in (tmp_path / "pipe.png", "/dev/zero", tmp_path / "text.mp4", "http://127.0.0.1:9/a.png"):
+        with pytest.raises(VideoReadError, match=f"{item}: cannot be read as an image"):
+            load_video([item])
 
 
 def test_a_file_that_cannot_seek_is_refused(clip):

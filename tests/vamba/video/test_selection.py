@@ -93,6 +93,23 @@ def test_long_thin_pictures(clip):
         ({"fps": float("inf")}, "fps"),
         ({"fps": "fast"}, "fps .*'fast'"),
         ({"fps": True}, "fps"),
+        ({"fps": 1e308}, r"fps .*1e\+308"),
+        ({"fps": b"5"}, "fps"),
+        ({"source_fps": 1e-300}, "source_fps"),
+        ({"num_frames": "5"}, "num_frames .*'5'"),
+        ({"num_frames": 10**30}, "num_frames"),
+        ({"num_frames": np.True_}, "num_frames"),
+        ({"start": 1e300}, "start"),
+        ({"chunk_frames": 2**70}, "chunk_frames"),
+        ({"threads": 10**6}, "threads"),
+        ({"factor": 10**9}, "factor"),
+        (
+            dict.fromkeys(("factor", "resized_height", "resized_width"), 16384),
+            "frames of .* would take .* lower factor",
+        ),
+        ({"min_pixels": 1e300}, "min_pixels"),
+        ({"resized_height": 10**9, "resized_width": 10**9}, "resized_height"),
+        ({"max_frames": 10**30}, "max_frames"),
         ({"num_frames": 0}, "num_frames"),
         ({"num_frames": 2.5}, "num_frames"),
         ({"start": -1}, "start"),
@@ -111,6 +128,7 @@ def test_long_thin_pictures(clip):
         ({"resized_height": 100}, "both or neither"),
         ({"resized_height": 1, "resized_width": 5000}, "aspect ratio"),
         ({"backend": "decord"}, "decord"),
+        ({"backend": ["pyav"]}, "backend"),
     ],
 )
 def test_wrong_arguments_are_named(clip, tmp_path, options, message):
@@ -145,3 +163,12 @@ def test_the_clock_survives_absurd_timestamps():
     assert times == pytest.approx([5.0, 5.1, 5.2, 5.3, 5.4, 5.5, 7.5])
     lasting = PresentationClock(0.1, duration=9000.0)
     assert [lasting.tick(raw) for raw in (0.0, 8000.0)] == [0.0, 8000.0] and lasting.trusted
+
+
+def test_an_end_right_after_the_start(clip):
+    assert indices(clip, num_frames=2, end=5e-324)[0] == [0]
+
+
+def test_numbers_of_numpy_are_numbers(clip):
+    given = {"num_frames": np.int64(3), "start": np.float32(0.5), "end": np.float64(1.5), "chunk_frames": np.uint8(2)}
+    assert indices(clip, **given) == indices(clip, num_frames=3, start=0.5, end=1.5, chunk_frames=2)

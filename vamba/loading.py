@@ -71,6 +71,9 @@ def load_config(path: str | os.PathLike, *, any_kind: bool = False) -> PreTraine
     kind_of(path) if any_kind else check_kind(path)
     with reading(str(folder := checkpoint_folder(path) / CONFIG)):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        for name in config.sub_configs:
+            if not isinstance(kind := getattr(getattr(config, name), "model_type", ""), str):
+                raise UserError(f"{folder}: {name}.model_type is {kind!r:.80}; it must be a text.")
         dtype = config.dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise UserError(f"{folder}: dtype is {dtype}; it must be float32, bfloat16 or float16.")

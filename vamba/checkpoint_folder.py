@@ -86,8 +86,6 @@ def base_of(path: str) -> str:
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path} is an adapter whose adapter_config.json names no base model.")
-    if (beside := checkpoint_folder(path) / base).is_dir():  # the way there from the adapter
-        base = str(beside.resolve())
     try:
         folder = checkpoint_folder(base)
     except UserError as error:

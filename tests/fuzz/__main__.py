@@ -16,10 +16,12 @@ import selectors
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+os.environ["SVT_LOG"] = "0"
 _home = tempfile.TemporaryDirectory(prefix="fuzz-")
 os.environ["HF_HOME"] = _home.name  # where `datasets` keeps its tables
 
@@ -113,13 +115,17 @@ def _start(index: int, arguments, materials: Path, kinds, weights, deadline) -> 
         return read
     os.close(read)
     number = index
-    while number < arguments.cases if deadline is None else time.monotonic() < deadline:
-        case = arguments.seed * 10**9 + number
-        kind = random.Random(case).choices(kinds, weights)[0]
-        verdict = vars(_case(kind, f"{case}", materials))
-        os.write(write, json.dumps([kind, case, verdict | {"text": verdict["text"][-3000:]}]).encode() + b"\n")
-        number += arguments.workers
-    os._exit(0)
+    try:
+        while number < arguments.cases if deadline is None else time.monotonic() < deadline:
+            case = arguments.seed * 10**9 + number
+            kind = random.Random(case).choices(kinds, weights)[0]
+            verdict = vars(_case(kind, f"{case}", materials))
+            os.write(write, json.dumps([kind, case, verdict | {"text": verdict["text"][-3000:]}]).encode() + b"\n")
+            number += arguments.workers
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
 
 
 def _verdicts(readers: list[int]):

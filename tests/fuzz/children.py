@@ -121,13 +121,15 @@ def _child(case, accepted, folder: Path, write: int) -> None:
     faulthandler.enable(output)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
-        use = case(folder)
-    except BaseException:
-        verdict = "fault of the harness", traceback.format_exc()
-    else:
-        verdict = _judge(use, accepted, folder)
-    os.write(write, json.dumps(dict(zip(("outcome", "text"), verdict))).encode() + b"\n")
-    os._exit(0)
+        try:
+            use = case(folder)
+        except BaseException:
+            verdict = "fault of the harness", traceback.format_exc()
+        else:
+            verdict = _judge(use, accepted, folder)
+        os.write(write, json.dumps(dict(zip(("outcome", "text"), verdict))).encode() + b"\n")
+    finally:  # whatever happens: above is the code of the process that forked
+        os._exit(0)
 
 
 def _judge(use, accepted, folder: Path) -> tuple[str, str]:
@@ -141,7 +143,7 @@ def _judge(use, accepted, folder: Path) -> tuple[str, str]:
     before = _held()
     try:
         outcome, text = "result", str(use())[:200]
-    except Exception as error:
+    except BaseException as error:
         outcome, text = "refused", f"{type(error).__name__}: {error}"
         ours = type(error) in accepted or isinstance(error, accepted) and type(error).__module__.startswith("vamba")
         if not ours:

@@ -105,6 +105,8 @@ def _write_video(path: Path, container: str, codec: str, pix_fmt: str, count: in
         stream.width = stream.height = 64
         stream.pix_fmt, stream.gop_size = pix_fmt, 4
         stream.codec_context.thread_count = 1
+        if codec == "libx265":
+            stream.options = {"x265-params": "log-level=none"}
         picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
         for _ in range(count):
             picture = np.roll(picture, 1, 0)

@@ -129,7 +129,7 @@ def _absolute(path: str | Path) -> Path:
         str(absolute).encode()  # as safetensors and model cards are in UTF-8
         return absolute
     except (TypeError, ValueError, RuntimeError, OSError) as error:  # a loop of links, a user who is not known
-        raise UserError(f"{path!r} is no path of a folder: {error}") from error
+        raise UserError(f"{path!r:.80} is no path of a folder: {error}") from error
 
 
 def _produce(step: Step, config: PreTrainedConfig, seed: int, read: Callable[[str], torch.Tensor]) -> torch.Tensor:

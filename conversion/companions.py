@@ -14,6 +14,7 @@ from pathlib import Path
 from vamba.modeling.configuration_vamba import AUTO_MAP, VambaConfig
 
 from .formats import read_json, write_json
+from .planning import ConversionError
 
 
 VERBATIM = (
@@ -49,7 +50,7 @@ def copy_companions(source: Path, folder: Path, config: VambaConfig, processor_c
         processor_class: named in every file that names one.
 
     Raises:
-        ConversionError: where a file that has to be changed is not JSON.
+        ConversionError: where a file that has to be changed is not JSON, or a template not UTF-8.
     """
     parts = {"tokenizer": TOKENIZERS, "image processor": PROCESSORS}
     if missing := [part for part, names in parts.items() if not _matching(source, names)]:
@@ -61,7 +62,11 @@ def copy_companions(source: Path, folder: Path, config: VambaConfig, processor_c
     for path in _matching(source, TEMPLATES):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
-        target.write_text(strip_pads(path.read_text(encoding="utf-8")), encoding="utf-8")
+        try:
+            template = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConversionError(f"{path} is not UTF-8; fetch the checkpoint again.") from error
+        target.write_text(strip_pads(template), encoding="utf-8")
     changed = {path.name: _adapt(path, processor_class) for path in _matching(source, WITH_TEMPLATE_OR_CLASS)}
     if any(name in WITH_PROCESSOR_CLASS for name in changed):  # transformers looks for the processor's name here first
         processor = changed.setdefault("processor_config.json", {"processor_class": processor_class})

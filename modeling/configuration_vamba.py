@@ -85,7 +85,6 @@ VISION_BOUNDS = {
     "initializer_range": (0, 1e4),
 }
 PIXEL_BOUNDS = {"image_mean": (-1e4, 1e4), "image_std": POSITIVE, "initializer_range": (0, 1e4)}
-SPECIAL_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def check_bounds(config: PreTrainedConfig, bounds: Mapping[str, tuple[float, float]], where: str = "") -> None:
@@ -107,29 +106,11 @@ def check_pair(config: PreTrainedConfig, name: str) -> None:
         raise ValueError(f"{name} is {value!r:.80}; it must be two numbers of float32, the least and the greatest.")
 
 
-def check_divides(name: str, value: int, whole_name: str, whole: int) -> None:
-    """Raises ValueError unless `whole` is a multiple of `value`."""
-    if whole % value:
-        raise ValueError(f"{whole_name} is {whole}; it must be a multiple of {name}, which is {value}.")
-
-
 def check_rope(config: PreTrainedConfig, where: str = "") -> None:
     """Raises ValueError for a base of the rotary frequencies from which none can be computed."""
     theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 1.0)
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 1 <= theta <= 1e15:
         raise ValueError(f"{where}rope_parameters['rope_theta'] is {theta!r:.80}; it must be from 1 to 1e15.")
-
-
-def check_rope_sections(config: PreTrainedConfig) -> None:
-    """Raises ValueError unless time, height and width share out all rotary frequencies, as reading any text needs."""
-    sections = config.rope_parameters.get("mrope_section", [16, 24, 24])  # Qwen2-VL's default
-    half = config.hidden_size // config.num_attention_heads // 2
-    whole = isinstance(sections, (list, tuple)) and all(type(part) is int and part >= 0 for part in sections)
-    if not whole or len(sections) != 3 or sum(sections) != half:
-        raise ValueError(
-            f"rope_parameters['mrope_section'] is {sections!r:.80}; it must be three numbers that add up to half of "
-            f"hidden_size / num_attention_heads, {half}."
-        )
 
 
 def check_pixels(config: PreTrainedConfig) -> None:
@@ -138,24 +119,9 @@ def check_pixels(config: PreTrainedConfig) -> None:
     check_bounds(config, PIXEL_BOUNDS)
     check_bounds(vision, VISION_BOUNDS, "vision_config.")
     check_rope(vision, "vision_config.")
-    width = "embed_dim" if hasattr(vision, "embed_dim") else "hidden_size"
-    if heads := getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None):
-        check_divides("its number of heads", heads, f"vision_config.{width}", getattr(vision, width))
     for name in ("image_mean", "image_std"):
         if len(value := getattr(config, name)) != 3:
             raise ValueError(f"{name} is {value!r:.80}; it must be three numbers, one for each colour.")
-
-
-def check_token_ids(config: PreTrainedConfig, names: tuple[str, ...], vocab_size: int) -> None:
-    """Raises ValueError for an id of a token beyond the vocabulary, unless it was just not said for a small one; -1 is
-    the field's word for none."""
-    for name in names:
-        value = getattr(config, name)
-        if value == getattr(type(config), name):
-            continue
-        for token in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
-            if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < vocab_size:
-                raise ValueError(f"{name} is {value!r:.80}; it must be from 0 to {vocab_size - 1} (vocab_size - 1).")
 
 
 @strict
@@ -242,12 +208,6 @@ class VambaTextConfig(Qwen2VLTextConfig):
     def validate_bounds(self):
         check_bounds(self, TEXT_BOUNDS)
         check_rope(self)
-        check_token_ids(self, ("bos_token_id", "eos_token_id", "pad_token_id"), self.vocab_size)
-
-    def validate_heads(self):
-        check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
-        check_divides("num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads)
-        check_divides("2", 2, "hidden_size / num_attention_heads", self.hidden_size // self.num_attention_heads)
 
 
 @strict
@@ -285,7 +245,6 @@ class VambaConfig(PreTrainedConfig):
 
     def validate_bounds(self):
         check_pixels(self)
-        check_token_ids(self, SPECIAL_IDS, self.text_config.vocab_size)
 
     def validate_widths(self):
         """Raises ValueError unless vision tower, Mamba-2 blocks and language model have the same width."""

@@ -14,12 +14,10 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .configuration_vamba import (
     LAYERS,
-    SPECIAL_IDS,
     TOKENS,
     VambaMamba2Config,
     check_bounds,
     check_pixels,
-    check_token_ids,
 )
 
 
@@ -80,7 +78,6 @@ class VideoMa2mbaTextConfig(VambaMamba2Config):
     def validate_bounds(self):
         super().validate_bounds()
         check_bounds(self, {"vocab_size": TOKENS, "num_hidden_layers": LAYERS})
-        check_token_ids(self, ("bos_token_id", "eos_token_id", "pad_token_id"), self.vocab_size)
 
 
 @strict
@@ -114,7 +111,6 @@ class VideoMa2mbaConfig(PreTrainedConfig):
 
     def validate_bounds(self):
         check_pixels(self)
-        check_token_ids(self, SPECIAL_IDS, self.text_config.vocab_size)
 
     def validate_vision(self):
         layers = self.vision_config.num_hidden_layers

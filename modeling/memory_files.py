@@ -142,7 +142,7 @@ def _text_of(path: str | os.PathLike) -> str:
     try:
         return os.fsdecode(path)
     except TypeError as error:
-        raise ValueError(f"{path!r} is no path of a file; give the name of one.") from error
+        raise ValueError(f"{path!r:.80} is no path of a file; give the name of one.") from error
 
 
 def _begins_as_memory(path: str) -> bool:
@@ -245,7 +245,7 @@ def checked_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=found)
     except Exception as error:  # of many kinds, by the device
         reason = str(error).split("\n")[0]
-        raise ValueError(f"device {device!r} cannot be used ({reason}); give 'cpu' or e.g. 'cuda:0'.") from error
+        raise ValueError(f"device {device!r:.80} cannot be used ({reason}); give 'cpu' or e.g. 'cuda:0'.") from error
     if found.type == "meta":
         raise ValueError("device 'meta' holds no numbers; give 'cpu' or e.g. 'cuda:0'.")
     return found

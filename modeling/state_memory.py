@@ -187,9 +187,9 @@ class StateMemory(Cache):
             fork._replace(torch.clone)
         return fork
 
-    def to(self, device: torch.device | str) -> "StateMemory":
-        """Moves the states in place. Raises ValueError where there is no such device."""
-        device = checked_device(device)
+    def to(self, device: torch.device | str | None) -> "StateMemory":
+        """Moves the states in place; None leaves them. Raises ValueError where there is no such device."""
+        device = None if device is None else checked_device(device)
         self._replace(lambda t: t.to(device))
         return self
 

@@ -290,6 +290,9 @@ class VideoHeadMixin:
                 check_text("input_ids", ids, kwargs.get("attention_mask"), self.config.text_config.vocab_size)
         elif isinstance(prompt, Tensor) and prompt.dim() != 3:
             check_text("inputs_embeds", prompt, None)
+        types = kwargs.get("mm_token_type_ids")
+        if isinstance(types, Tensor) and types.dim() != 2:
+            raise ValueError(f"mm_token_type_ids is {list(types.shape)}; give (B, N), as the processor returns it.")
         return super().generate(inputs, *args, **kwargs)
 
     @can_return_tuple

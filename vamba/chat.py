@@ -299,6 +299,9 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
         UserError: no Vamba checkpoint at `path`, something in it is damaged or missing, or there is no such device.
     """
     check_device(device)
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not isinstance(named, torch.dtype):
+        raise UserError(f"dtype is {dtype!r:.80}; give 'auto', 'float32', 'bfloat16' or 'float16'.")
     check_kind(base := base_of(path))
     device_map = device or ("auto" if torch.cuda.is_available() else None)
     own_processor = base == path or (checkpoint_folder(path) / "processor_config.json").is_file()

@@ -21,7 +21,10 @@ def checkpoint_folder(path: str) -> Path:
     Raises:
         UserError: there is no such folder, it is no checkpoint, or the Hub does not have it.
     """
-    folder = Path(path).expanduser()
+    try:
+        folder = Path(path).expanduser()
+    except (TypeError, RuntimeError) as error:  # a user who is not known
+        raise UserError(f"{path!r:.80} is no path of a folder; give the folder of a checkpoint.") from error
     with opening(path):
         if folder.is_dir():
             if not any((folder / name).is_file() for name in (CONFIG, ADAPTER)):

@@ -28,7 +28,7 @@ from transformers import (
 
 from .checkpoint_folder import CONFIG, KINDS, check_kind, checkpoint_folder, kind_of, read_json
 from .errors import UserError, opening, reason_of
-from .modeling.configuration_vamba import EARLIER_FORMAT, EARLIER_KEYS, check_rope_sections
+from .modeling.configuration_vamba import EARLIER_FORMAT, EARLIER_KEYS
 from .weight_files import BIN, INDEX, NAMES, SINGLE, CheckpointError, open_checkpoint, raise_problems
 
 
@@ -46,6 +46,7 @@ GENERATION_BOUNDS = {
     **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), SHARE),
 }
 WHOLE = {name for name, bounds in GENERATION_BOUNDS.items() if bounds[1] == 2**24}
+SPECIAL_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 SWITCHES = ("do_sample", "use_cache", "output_scores", "output_hidden_states", "return_dict_in_generate")
 
 
@@ -77,9 +78,57 @@ def load_config(path: str | os.PathLike, *, any_kind: bool = False) -> PreTraine
         dtype = config.dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise UserError(f"{folder}: dtype is {dtype}; it must be float32, bfloat16 or float16.")
-        if config.model_type == "vamba":
-            check_rope_sections(config.text_config)
+        if config.model_type in KINDS:
+            check_consistency(config)
         return config
+
+
+def check_consistency(config: PreTrainedConfig) -> None:
+    """Raises ValueError for values of a configuration that do not go together, of which a checkpoint has none.
+
+    Each of them is within its bounds, or the configuration itself would have refused it.
+    """
+    text, vision = config.text_config, config.vision_config
+    width = "embed_dim" if hasattr(vision, "embed_dim") else "hidden_size"
+    if heads := getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None):
+        check_divides("its number of heads", heads, f"vision_config.{width}", getattr(vision, width))
+    check_token_ids(config, SPECIAL_IDS, text.vocab_size)
+    check_token_ids(text, ("bos_token_id", "eos_token_id", "pad_token_id"), text.vocab_size)
+    if config.model_type == "vamba":
+        check_divides("num_attention_heads", text.num_attention_heads, "hidden_size", text.hidden_size)
+        check_divides("num_key_value_heads", text.num_key_value_heads, "num_attention_heads", text.num_attention_heads)
+        check_divides("2", 2, "hidden_size / num_attention_heads", text.hidden_size // text.num_attention_heads)
+        check_rope_sections(text)
+
+
+def check_divides(name: str, value: int, whole_name: str, whole: int) -> None:
+    """Raises ValueError unless `whole` is a multiple of `value`."""
+    if whole % value:
+        raise ValueError(f"{whole_name} is {whole}; it must be a multiple of {name}, which is {value}.")
+
+
+def check_rope_sections(config: PreTrainedConfig) -> None:
+    """Raises ValueError unless time, height and width share out all rotary frequencies, as reading any text needs."""
+    sections = config.rope_parameters.get("mrope_section", [16, 24, 24])  # Qwen2-VL's default
+    half = config.hidden_size // config.num_attention_heads // 2
+    whole = isinstance(sections, (list, tuple)) and all(type(part) is int and part >= 0 for part in sections)
+    if not whole or len(sections) != 3 or sum(sections) != half:
+        raise ValueError(
+            f"rope_parameters['mrope_section'] is {sections!r:.80}; it must be three numbers that add up to half of "
+            f"hidden_size / num_attention_heads, {half}."
+        )
+
+
+def check_token_ids(config: PreTrainedConfig, names: tuple[str, ...], vocab_size: int) -> None:
+    """Raises ValueError for an id of a token beyond the vocabulary, unless it was just not said for a small one; -1 is
+    the field's word for none."""
+    for name in names:
+        value = getattr(config, name)
+        if value == getattr(type(config), name):
+            continue
+        for token in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < vocab_size:
+                raise ValueError(f"{name} is {value!r:.80}; it must be from 0 to {vocab_size - 1} (vocab_size - 1).")
 
 
 def skeleton(config: PreTrainedConfig, where: str = "config.json") -> PreTrainedModel:
@@ -250,6 +299,8 @@ def load_processor(path: str | os.PathLike, config: PreTrainedConfig) -> Process
     if processor.chat_template is not None:
         with reading(f"{path}: the chat template cannot be used"):
             processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
+    with reading(f"{path}: the tokenizer cannot be used"):
+        processor.tokenizer.decode(processor.tokenizer("Hello")["input_ids"])
     return processor
 
 

@@ -56,49 +56,50 @@ def run_case(case: Callable[[Path], Callable], accepted: tuple[type, ...], secon
     """
     folder = Path(tempfile.mkdtemp(prefix="case-"))
     read, write = os.pipe()
-    began, before = time.monotonic(), _resident()
+    began = time.monotonic()
     child = os.fork()
     if child == 0:
         os.close(read)
         _child(case, accepted, folder, write)
     os.close(write)
     try:
-        said, status, peak = _wait(child, read, began + seconds)
+        said, status = _wait(child, read, began + seconds)
         text = (folder / "stderr").read_text(errors="replace")[-2000:] if (folder / "stderr").exists() else ""
     finally:
         os.close(read)
         left = _kill_group(child)
         shutil.rmtree(folder, ignore_errors=True)
-    took, peak = time.monotonic() - began, max(0, peak - before)
+    took = time.monotonic() - began
     if status is None:
-        return Verdict("hang", f"no end in {seconds:g} s; {text}", took, peak)
+        return Verdict("hang", f"no end in {seconds:g} s; {text}", took)
     if os.WIFSIGNALED(status):
-        return Verdict("crash", f"{signal.Signals(os.WTERMSIG(status)).name}; {text}", took, peak)
+        return Verdict("crash", f"{signal.Signals(os.WTERMSIG(status)).name}; {text}", took)
     if not said:
-        return Verdict("crash", f"exit {os.waitstatus_to_exitcode(status)} without a verdict; {text}", took, peak)
-    verdict = Verdict(**json.loads(said), seconds=took, peak=peak)
+        return Verdict("crash", f"exit {os.waitstatus_to_exitcode(status)} without a verdict; {text}", took)
+    verdict = Verdict(*json.loads(said))
+    verdict.seconds = took
     if verdict.passed and left:
-        return Verdict("leak", "a process is left", took, peak)
-    if verdict.passed and peak > MEMORY:
-        return Verdict("memory", f"{peak / 2**20:.0f} MiB; {verdict.text}", took, peak)
+        verdict.outcome, verdict.text = "leak", "a process is left"
+    elif verdict.passed and verdict.peak > MEMORY:
+        verdict.outcome = "memory"
     return verdict
 
 
-def _wait(child: int, read: int, deadline: float) -> tuple[bytes, int | None, int]:
-    """What the child wrote, its status (None if it did not end in time), and its peak of resident memory in bytes."""
+def _wait(child: int, read: int, deadline: float) -> tuple[bytes, int | None]:
+    """What the child wrote, and its status, None if it did not end in time."""
     said = b""
     while not said.endswith(b"\n") and select.select([read], [], [], max(0, deadline - time.monotonic()))[0]:
         if not (part := os.read(read, 2**16)):
             break
         said += part
     while True:
-        pid, status, usage = os.wait4(child, os.WNOHANG)
+        pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
-            return said, status, usage.ru_maxrss * 1024
+            return said, status
         if time.monotonic() > deadline + 1:
             os.kill(child, signal.SIGKILL)
-            _, _, usage = os.wait4(child, 0)
-            return said, None, usage.ru_maxrss * 1024
+            os.waitpid(child, 0)
+            return said, None
         time.sleep(0.002)
 
 
@@ -120,16 +121,24 @@ def _child(case, accepted, folder: Path, write: int) -> None:
         os.dup2(output, number)
     faulthandler.enable(output)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    peak = 0
     try:
         try:
             use = case(folder)
         except BaseException:
             verdict = "fault of the harness", traceback.format_exc()
         else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+            before = _resident("VmRSS")
             verdict = _judge(use, accepted, folder)
-        os.write(write, json.dumps(dict(zip(("outcome", "text"), verdict))).encode() + b"\n")
+            peak = max(0, _resident("VmHWM") - before)
+        os.write(write, json.dumps([*map(_printable, verdict), 0.0, peak]).encode() + b"\n")
     finally:  # whatever happens: above is the code of the process that forked
         os._exit(0)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _judge(use, accepted, folder: Path) -> tuple[str, str]:
@@ -159,7 +168,8 @@ def _judge(use, accepted, folder: Path) -> tuple[str, str]:
         if (held := _held()) <= before:
             return outcome, text
         time.sleep(0.05)
-    return "leak", f"(descriptors, threads) {before} -> {held}; {text}"
+    opened = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return "leak", f"(descriptors, threads) {before} -> {held}: {opened}; {text}"
 
 
 def _note(event: str, about: tuple, folder: Path, done: list[str]) -> None:
@@ -186,8 +196,9 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, value))
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def _virtual() -> int:

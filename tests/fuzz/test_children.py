@@ -35,7 +35,7 @@ ENDS = {
     "foreign error": lambda folder: fail(UnicodeDecodeError("utf-8", b"x", 0, 1, "a ValueError that is not ours")),
     "no sentence": lambda folder: fail(ValueError("a" * 10_000)),
     "crash": lambda folder: os.kill(os.getpid(), signal.SIGSEGV),
-    "memory": lambda folder: len(bytearray(2**30)),
+    "memory": lambda folder: len(bytearray(b"x") * 2**30),
 }
 
 

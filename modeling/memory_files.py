@@ -43,6 +43,7 @@ _PART = 2**24  # bytes that are hashed at once
 # How the file of a memory begins, one of an earlier version or half-written included.
 _BEGINNING = rb'.{8}\{"__metadata__":\{("format":"pt",|"sha256":"[^"]*",)*"vamba":"\{\\"format\\"'
 _BEGINNING_LENGTH = 256
+LONGEST_NAME = 240  # bytes, as the name of a file that is being written has 8 more
 
 
 def write_memory(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -120,15 +121,19 @@ def _opened_twice(path: str) -> Iterator[tuple[Any, IO[bytes]]]:
 
 
 def check_memory_path(path: str | os.PathLike) -> str:
-    """Returns the file that `path` names, links followed. Raises OSError where a memory cannot or must not be written.
+    """Returns the file that `path` names, links followed. Raises OSError where a memory cannot or must not be written,
+    ValueError for what is no path of one.
 
     A file that is there and is no memory is never replaced.
     """
-    path = os.path.realpath(_text_of(path))
     try:
+        path = _text_of(path)
         path.encode()
+        path = os.path.realpath(path)
     except UnicodeEncodeError as error:  # which safetensors could not open again
-        raise OSError(f"{path!r} is not UTF-8; give another name for the memory.") from error
+        raise ValueError(f"{path!r:.80} is not UTF-8; give another name for the memory.") from error
+    if len(os.path.basename(path).encode()) > LONGEST_NAME:
+        raise ValueError(f"{path!r:.80} … is too long; give a name of at most {LONGEST_NAME} bytes for the memory.")
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a folder; give the name of a file for the memory.")
     if not os.path.isdir(os.path.dirname(path)):

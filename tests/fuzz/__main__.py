@@ -28,6 +28,8 @@ os.environ["HF_HOME"] = _home.name  # where `datasets` keeps its tables
 from tqdm import tqdm  # noqa: E402
 
 
+# Of errors by others no subclass is accepted: a UnicodeDecodeError tells nobody what to do.
+ACCEPTED = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError)
 tqdm.monitor_interval = 0  # its thread would be in the way of forking
 
 
@@ -104,7 +106,7 @@ def _case(kind: str, number: str, materials: Path):
     from children import run_case
 
     rng, prepare = random.Random(f"{kind} {number}"), KINDS[kind][0]
-    return run_case(lambda folder: prepare(rng, materials, folder), accepted=(ValueError, FileNotFoundError))
+    return run_case(lambda folder: prepare(rng, materials, folder), accepted=ACCEPTED)
 
 
 def _start(index: int, arguments, materials: Path, kinds, weights, deadline) -> int:

@@ -209,7 +209,7 @@ def data(rng: random.Random, materials: Path, folder: Path) -> Callable:
                 b"{}" * 3,
                 lines[index][:40],
             )
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 edited = json.dumps(edit(json.loads(lines[index]), rng, _hostile)).encode("utf-8", "surrogatepass")
                 lines[index] = edited if how < 3 else rng.choice(broken)
         text = b"\n".join(lines)

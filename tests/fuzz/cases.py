@@ -58,6 +58,7 @@ def load(materials: Path) -> None:
     """Loads what cases share. Nothing is computed here: a process with threads could not be forked."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    torch.cuda.is_available()  # upon which a driver opens pipes, once in each process
     for name in MEMORIES:
         _loaded[name] = AutoModelForImageTextToText.from_pretrained(materials / name).eval()
         _loaded[f"{name} processor"] = AutoProcessor.from_pretrained(materials / name)

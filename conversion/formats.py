@@ -63,7 +63,11 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n", encoding="utf-8")
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys).encode()
+    except UnicodeEncodeError as error:  # an escape in the source that stands for half a character
+        raise ConversionError(f"A text in {path.name} is no Unicode; fetch the checkpoint again.") from error
+    path.write_bytes(text + b"\n")
 
 
 def format_of(config: dict) -> str:

@@ -117,6 +117,8 @@ class VambaProcessor(Qwen2VLProcessor):
             raise ValueError("`text` must be a string or list of strings.")
         if text is not None and not texts:
             raise ValueError("`text` is an empty list; give at least one string.")
+        for sample in texts:
+            _check_unicode(sample)
         kinds = self._kinds(texts, len(images or []), len(videos or []), media_kinds) if texts else []
         if isinstance(kwargs.get("fps"), (list, tuple)):
             kwargs.pop("fps")  # qwen-vl-utils lists the rates of frames that it has sampled already.
@@ -235,7 +237,7 @@ class VambaProcessor(Qwen2VLProcessor):
         try:
             return super()._merge_kwargs(*args, **kwargs)
         except (StrictDataclassError, TypeError) as error:  # a value of another type, an option that it does not know
-            raise ValueError(" ".join(str(error).split())) from error
+            raise ValueError(f"{' '.join(str(error).split()):.400}") from error
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if images is None and text is None and videos is None:
@@ -364,6 +366,14 @@ class VambaProcessor(Qwen2VLProcessor):
     def _normalize_conversations(self, conversation):
         """Renames items for all chat templates. Raises ValueError for items that these would silently leave out."""
         return super()._normalize_conversations(_plain_messages(conversation))
+
+
+def _check_unicode(text: str) -> None:
+    """Raises ValueError for a lone surrogate, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text[:60]!a} … is no Unicode at character {error.start}; give a text that is.") from error
 
 
 def _check_conversation(messages) -> None:

@@ -416,7 +416,7 @@ def check_labels(labels: Tensor, hidden_BND: Tensor, vocab_size: int) -> None:
     """Raises ValueError unless there is one label for each token, and on the CPU each is a token or -100."""
     if is_tracing(labels):
         return
-    if labels.shape != hidden_BND.shape[:2] or labels.is_floating_point():
+    if labels.shape != hidden_BND.shape[:2] or labels.is_floating_point() or labels.dtype == torch.bool:
         shape = list(hidden_BND.shape[:2])
         raise ValueError(
             f"labels are {list(labels.shape)} of {labels.dtype}; give integers {shape}, one for each token."

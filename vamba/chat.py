@@ -153,6 +153,7 @@ class VideoChat:
         if self.memory is None or not self.memory.media:
             raise ValueError("Nothing was watched yet: call watch(video) before ask(question).")
         check_question(question)
+        generate_kwargs = {name: value for name, value in generate_kwargs.items() if value is not None}
         self._check_generation(generate_kwargs)
         inputs = self._prompt(question)
         if _setting(generate_kwargs, "max_new_tokens") is None and _setting(generate_kwargs, "max_length") is None:

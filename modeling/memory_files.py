@@ -253,7 +253,9 @@ def checked_device(device: str | torch.device) -> torch.device:
         return found
     except Exception as error:  # of many kinds, by the device
         reason = str(error).split("\n")[0].split(". ")[0]
-        raise ValueError(f"device={device!r:.80} cannot be used here ({reason}); give 'cpu' or e.g. 'cuda:0'.") from error
+        raise ValueError(
+            f"device={device!r:.80} cannot be used here ({reason}); give 'cpu' or e.g. 'cuda:0'."
+        ) from error
 
 
 def load_memory(kind: Any, path: str | os.PathLike, form: str, device: str | torch.device) -> Any:

@@ -14,13 +14,14 @@ from functools import lru_cache, update_wrapper
 from types import FunctionType, MethodType
 from typing import Any
 
-from jinja2 import Environment, nodes
+from jinja2 import Environment, nodes, pass_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
 
 MAX_SOURCE = 2**20  # characters of a template
+MOST_INPUT = 2**24  # characters of messages that are counted
 MAX_INT = 2**16  # of an argument that says how long something is to be
 MAX_BITS = 2**14  # of a whole number
 # Filters that look at no more than the outermost list; all others may write out what is nested in it.
@@ -28,23 +29,13 @@ SHALLOW = set(
     "abs attr batch count d default dictsort first float int items last length list map random reject rejectattr "
     "reverse round select selectattr slice".split()
 )
-MULTIPLY = {"replace", "join", "indent", "wordwrap", "tojson", "expandtabs", "xmlattr", "urlize"}
-LENGTHEN = {
-    "batch",
-    "center",
-    "expandtabs",
-    "indent",
-    "ljust",
-    "lipsum",
-    "rjust",
-    "round",
-    "slice",
-    "to_bytes",
-    "tojson",
-}
-LENGTHEN |= {"truncate", "wordwrap", "zfill", "int"}
-REFUSED = {"random", "lipsum", "translate"}  # whose size nobody knows beforehand
+MULTIPLY = set("replace join indent wordwrap tojson expandtabs xmlattr urlize".split())
+LENGTHEN = set(
+    "batch center expandtabs indent int ljust rjust round slice to_bytes tojson truncate wordwrap zfill".split()
+)
+REFUSED = {"random", "translate"}  # whose size nobody knows beforehand
 _WIDE = re.compile(r"\d{5}|%[^a-zA-Z%]*\*|:[^{}]*\{")  # a width of 5 digits in a format, or one that is an argument
+_NESTS = (list, tuple, set, Mapping)
 _current = threading.local()
 
 
@@ -65,6 +56,10 @@ class _Meter:
         self.broken = self.broken or ChatTemplateError(f"it {what}; the bound for these messages is {bound}")
         raise self.broken
 
+    def check(self) -> None:
+        if self.broken:
+            raise self.broken
+
     def step(self, size: int = 0) -> None:
         self.steps += 1
         self.copied += size
@@ -75,24 +70,24 @@ class _Meter:
         if self.copied > self.max_copied:
             self.fail(f"copies {self.copied} characters", self.max_copied)
 
+    def write(self, size: int) -> None:
+        self.step(size)
+        self.written += size
+        if self.written > 4 * self.max_size:
+            self.fail(f"writes {self.written} characters", 4 * self.max_size)
+
     def size(self, value: Any, deep: bool = False) -> int:
         """Characters or items; those of nested lists and objects too where `deep`."""
         if isinstance(value, int):
             return value.bit_length() // 3
-        if not hasattr(value, "__len__"):
-            return 1
-        total = len(value)
-        if deep and isinstance(value, (list, tuple, set, Mapping)):
-            left = [value]
-            while left:
-                part = left.pop()
-                inner = [*part.keys(), *part.values()] if isinstance(part, Mapping) else part
-                for item in inner:
-                    total += 1 + (len(item) if isinstance(item, str) else 0)
-                    if isinstance(item, (list, tuple, set, Mapping)):
-                        left.append(item)
-                if total > self.max_size:
-                    self.fail(f"makes something of size {total}", self.max_size)
+        if not deep or not isinstance(value, _NESTS):
+            return len(value) if hasattr(value, "__len__") else 1
+        total, left = 0, [value]
+        while left and total <= self.max_size:
+            part = left.pop()
+            total += 1 + self.size(part)
+            if isinstance(part, _NESTS):
+                left += [*part.keys(), *part.values()] if isinstance(part, Mapping) else part
         return total
 
     def iterate(self, values: Iterator) -> Iterator:
@@ -107,7 +102,8 @@ class _Meter:
         self.step(sum(sizes))
         if name in REFUSED or (name == "sum" and not all(isinstance(v, (int, float, str)) for v in values[1:])):
             self.fail(f"uses {name}", 0)
-        numbers = [abs(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+        # the first is what is made longer, and may be any number
+        numbers = [abs(v) for v in values[1:] if isinstance(v, (int, float)) and not isinstance(v, bool)]
         if name in LENGTHEN and (most := max(numbers, default=0)) > MAX_INT:
             self.fail(f"uses {name} with {most}", MAX_INT)
         if name in MULTIPLY and len(values) > 1:
@@ -224,45 +220,36 @@ class _Counting(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         self.generic_visit(node)
-        inside = any(operand.op in ("in", "notin") for operand in node.ops)
+        deep = not any(operand.op in ("in", "notin") for operand in node.ops)
         node.expr = self._sized(node.expr)
         for operand in node.ops:
-            operand.expr = self._sized(operand.expr, "_shallow" if inside else "_sized")
+            operand.expr = self._sized(operand.expr, deep)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        return self._sized(node, "_shallow") if isinstance(node.arg, nodes.Slice) else node
+        return self._sized(node, deep=False) if isinstance(node.arg, nodes.Slice) else node
 
-    def _sized(self, node: nodes.Expr, name: str = "_sized") -> nodes.Expr:
+    def _sized(self, node: nodes.Expr, deep: bool = True) -> nodes.Expr:
         if isinstance(node, nodes.Const):
             return node
-        return nodes.Filter(node, name, [], [], None, None).set_lineno(node.lineno).set_environment(self.environment)
+        sized = nodes.Filter(node, "_sized", [nodes.Const(deep)], [], None, None)
+        return sized.set_lineno(node.lineno).set_environment(self.environment)
 
 
-def _count_size(deep: bool) -> Callable[[Any], Any]:
-    def count(value: Any) -> Any:
-        _current.meter.step(_current.meter.size(value, deep))
-        return value
-
-    return count
-
-
-def _written(value: Any) -> Any:
-    meter = _current.meter
-    meter.written += (size := meter.size(value, deep=True))
-    meter.step(size)
-    if meter.written > meter.max_size:
-        meter.fail(f"writes {meter.written} characters", meter.max_size)
+def _sized(value: Any, deep: bool) -> Any:
+    _current.meter.step(_current.meter.size(value, deep))
     return value
 
 
-def _step(text: int) -> None:
-    meter = _current.meter
-    meter.written += text
-    meter.step()
-    if meter.written > 4 * meter.max_size:
-        meter.fail(f"writes {meter.written} characters", 4 * meter.max_size)
+def _written(value: Any) -> Any:
+    _current.meter.write(_current.meter.size(value, deep=True))
+    return value
+
+
+@pass_context  # a filter that is given the context is never taken for a constant
+def _step(context, text: int) -> None:
+    _current.meter.write(text)
 
 
 @lru_cache(maxsize=32)
@@ -276,17 +263,8 @@ def _environment() -> _Environment:
     )
     ours.globals.update(theirs.globals, lipsum=lambda *args, **options: _current.meter.fail("uses lipsum", 0))
     ours.filters = {name: _counting_filter(name, function) for name, function in theirs.filters.items()}
-    # A filter that is given the context is never taken for a constant.
-    step = update_wrapper(lambda context, text: _step(text), _step)
-    step.jinja_pass_arg = _context_marker()
-    ours.filters |= {"_step": step, "_sized": _count_size(True), "_shallow": _count_size(False)}
+    ours.filters |= {"_step": _step, "_sized": _sized}
     return ours
-
-
-def _context_marker():
-    from jinja2 import pass_context
-
-    return pass_context(lambda context: None).jinja_pass_arg
 
 
 @lru_cache(maxsize=128)
@@ -295,8 +273,7 @@ def _compiled(source: str):
     _current.meter = _Meter(len(source))
     environment = _environment()
     template = environment.from_string(_Counting(environment).visit(environment.parse(source)))
-    if _current.meter.broken:
-        raise _current.meter.broken
+    _current.meter.check()
     return template
 
 
@@ -314,24 +291,17 @@ def check_rendering(template: str, conversations: list, variables: Mapping[str, 
             raise ChatTemplateError(f"it has {len(template)} characters; the bound is {MAX_SOURCE}")
         compiled = _compiled(template)
         for conversation in conversations:
-            _render(compiled, plain({**variables, "messages": conversation}))
+            values = plain({**variables, "messages": conversation})
+            _current.meter = meter = _Meter(_Meter(MOST_INPUT).size(values, deep=True))
+            for _ in compiled.generate(**values):
+                pass
+            meter.check()
     except (ChatTemplateError, RecursionError, MemoryError) as error:
         begins = " ".join(template[:60].split())
         reason = str(error) if isinstance(error, ChatTemplateError) else "it nests too deep"
         raise ChatTemplateError(f"The chat template {begins!r} … is refused: {reason}.") from error
     except Exception:  # transformers raises it again
         return
-
-
-def _render(compiled, variables: dict) -> None:
-    _current.meter = meter = _Meter(0)
-    meter.max_size = 2**30
-    size = meter.size(variables, deep=True)
-    _current.meter = meter = _Meter(size)
-    for _ in compiled.generate(**variables):
-        pass
-    if meter.broken:
-        raise meter.broken
 
 
 def plain(value: Any) -> Any:

@@ -9,7 +9,6 @@ anyone's, and a list of 10**12 layers would fill the memory before the first err
 """
 
 import re
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -34,69 +33,53 @@ EARLIER_FORMAT = (
     "bring it into the present one with `vamba convert OLD NEW`."
 )
 
-# From the least to the greatest value that makes sense; far beyond any model that there is.
-LAYERS, WIDTH, TOKENS, SMALL, SHARE, POSITIVE = (1, 1024), (1, 2**20), (1, 2**24), (1, 64), (0, 1), (1e-30, 1e4)
-MIXER_BOUNDS = {
-    "hidden_size": WIDTH,
-    "state_size": (1, 2**14),
-    "conv_kernel": (2, 64),
-    "expand": SMALL,
-    "head_dim": WIDTH,
-    "n_groups": WIDTH,
-    "chunk_size": WIDTH,
-    "layer_norm_epsilon": SHARE,
-    "time_step_min": POSITIVE,
-    "time_step_max": POSITIVE,
-    "time_step_floor": SHARE,
-    "time_step_limit": (0, float("inf")),
-    "A_init_bounds": POSITIVE,
-    "initializer_range": (0, 1e4),
-}
-TEXT_BOUNDS = {
-    "vocab_size": TOKENS,
-    "hidden_size": WIDTH,
-    "intermediate_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": WIDTH,
-    "num_key_value_heads": WIDTH,
-    "max_position_embeddings": (1, 2**40),
-    "rms_norm_eps": SHARE,
-    "attention_dropout": SHARE,
-    "sliding_window": (1, 2**40),
-    "max_window_layers": (0, 2**40),
-    "initializer_range": (0, 1e4),
-}
 BACKENDS = {  # of the scan, the convolution and the norms
     "ssd_backend": ("auto", "torch", "triton", "mamba_ssm"),
     "conv_backend": ("auto", "torch", "triton", "causal_conv1d"),
     "norm_backend": ("auto", "torch", "triton"),
 }
-# Of any vision tower in transformers, under the names that they have there.
-VISION_BOUNDS = {
-    **dict.fromkeys(("depth", "num_hidden_layers"), LAYERS),
-    **dict.fromkeys(("embed_dim", "hidden_size", "out_hidden_size", "intermediate_size", "projection_dim"), WIDTH),
-    **dict.fromkeys(("num_heads", "num_attention_heads"), WIDTH),
-    **dict.fromkeys(("in_channels", "num_channels", "temporal_patch_size", "spatial_merge_size"), SMALL),
-    "mlp_ratio": (1 / 64, 64),
-    "patch_size": (1, 1024),
-    "image_size": (1, 2**14),
-    "window_size": (1, 2**20),
-    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps", "attention_dropout"), SHARE),
-    "initializer_range": (0, 1e4),
+
+
+def _bounds(low: float, high: float, names: str) -> dict[str, tuple[float, float]]:
+    return dict.fromkeys(names.split(), (low, high))
+
+
+# From the least to the greatest value that makes sense, far beyond any model that there is: of all our configurations,
+# and of any vision tower in transformers.
+BOUNDS = {
+    **_bounds(1, 1024, "depth num_hidden_layers patch_size"),
+    **_bounds(1, 2**20, "hidden_size intermediate_size embed_dim out_hidden_size projection_dim head_dim window_size"),
+    **_bounds(1, 2**20, "num_attention_heads num_key_value_heads num_heads n_groups chunk_size"),
+    **_bounds(1, 2**24, "vocab_size"),
+    **_bounds(1, 2**40, "max_position_embeddings sliding_window"),
+    **_bounds(0, 2**40, "max_window_layers"),
+    **_bounds(1, 2**14, "state_size image_size"),
+    **_bounds(1, 64, "expand in_channels num_channels temporal_patch_size spatial_merge_size"),
+    **_bounds(2, 64, "conv_kernel"),
+    **_bounds(1 / 64, 64, "mlp_ratio"),
+    **_bounds(0, 1, "rms_norm_eps layer_norm_eps layer_norm_epsilon attention_dropout time_step_floor"),
+    **_bounds(1e-30, 1e4, "time_step_min time_step_max A_init_bounds image_std"),
+    **_bounds(0, 1e4, "initializer_range"),
+    **_bounds(0, float("inf"), "time_step_limit"),
+    **_bounds(-1e4, 1e4, "image_mean"),
 }
-PIXEL_BOUNDS = {"image_mean": (-1e4, 1e4), "image_std": POSITIVE, "initializer_range": (0, 1e4)}
 
 
-def check_bounds(config: PreTrainedConfig, bounds: Mapping[str, tuple[float, float]], where: str = "") -> None:
-    """Raises ValueError for the first of the values (or of the numbers in it) that is not from low to high.
+def check_bounds(config: PreTrainedConfig, where: str = "") -> None:
+    """Raises ValueError for the first of the values (or of the numbers in it) that is not within `BOUNDS`, and for a
+    base of the rotary frequencies from which none can be computed.
 
     A value that is None, or that the configuration does not have, is not looked at; `where` stands before its name.
     """
-    for name, (low, high) in bounds.items():
+    for name, (low, high) in BOUNDS.items():
         value = getattr(config, name, None)
         for number in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not low <= number <= high:
                 raise ValueError(f"{where}{name} is {value!r:.80}; it must be a number from {low:g} to {high:g}.")
+    rope = getattr(config, "rope_parameters", None)
+    theta = rope.get("rope_theta", 1.0) if isinstance(rope, dict) else 1.0
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 1 <= theta <= 1e15:
+        raise ValueError(f"{where}rope_parameters['rope_theta'] is {theta!r:.80}; it must be from 1 to 1e15.")
 
 
 def check_pair(config: PreTrainedConfig, name: str) -> None:
@@ -106,19 +89,10 @@ def check_pair(config: PreTrainedConfig, name: str) -> None:
         raise ValueError(f"{name} is {value!r:.80}; it must be two numbers of float32, the least and the greatest.")
 
 
-def check_rope(config: PreTrainedConfig, where: str = "") -> None:
-    """Raises ValueError for a base of the rotary frequencies from which none can be computed."""
-    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 1.0)
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 1 <= theta <= 1e15:
-        raise ValueError(f"{where}rope_parameters['rope_theta'] is {theta!r:.80}; it must be from 1 to 1e15.")
-
-
 def check_pixels(config: PreTrainedConfig) -> None:
     """Raises ValueError unless the vision tower can be built, and mean and deviation are those of its channels."""
-    vision = config.vision_config
-    check_bounds(config, PIXEL_BOUNDS)
-    check_bounds(vision, VISION_BOUNDS, "vision_config.")
-    check_rope(vision, "vision_config.")
+    check_bounds(config)
+    check_bounds(config.vision_config, "vision_config.")
     for name in ("image_mean", "image_std"):
         if len(value := getattr(config, name)) != 3:
             raise ValueError(f"{name} is {value!r:.80}; it must be three numbers, one for each colour.")
@@ -155,7 +129,7 @@ class VambaMamba2Config(PreTrainedConfig):
     norm_backend: str = "auto"
 
     def validate_bounds(self):
-        check_bounds(self, MIXER_BOUNDS)
+        check_bounds(self)
         check_pair(self, "time_step_limit")
         check_pair(self, "A_init_bounds")
         for name, known in BACKENDS.items():
@@ -202,12 +176,11 @@ class VambaTextConfig(Qwen2VLTextConfig):
     cross_attn_use_position_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        check_bounds(self, TEXT_BOUNDS)  # at once, as a list of the layers' types is made next
+        check_bounds(self)  # at once, as a list of the layers' types is made next
         super().__post_init__(**kwargs)
 
     def validate_bounds(self):
-        check_bounds(self, TEXT_BOUNDS)
-        check_rope(self)
+        check_bounds(self)
 
 
 @strict

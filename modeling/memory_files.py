@@ -247,20 +247,27 @@ def checked_device(device: str | torch.device) -> torch.device:
     """`device` as PyTorch's. Raises ValueError where there is no such device, or it holds no numbers."""
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).cpu()
+        if found.type == "cpu" and found.index:
+            raise ValueError("there is one CPU")
+        return found
     except Exception as error:  # of many kinds, by the device
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"device {device!r:.80} cannot be used ({reason}); give 'cpu' or e.g. 'cuda:0'.") from error
-    if found.type == "meta":
-        raise ValueError("device 'meta' holds no numbers; give 'cpu' or e.g. 'cuda:0'.")
-    return found
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise ValueError(
+            f"device={device!r:.80} cannot be used here ({reason}); give 'cpu' or e.g. 'cuda:0'."
+        ) from error
 
 
-@contextmanager
-def whole_memory(path: str | os.PathLike) -> Iterator[None]:
-    """Makes whatever is raised by a file that has a right checksum and yet makes no memory a ValueError."""
+def load_memory(kind: Any, path: str | os.PathLike, form: str, device: str | torch.device) -> Any:
+    """A memory of the class `kind` from a file. Raises what `read_memory` does, and ValueError for a file that has a
+    right checksum and yet makes no memory."""
+    tensors, header = read_memory(path, form, device)
     try:
-        yield
+        memory = kind._from_tensors(tensors, header)
+        found, about = memory._contents()  # what is missing or left over shows here
+        require("the list of tensors", sorted(found.keys() ^ tensors.keys()), found.keys() == tensors.keys())
+        require("the header", header, about == header)
+        return memory
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{os.fsdecode(path)!r} does not hold a whole memory ({reason}); encode it again.") from error

@@ -26,9 +26,8 @@ from .memory_files import (
     checked_device,
     describe,
     is_count,
-    read_memory,
+    load_memory,
     require,
-    whole_memory,
     write_memory,
 )
 
@@ -293,13 +292,7 @@ class StateMemory(Cache):
         Raises:
             FileNotFoundError: no such file. ValueError: the file is not such a memory, or is damaged in any byte.
         """
-        tensors, header = read_memory(path, FORMAT, device)
-        with whole_memory(path):
-            memory = cls._from_tensors(tensors, header)
-            found, about = memory._contents()  # what is missing or left over shows here
-            require("the list of tensors", sorted(found.keys() ^ tensors.keys()), found.keys() == tensors.keys())
-            require("the header", header, about == header)
-        return memory
+        return load_memory(cls, path, FORMAT, device)
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "StateMemory":

@@ -29,9 +29,8 @@ from .memory_files import (
     checked_device,
     describe,
     is_count,
-    read_memory,
+    load_memory,
     require,
-    whole_memory,
     write_memory,
 )
 from .video_levels import DTYPES, FP8, LevelStore, VideoLevel, check_level
@@ -476,13 +475,7 @@ class VideoMemory(Cache):
         Raises:
             FileNotFoundError: no such file. ValueError: the file is not a video memory, or is damaged in any byte.
         """
-        tensors, header = read_memory(path, FORMAT, device)
-        with whole_memory(path):
-            memory = cls._from_tensors(tensors, header)
-            found, about = memory._contents()  # what is missing or left over shows here
-            require("the list of tensors", sorted(found.keys() ^ tensors.keys()), found.keys() == tensors.keys())
-            require("the header", header, about == header)
-        return memory
+        return load_memory(cls, path, FORMAT, device)
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> "VideoMemory":

@@ -4,7 +4,7 @@ What is unusual: children are forked from a process that has imported everything
 (multiprocessing's forkserver), so that each takes milliseconds. A moment is either a time, or a number of file
 operations after which the child kills itself: the latter reaches every state that the disk can be in.
 
-`VAMBA_KILLS` in the environment says how many moments `moments` and `steps` draw (default 3). The function and its
+`VAMBA_KILLS` in the environment says how many moments `moments` and `steps` draw (default 1). The function and its
 arguments must be picklable: define it at the top of a test module.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
-KILLS = int(os.environ.get("VAMBA_KILLS", "3"))
+KILLS = int(os.environ.get("VAMBA_KILLS", "1"))
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree"}
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(

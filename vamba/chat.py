@@ -23,6 +23,7 @@ from .loading import check_generation, load_config, load_model, load_processor, 
 from .modeling import StateMemory, VideoMemory
 from .modeling.graphed_decoding import GraphedDecoding
 from .modeling.media import default_chunk_frames, load_ahead
+from .modeling.memory_files import checked_device
 from .video import read_ahead
 
 
@@ -272,25 +273,6 @@ def _setting(generate_kwargs: dict, name: str) -> Any:
     return getattr(generate_kwargs.get("generation_config"), name, None) if value is None else value
 
 
-def check_device(device: str | torch.device | None) -> None:
-    """Raises UserError unless a tensor can be made on `device` and read back, or it is None."""
-    if device is None:
-        return
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise UserError(f"{device=} is no device of PyTorch; give 'cpu' or e.g. 'cuda:0'.") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"There is no CUDA device for {device=}; leave it out or use 'cpu'.")
-    if chosen.type == "cpu" and chosen.index:
-        raise UserError(f"There is one CPU, not that of {device=}; use 'cpu'.")
-    try:
-        torch.zeros(1, device=chosen).cpu()
-    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError …, as the backend has it
-        reason = reason_of(error).split(". ")[0][:200]
-        raise UserError(f"There is no device for {device=} here ({reason}); leave it out or use 'cpu'.") from error
-
-
 def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> VideoChat:
     """A `VideoChat` from a checkpoint folder or Hub id, on `device` or wherever accelerate puts it.
 
@@ -299,7 +281,11 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
     Raises:
         UserError: no Vamba checkpoint at `path`, something in it is damaged or missing, or there is no such device.
     """
-    check_device(device)
+    if device is not None:
+        try:
+            checked_device(device)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not isinstance(named, torch.dtype):
         raise UserError(f"dtype is {dtype!r:.80}; give 'auto', 'float32', 'bfloat16' or 'float16'.")

@@ -47,6 +47,7 @@ GENERATION_BOUNDS = {
 }
 WHOLE = {name for name, bounds in GENERATION_BOUNDS.items() if bounds[1] == 2**24}
 SPECIAL_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SWITCHES = ("do_sample", "use_cache", "output_scores", "output_hidden_states", "return_dict_in_generate")
 
 
@@ -93,7 +94,7 @@ def check_consistency(config: PreTrainedConfig) -> None:
     if heads := getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None):
         check_divides("its number of heads", heads, f"vision_config.{width}", getattr(vision, width))
     check_token_ids(config, SPECIAL_IDS, text.vocab_size)
-    check_token_ids(text, ("bos_token_id", "eos_token_id", "pad_token_id"), text.vocab_size)
+    check_token_ids(text, TEXT_IDS, text.vocab_size)
     if config.model_type == "vamba":
         check_divides("num_attention_heads", text.num_attention_heads, "hidden_size", text.hidden_size)
         check_divides("num_key_value_heads", text.num_key_value_heads, "num_attention_heads", text.num_attention_heads)
@@ -119,16 +120,16 @@ def check_rope_sections(config: PreTrainedConfig) -> None:
         )
 
 
-def check_token_ids(config: PreTrainedConfig, names: tuple[str, ...], vocab_size: int) -> None:
+def check_token_ids(config: Any, names: tuple[str, ...], vocab_size: int, least: int = -1) -> None:
     """Raises ValueError for an id of a token beyond the vocabulary, unless it was just not said for a small one; -1 is
     the field's word for none."""
     for name in names:
-        value = getattr(config, name)
-        if value == getattr(type(config), name):
+        value = getattr(config, name, None)
+        if value is None or value == getattr(type(config), name, None):
             continue
-        for token in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
-            if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < vocab_size:
-                raise ValueError(f"{name} is {value!r:.80}; it must be from 0 to {vocab_size - 1} (vocab_size - 1).")
+        for token in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(token, bool) or not isinstance(token, int) or not least <= token < vocab_size:
+                raise ValueError(f"{name} is {value!r:.80}; it must be from 0 to {vocab_size - 1} (vocab_size - 1)")
 
 
 def skeleton(config: PreTrainedConfig, where: str = "config.json") -> PreTrainedModel:
@@ -260,13 +261,9 @@ def check_generation(generation: GenerationConfig | SimpleNamespace, vocab_size:
     for name in SWITCHES:
         if (value := getattr(generation, name, None)) not in (None, False, True):
             raise ValueError(f"{name} is {value!r:.80}; it must be true or false")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        value = getattr(generation, name, None)
-        if torch.is_tensor(value):
-            value = value.tolist()
-        for token in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise ValueError(f"{name} is {value!r:.80}; it must be from 0 to {vocab_size - 1}")
+    ids = {name: getattr(generation, name, None) for name in (*TEXT_IDS, "decoder_start_token_id")}
+    ids = {name: value.tolist() if torch.is_tensor(value) else value for name, value in ids.items()}
+    check_token_ids(SimpleNamespace(**ids), tuple(ids), vocab_size, least=0)
 
 
 def load_processor(path: str | os.PathLike, config: PreTrainedConfig) -> ProcessorMixin:

@@ -68,3 +68,8 @@ def test_a_text_that_grows_with_the_messages_passes():
 def test_other_errors_are_left_to_transformers():
     for template in ("{{ raise_exception('roles') }}", "{{ 1 / 0 }}", "{% if %}", "{{ x.y.z }}"):
         check_rendering(template, [MESSAGES], {})
+
+
+def test_large_numbers_may_be_written():
+    """It is only how long something is to be that is bounded."""
+    check_rendering("{{ 1763761239 | tojson }}{{ 1003520 | int }}{{ 123456.5 | round(2) }}", [MESSAGES], {})

@@ -72,7 +72,7 @@ def test_other_files_are_refused_by_name(tmp_path):
             read_memory(tmp_path / name, "kind.2")
     with pytest.raises(FileNotFoundError, match="no memory at .*nowhere"):
         read_memory(tmp_path / "nowhere", "kind.1")
-    with pytest.raises(ValueError, match="device 'tpu' cannot be used"):
+    with pytest.raises(ValueError, match="device='tpu' cannot be used"):
         read_memory(tmp_path / "m", "kind.1", "tpu")
 
 
@@ -190,7 +190,7 @@ def test_without_room_the_older_file_stays(tmp_path, size):
 
 def test_names_that_no_file_can_have(tmp_path):
     for path in (tmp_path / "no" / "m", tmp_path / ("x" * 300), tmp_path, tmp_path / os.fsdecode(b"\xff")):
-        with pytest.raises(OSError) as caught:
+        with pytest.raises((OSError, ValueError)) as caught:
             write_memory(path, "kind.1", {}, {})
         assert str(tmp_path) in str(caught.value)
 

@@ -8,7 +8,6 @@ it is opened anew for each, so there is no handle that processes would share.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,9 +21,7 @@ from .conversations import ExampleError
 
 
 LONGEST = 2**28  # bytes of one line
-BLOCK = 2**24
-_WHITE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
-_FILLED = re.compile(r"[^ \t\n\r]")
+_BETWEEN = re.compile(r"[ \t\n\r,]*")  # what stands between the examples of a list
 
 
 class JsonRows:
@@ -54,15 +51,8 @@ def walk(files: Sequence[str]) -> Iterator[dict[str, Any]]:
         if _is_list(path):
             listed = _JsonFile(path)
             yield from map(listed.read, range(len(listed)))
-            continue
-        number = 0
-        with open(path, "rb") as file:
-            while line := file.readline(LONGEST + 1):
-                number += 1
-                if not line.isspace():
-                    yield {"name": f"{path.name} line {number}", "text": None if len(line) > LONGEST else line}
-                while len(line) > LONGEST and not line.endswith(b"\n"):
-                    line = file.readline(LONGEST + 1) or b"\n"
+        else:
+            yield from ({"name": f"{path.name} line {number}", "text": text} for number, _, text in _lines(path))
 
 
 def parse(name: str, text: bytes | None) -> dict[str, Any]:
@@ -92,12 +82,15 @@ class _JsonFile:
     """Where the examples of one file begin, and its end; `numbers` of their lines where some are blank."""
 
     def __init__(self, path: Path):
-        self.path, self.numbers = path, None
-        self.listed = _is_list(path)
+        self.path, self.numbers, self.listed = path, None, _is_list(path)
         if self.listed:
             self.starts = _list_starts(path)
-        else:
-            self.starts, self.numbers = _line_starts(path)
+            return
+        places = ((number, start) for number, start, _ in _lines(path))
+        numbers, starts = np.fromiter(places, np.dtype((np.uint64, 2))).T
+        self.starts = np.append(starts, np.uint64(path.stat().st_size))
+        if len(numbers) and numbers[-1] != len(numbers):
+            self.numbers = numbers.copy()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -114,27 +107,17 @@ class _JsonFile:
         return {"name": name, "text": text}
 
 
-def _line_starts(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Where lines that are not blank begin, with the end of the file; and their numbers where some are blank."""
-    starts: list[np.ndarray] = []
-    numbers: list[np.ndarray] = []
-    lines, offset, inside = 0, 0, False
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes | None]]:
+    """Number, first byte and text of each line that is not blank; None for the text of one that is too long."""
+    number = start = 0
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            if not block.endswith(b"\n"):
-                block += file.readline(LONGEST)
-            data = np.frombuffer(block, np.uint8)
-            begins: np.ndarray = np.flatnonzero(data[:-1] == ord("\n")) + 1
-            begins = begins if inside else np.concatenate([[0], begins])  # inside: of a line that is too long
-            ends: np.ndarray = np.append(begins[1:], len(block))
-            filled: np.ndarray = np.ones(len(begins), bool)
-            for index in np.flatnonzero(_WHITE[data[begins]]):
-                filled[index] = not block[begins[index] : ends[index]].isspace()
-            starts.append(begins[filled].astype(np.uint64) + np.uint64(offset))
-            numbers.append((np.flatnonzero(filled) + lines + 1).astype(np.uint64))
-            lines, offset, inside = lines + len(begins), offset + len(block), not block.endswith(b"\n")
-    found = np.concatenate([*starts, np.array([offset], np.uint64)])
-    return found, None if len(found) == lines + 1 else np.concatenate([*numbers, np.empty(0, np.uint64)])
+        while line := file.readline(LONGEST + 1):
+            number += 1
+            if not line.isspace():
+                yield number, start, None if len(line) > LONGEST else line
+            while len(line) > LONGEST and not line.endswith(b"\n"):
+                line = file.readline(LONGEST + 1)
+            start = file.tell()
 
 
 def _is_list(path: Path) -> bool:
@@ -151,48 +134,30 @@ def _is_list(path: Path) -> bool:
             return True
         more = b"\n"
         while more.isspace():
-            more = file.readline(BLOCK)
+            more = file.readline(LONGEST)
         return not more
 
 
 def _list_starts(path: Path) -> np.ndarray:
     """Where the examples of a list begin, and the end of the file."""
-    text = _decoded(path)
-    decoder = json.JSONDecoder(parse_int=str)  # numbers of any length; what is wrong within an example comes later
-    place = _after_blanks(text, 0) + 1
-    offset, counted = os.path.getsize(path) - len(text.encode()), 0  # at first, the mark of UTF-8
-    starts: list[int] = []
+    content = path.read_bytes()
+    # what is wrong within an example, numbers of any length included, comes later
+    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: None, parse_int=str)
     try:
-        place = _after_blanks(text, place)
-        while text[place : place + 1] != "]" or starts:
-            offset, counted = offset + len(text[counted:place].encode()), place
-            starts.append(offset)
-            place = _after_blanks(text, decoder.raw_decode(text, place)[1])
-            if text[place : place + 1] == "]":
-                break
-            if text[place : place + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
-            place = _after_blanks(text, place + 1)
-        if rest := text[place + 1 :].strip(" \t\n\r"):
-            raise json.JSONDecodeError("Extra data", text, text.index(rest, place + 1))
+        count = len(decoder.decode(content.decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 from byte {error.start} on.") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{path} is no whole list of examples: {error.msg} at {where}.") from error
     except RecursionError as error:
-        raise UserError(f"{path}: example {len(starts)} of the list is nested too deeply.") from error
-    return np.array([*starts, os.path.getsize(path)], np.uint64)
-
-
-def _decoded(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 from byte {error.start} on.") from error
-
-
-def _after_blanks(text: str, place: int) -> int:
-    found = _FILLED.search(text, place)
-    return found.start() if found else len(text)
+        raise UserError(f"{path}: an example of the list is nested too deeply.") from error
+    text = content.decode("latin-1")  # in which each byte is a character
+    starts, end = [], text.index("[") + 1
+    for _ in range(count):
+        starts.append(end + len(_BETWEEN.findall(text, end)[0]))
+        end = decoder.raw_decode(text, starts[-1])[1]
+    return np.array([*starts, len(content)], np.uint64)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

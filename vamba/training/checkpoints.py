@@ -66,8 +66,9 @@ def find_checkpoint(output_dir: str, resume: bool) -> Path | None:
     return None
 
 
-def remove_leftovers(output_dir: str) -> None:
-    """Deletes what a run that was killed has left beside whole folders of the same name."""
+def remove_leftovers(output_dir: str, checkpoint: Path | None = None, limit: int | None = None) -> None:
+    """Deletes what a run that was killed has left beside whole folders of the same name, and the checkpoints that it
+    had no time to delete before it goes on from `checkpoint`."""
     output = Path(output_dir)
     shutil.rmtree(output / STAGING, ignore_errors=True)
     for path in [*_checkpoints(output), output / FINAL]:
@@ -76,6 +77,8 @@ def remove_leftovers(output_dir: str) -> None:
     result, unfinished = _result(output), _state(output / UNFINISHED)
     if result is not None and (unfinished is None or unfinished.global_step <= result.global_step):
         shutil.rmtree(output / UNFINISHED, ignore_errors=True)
+    if checkpoint is not None:
+        rotate(output, limit, _step(checkpoint))
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:

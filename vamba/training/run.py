@@ -66,7 +66,7 @@ def finetune(
     arguments, checkpoint = prepared.recipe.training, prepared.checkpoint
     output = arguments.output_dir
     state = agreed(lambda: finished_state(output, checkpoint, arguments.max_steps), decided_by_main=True)
-    agreed(lambda: remove_leftovers(output), decided_by_main=True)
+    agreed(lambda: remove_leftovers(output, checkpoint, arguments.save_total_limit), decided_by_main=True)
     if state is not None:
         final = Path(output) / FINAL
         if arguments.should_save:

@@ -25,8 +25,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n  \t\n"])
-def test_a_broken_line_is_named_and_the_others_are_there(end, streaming, tmp_path, monkeypatch):
-    monkeypatch.setattr(json_rows, "BLOCK", 100)
+def test_a_broken_line_is_named_and_the_others_are_there(end, streaming, tmp_path):
     path = tmp_path / "data.jsonl"
     good = [b'{"id": "%d"}' % n for n in range(5)]
     path.write_bytes(b"\xef\xbb\xbf" + end.join([*good, *BROKEN, *good, b'{"id": "last", "fps": NaN, "n": 1e999}']))
@@ -39,7 +38,6 @@ def test_a_broken_line_is_named_and_the_others_are_there(end, streaming, tmp_pat
 
 def test_a_line_without_end_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "LONGEST", 1000)
-    monkeypatch.setattr(json_rows, "BLOCK", 300)
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"id": 1}\n{"id": "' + b"x" * 5000 + b'"}\n{"id": 3}')
     for streaming in (False, True):
@@ -47,8 +45,7 @@ def test_a_line_without_end_is_not_read(tmp_path, monkeypatch):
         assert (one["id"], three["id"]) == (1, 3) and "data.jsonl line 2: it is longer than" in f"{two}"
 
 
-def test_where_lines_begin_takes_eight_bytes_a_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_rows, "BLOCK", 1000)
+def test_where_lines_begin_takes_eight_bytes_a_line(tmp_path):
     texts = ["x" * int(n) for n in np.random.default_rng(0).integers(0, 300, 2000)]
     (tmp_path / "a.jsonl").write_text("".join(f'{{"n": {n}, "text": "{text}"}}\n' for n, text in enumerate(texts)))
     (tmp_path / "b.json").write_text('[{"n": 2000}, \n{"n": 2001, "l": [1, ["é"]]} ,\n 5, {"n": 2003}]\n', "utf-8")
@@ -67,10 +64,10 @@ def test_where_lines_begin_takes_eight_bytes_a_line(tmp_path, monkeypatch):
     [
         (b'[{"id": 1},\n {"id"', r"no whole list of examples: Expecting ':' delimiter at line 2 column 7"),
         (b"[", "no whole list of examples: Expecting value at line 1 column 2"),
-        (b'[{"id": 1} {}]', r"Expecting ',' or '\]' at line 1 column 12"),
+        (b'[{"id": 1} {}]', "Expecting ',' delimiter at line 1 column 12"),
         (b'[\n{"id": 1}]\nx', "Extra data at line 3 column 1"),
         (b'[\n{"id": "\xff"}]', "not UTF-8 from byte 10 on"),
-        (b'[{"a": ' + b"[" * 100_000, "example 1 of the list is nested too deeply"),
+        (b'[{"a": ' + b"[" * 100_000, "an example of the list is nested too deeply"),
         (b"[]", "holds no example"),
         (b"", "holds no example"),
         (b"\n \n", "holds no example"),

@@ -8,8 +8,15 @@ import time
 
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vamba.data import ABOUT, Collator, ConversationEncoder, ExampleError, Mixture, Position, Source, TrainingStream
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """torch looks every 5 seconds whether its workers live; here it looks sooner."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
 
 
 class Hostile(ConversationEncoder):
@@ -46,7 +53,7 @@ def test_a_worker_that_dies_of_an_example(processor, dataset):
     stream = make_stream(processor, dataset)
     position, found = Position(stream, 2), []
     for batch in stream.loader(2, prefetch_factor=4):  # so both are met before a first batch comes, one after the other
-        time.sleep(0.2)  # where nothing is raised, as it would be in the middle of a step, when a worker dies
+        time.sleep(0.1)  # where nothing is raised, as it would be in the middle of a step, when a worker dies
         found.append(batch)
         position.advance(batch[ABOUT])
         if len(found) == 6:

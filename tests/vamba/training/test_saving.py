@@ -110,16 +110,15 @@ def test_a_finished_run_says_so_whatever_is_beside_it(checkpoints, values, tmp_p
     if checkpoints == "a damaged one":
         (output / "checkpoint-1" / "optimizer.pt").unlink()
     (output / "final.unfinished").mkdir()  # as of a run that was killed while it deleted what was there before
-    for _ in range(2):
-        found = run(values, resume=True)
-        assert not found.trained and (found.steps, found.losses) == (1, expected.losses)
-        assert not (output / "final.unfinished").exists()
+    found = run(values, resume=True)
+    assert not found.trained and (found.steps, found.losses) == (1, expected.losses)
+    assert not (output / "final.unfinished").exists()
     with pytest.raises(RecipeError, match="which holds"):
         run(values)
     if checkpoints == "one":
         assert run(values, resume=True, max_steps=2).steps == 2
         (output / "final" / "trainer_state.json").write_text("{")  # as if it were not whole: it is made anew
-        assert run(values, resume=True, max_steps=2).trained and run(values, resume=True, max_steps=2).steps == 2
+        assert run(values, resume=True, max_steps=2).trained
     else:
         with pytest.raises(RecipeError, match="a trained model of 1 of 2 steps, and no checkpoint to go on from"):
             run(values, resume=True, max_steps=2)

@@ -169,7 +169,7 @@ def server(clip):
 
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         http.asked = []
-        thread = threading.Thread(target=http.serve_forever, daemon=True)
+        thread = threading.Thread(target=http.serve_forever, args=[0.01], daemon=True)
         thread.start()
         yield http
         http.shutdown()

@@ -86,6 +86,10 @@ class VambaProcessor(Qwen2VLProcessor):
 
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
+        if tokenizer is not None and not tokenizer("What?", add_special_tokens=False)["input_ids"]:
+            raise ValueError(
+                "There is no tokenizer, only one of no files that knows no words; put the tokenizer's beside it"
+            )
         self.vision_start_token, self.vision_end_token = "<|vision_start|>", "<|vision_end|>"
         self.vision_start_token_id = tokenizer.convert_tokens_to_ids(self.vision_start_token)
         start, image, video = map(re.escape, (self.vision_start_token, self.image_token, self.video_token))

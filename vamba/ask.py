@@ -36,9 +36,12 @@ def run(args: argparse.Namespace) -> None:
     from .chat import MEMORIES, load_chat
     from .modeling.memory_files import check_memory_path
 
-    if args.save_memory:  # before anything is watched
-        with opening(args.save_memory):
-            check_memory_path(args.save_memory)
+    if args.save_memory is not None:  # before anything is watched
+        try:
+            with opening(args.save_memory):
+                check_memory_path(args.save_memory)
+        except ValueError as error:
+            raise UserError(f"--save-memory: {error}") from error
     reading = {name: value for name in READING if (value := getattr(args, name)) is not None}
     saved = args.video.endswith(".safetensors")
     if not saved:  # tell of a bad video before loading a large model
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(str(error)) from error
     else:
         watched = chat.watch(args.video, progress=not args.quiet, allow_urls=args.allow_urls, **reading)
-    if args.save_memory:
+    if args.save_memory is not None:
         with opening(args.save_memory):
             watched.save(args.save_memory)
     for question in args.questions:

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
 from .errors import UserError, VideoReadError, reason_of
@@ -30,6 +37,26 @@ from .video import read_ahead
 # What each kind of model remembers a video in.
 MEMORIES = {"vamba": VideoMemory, "video_ma2mba": StateMemory}
 MAX_QUESTION = 2**20  # characters
+
+
+# What `ask` tells `generate` by itself.
+OWN_ARGUMENTS = {
+    "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "mm_token_type_ids",
+    "return_dict_in_generate",
+}  # fmt: skip
+
+
+class FirstScoresAreNumbers(LogitsProcessor):
+    """Raises UserError if the first scores of an answer are NaN, as damaged weights or a narrow dtype make them."""
+
+    def __init__(self):
+        self.seen = False
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not self.seen and scores.isnan().any():
+            raise UserError("The model computes NaN: its weights are damaged, or dtype is too narrow for them.")
+        self.seen = True  # the others wait for no device
+        return scores
 
 
 class VideoChat:
@@ -156,6 +183,9 @@ class VideoChat:
         check_question(question)
         generate_kwargs = {name: value for name, value in generate_kwargs.items() if value is not None}
         self._check_generation(generate_kwargs)
+        if stream and "streamer" in generate_kwargs:
+            raise UserError("A streamer is given beside stream=True; leave one of them out.")
+        generate_kwargs["logits_processor"] = [*generate_kwargs.pop("logits_processor", ()), FirstScoresAreNumbers()]
         inputs = self._prompt(question)
         if _setting(generate_kwargs, "max_new_tokens") is None and _setting(generate_kwargs, "max_length") is None:
             generate_kwargs["max_new_tokens"] = 256
@@ -176,11 +206,13 @@ class VideoChat:
         if given is not None and not isinstance(given, GenerationConfig):
             raise UserError(f"generation_config is {given!r:.80}; give a GenerationConfig.")
         config = copy.deepcopy(self.model.generation_config if given is None else given)
+        if own := sorted(generate_kwargs.keys() & OWN_ARGUMENTS):
+            raise UserError(f"{', '.join(own)}: not for a question, as `ask` says it to `generate` by itself.")
         try:
             for name in ("stopping_criteria", "logits_processor"):
                 if not isinstance(generate_kwargs.get(name), (list, type(None))):
                     raise ValueError(f"{name} is {generate_kwargs[name]!r:.80}; it must be a list")
-            if not hasattr(generate_kwargs.get("streamer") or SimpleNamespace(put=None), "put"):
+            if not hasattr(generate_kwargs.get("streamer", SimpleNamespace(put=None)), "put"):
                 raise ValueError(f"streamer is {generate_kwargs['streamer']!r:.80}; it must have put and end")
             options = {name: value for name, value in generate_kwargs.items() if name != "generation_config"}
             vocab_size = self.model.config.get_text_config().vocab_size
@@ -210,10 +242,12 @@ class VideoChat:
         messages = [{"role": "user", "content": [*items, {"type": "text", "text": question}]}]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = self.processor.tokenizer(text, return_tensors="pt").to(self.model.device)
-        length, most = (
-            inputs["input_ids"].shape[1],
-            getattr(self.model.config.text_config, "max_position_embeddings", None),
-        )
+        length = inputs["input_ids"].shape[1]
+        most = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if length == 0:
+            raise UserError(
+                "The chat template makes nothing of a question; copy the chat_template.jinja of its origin."
+            )
         if most is not None and length > most:
             raise UserError(f"The question takes {length} tokens, and the model {most} at most; ask a shorter one.")
         return inputs

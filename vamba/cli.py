@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 
-from .errors import UserError
+from .errors import DISK_FULL, UserError
 
 
 # name -> (what it does, its module): `add_arguments(parser)`, and `run(args)`, which returns the exit code or None.
@@ -33,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     if unknown and "overrides" not in args:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.overrides = unknown  # `vamba finetune` takes every key of a recipe
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # an answer may have words that the terminal does not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = args.run(args) or 0
         sys.stdout.flush()
@@ -47,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             raise
         line = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno in DISK_FULL and not error.filename:  # where stdout leads
+            error = UserError(line)
         if isinstance(error, UserError):
             print(f"vamba: {line}", file=sys.stderr)
             return 2

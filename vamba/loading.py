@@ -276,9 +276,6 @@ def load_processor(path: str | os.PathLike, config: PreTrainedConfig) -> Process
     with opening(path), reading(where, " Copy the processor's and the tokenizer's files there."):
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
         words = processor.tokenizer.get_vocab()
-        own = set(processor.tokenizer.all_special_tokens) | set(processor.tokenizer.added_tokens_encoder)
-    if words.keys() <= own:  # transformers makes one of no words of no files
-        raise UserError(f"{path} holds no tokenizer; copy the tokenizer's files there.")
     text = config.get_text_config()
     if (largest := max(words.values())) >= text.vocab_size:
         raise UserError(
@@ -295,7 +292,12 @@ def load_processor(path: str | os.PathLike, config: PreTrainedConfig) -> Process
             _check_media_processor(getattr(processor, part), part, config)
     if processor.chat_template is not None:
         with reading(f"{path}: the chat template cannot be used"):
-            processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
+            content = [{"type": "video"}, {"type": "text", "text": "Hello"}]
+            text = processor.apply_chat_template([{"role": "user", "content": content}])
+            if not text.find("<|vision_start|>") < text.find("Hello") or "<|vision_start|>" not in text:
+                raise UserError(
+                    f"{path}: the chat template leaves out the video or the question; copy that of its origin."
+                )
     with reading(f"{path}: the tokenizer cannot be used"):
         processor.tokenizer.decode(processor.tokenizer("Hello")["input_ids"])
     return processor

@@ -71,8 +71,10 @@ class CheckpointReader:
         for name in dict.fromkeys(map(str, listed.values())):
             if Path(name).name != name or name not in listed.values():
                 raise CheckpointError(f"{self.index} names the file {name!r}, which is not in the folder itself.")
-            if not (self.folder / name).is_file():
-                raise CheckpointError(f"{self.index} names {name}, which is not there: the download is incomplete.")
+            if len(name) > 255 or not (self.folder / name).is_file():
+                raise CheckpointError(
+                    f"{self.index} names {name:.100}, which is not there: the download is incomplete."
+                )
         return listed
 
 

@@ -219,9 +219,24 @@ def test_what_is_no_question_is_refused(chat, clip, question):
 @pytest.mark.parametrize(
     "options",
     [{"max_new_tokens": n} for n in (0, -1, "x", 1.5)]
-    + [{"temperature": float("nan")}, {"generation_config": 5}, {"num_beams": 0}, {"streamer": 5}, {"no_option": 1}],
+    + [{"temperature": float("nan")}, {"generation_config": 5}, {"num_beams": 0}, {"streamer": 5}, {"no_option": 1}]
+    + [{"past_key_values": 5}, {"input_ids": 5}, {"return_dict_in_generate": True}, {"streamer": []}],
 )
 def test_what_generate_cannot_use_is_refused(chat, clip, options):
     chat.watch(clip, progress=False)
     with pytest.raises(ValueError, match=next(iter(options))):
         chat.ask("What?", **options)
+
+
+def test_weights_that_compute_nan_are_told(chat, clip):
+    chat.watch(clip, progress=False)
+    norm = chat.model.model.language_model.norm.weight
+    before = norm.detach().clone()
+    with torch.no_grad():
+        norm.fill_(float("inf"))
+    try:
+        with pytest.raises(ValueError, match="weights have changed|computes NaN"):
+            chat.ask("What?")
+    finally:
+        with torch.no_grad():
+            norm.copy_(before)

@@ -101,6 +101,8 @@ def test_mistakes_that_are_found_before_the_video_is_encoded(checkpoint, clip, t
     asking = ["ask", str(clip), "What?", "--model", str(checkpoint)]
     assert main([*asking, "--save-memory", str(tmp_path / "no" / "m.safetensors")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+    for name in ("", "x" * 245):
+        assert main([*asking, "--save-memory", name]) == 2
     assert main([*asking, "--save-memory", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "is a folder; give the name of a file" in error and "watching" not in error

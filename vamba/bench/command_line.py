@@ -1,9 +1,10 @@
 """The arguments of `vamba bench`."""
 
 import argparse
+import os
 
 from vamba.console import positive, quiet_transformers
-from vamba.errors import UserError, check_writable
+from vamba.errors import UserError, check_writable, opening
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +34,36 @@ def run(args: argparse.Namespace) -> int:
     from . import report
 
     if args.plot:
-        for path in report.plot(args.plot):
+        try:
+            with opening(args.plot):
+                if not os.path.isfile(args.plot):
+                    raise UserError(f"--plot {args.plot} is no file; give the table (CSV) of a report.")
+                paths = report.plot(args.plot)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"--plot {args.plot} is no table of `vamba bench` ({error}).") from error
+        for path in paths:
             print(path)
         return 0
     if args.model is None:
         raise UserError("--model is missing: give the folder of a Vamba checkpoint, or 7b for random weights.")
+    largest = {"frames": 2**20, "patches": 2**12, "chunk_frames": 2**16, "prompt_tokens": 2**20, "new_tokens": 2**16}
+    for name, most in largest.items():
+        given = getattr(args, name)
+        if (value := max(given) if isinstance(given, list) else given) > most:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at most {most}.")
+    if args.new_tokens < 2:
+        raise UserError("--new-tokens is 1; give at least 2, as the time of a token is that between two.")
     if args.out:
         check_writable(args.out)
+    from vamba.modeling.memory_files import checked_device
+
     from .measure import measure_all
+
+    if args.device is not None:
+        try:
+            checked_device(args.device)
+        except ValueError as error:
+            raise UserError(f"--device: {error}") from error
 
     quiet_transformers()
     results = measure_all(args)

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from vamba.errors import UserError, check_writable
+from vamba.loading import check_weights, load_config
 
 from .arguments import RecipeError
 
@@ -46,6 +48,10 @@ def find_checkpoint(output_dir: str, resume: bool) -> Path | None:
         check_writable(output)
     except (UserError, OSError) as error:
         raise RecipeError(f"output_dir: {error}") from error
+    if blocked := [path for path in output.glob("checkpoint-*") if not path.is_dir()]:
+        raise RecipeError(
+            f"output_dir is {output}, which holds a file {blocked[0].name}; accepted: a folder without it"
+        )
     if resume and _result(output):
         try:
             return last_checkpoint(output)
@@ -178,7 +184,19 @@ def _step(checkpoint: Path) -> int:
 
 def _result(output: Path) -> TrainerState | None:
     """The state that the trained model was left in, None if there is none or it is not whole."""
-    return _state(output / FINAL) if (output / FINAL / RECIPE_FILE).is_file() else None
+    final = output / FINAL
+    if not (final / RECIPE_FILE).is_file():
+        return None
+    try:
+        if (final / "config.json").is_file():
+            check_weights(final, load_config(final))
+        else:
+            with safe_open(final / "adapter_model.safetensors", framework="pt"):
+                pass
+    except (UserError, OSError, SafetensorError) as error:
+        logger.warning(f"{final} is not whole: {error}")
+        return None
+    return _state(final)
 
 
 def _state(folder: Path) -> TrainerState | None:

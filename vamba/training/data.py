@@ -81,9 +81,12 @@ def _make_encoder(recipe: Recipe, config: PreTrainedConfig, processor) -> Conver
         )
     dtype = str(config.dtype).split(".")[-1] if recipe.model.dtype == "auto" else recipe.model.dtype
     names = ("fps", "max_frames", "min_pixels", "max_pixels", "max_video_tokens", "max_length", "allow_urls")
+    options = {name: getattr(data, name) for name in names}
+    if options["max_length"] is None:  # a text that no position is left for could only end the run
+        options["max_length"] = getattr(config.text_config, "max_position_embeddings", None)
     return ConversationEncoder(
         processor,
-        **{name: getattr(data, name) for name in names},
+        **options,
         pixel_dtype=torch.bfloat16 if dtype == "bfloat16" and recipe.training.bf16 else None,
     )
 

@@ -87,6 +87,10 @@ def _finish(folder: Path, recipe: Recipe, processor) -> None:
     """Adapters merged, the processor as it was used, the card, and the recipe that made it all."""
     unset_hf_deepspeed_config()  # models that this process alone makes from here on are whole
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, of use to Trainer's own checkpoints only
+    base = recipe.model.model_name_or_path
+    if recipe.model.use_lora and os.path.isabs(base):  # of which PEFT's card would tell where it lies on this machine
+        card = folder / "README.md"
+        card.write_text(card.read_text(encoding="utf-8").replace(base, Path(base).name), encoding="utf-8")
     if recipe.model.use_lora and recipe.model.lora_merge:
         _merge(folder, recipe)
     data, video = recipe.data, processor.video_processor

@@ -230,9 +230,9 @@ class VambaTrainer(Trainer):
         except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, as it comes
             if not is_disk_full(error, output):
                 raise
-            raise DiskFullError(
-                f"{final.name} could not be written ({error}); the earlier checkpoints in {output} are whole"
-            ) from error
+            kept = any(output.glob("checkpoint-*"))
+            rest = f"the earlier checkpoints in {output} are whole" if kept else f"{output} holds no earlier one"
+            raise DiskFullError(f"{final.name} could not be written ({error}); {rest}") from error
         finally:
             if self.args.should_save:
                 shutil.rmtree(self._staging, ignore_errors=True)

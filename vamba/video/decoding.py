@@ -9,6 +9,7 @@ are counted and passed over.
 import io
 import math
 import os
+import struct
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 from vamba.errors import VideoReadError
 from vamba.modeling.media_limits import MAX_AREA, MEMORY_VARIABLE, media_memory
 
-from .pictures import REFERENCES, ArrayClip, VideoInfo, check_decoding, few_at_once, to_rgb
+from .pictures import PNG_MARK, REFERENCES, ArrayClip, VideoInfo, check_decoding, few_at_once, to_rgb
 from .pyav_versions import frame_duration, is_cover_art, key_frame_index, quarter_turns
 from .selection import MAX_GAP, PresentationClock
 
@@ -35,6 +36,10 @@ NO_SIZE = (
     f"{MEMORY_VARIABLE}"
 )
 ANIMATED_WEBP = "FFmpeg reads no animated WebP; convert it, for example to MP4, or give its pictures one by one"
+# Decoders that unpack what stands beside the picture. Only this module calls them, after a look at what they get, and
+# not FFmpeg when it looks into a file that is opened.
+UNPACKING, MOST_PACKED = ("png", "apng"), 2**17  # bytes, which may become a thousand times as many
+_CODECS = ",".join(sorted(av.codecs_available - {*UNPACKING}))
 NO_FRAMES = "not one frame of the video stream could be decoded; the file is damaged"
 
 
@@ -76,7 +81,8 @@ def _open_container(source):
             source = io.BytesIO(source)
         else:
             source.seek(0)
-        return av.open(source, options=options | _bounds(), metadata_errors="replace", timeout=timeout)
+        options |= _bounds() | {"codec_whitelist": _CODECS}
+        return av.open(source, options=options, metadata_errors="replace", timeout=timeout)
     except (OSError, ValueError, FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, ExitError):
@@ -116,6 +122,8 @@ class PyavStream:
                 webp = "webp" in self.container.format.name
                 raise VideoReadError(ANIMATED_WEBP if webp else NO_SIZE)
             picture = check_decoding(context.width, context.height, context.format)
+            if _is_packed_bomb(context.name, context.extradata or b""):
+                raise VideoReadError(f"it holds more than {MOST_PACKED} bytes of packed metadata; remove them")
             context.thread_type = "AUTO"
             context.thread_count = _threads(self._threads, picture)
             context.options = _bounds()
@@ -223,6 +231,9 @@ class PyavStream:
         try:
             if packet is None:
                 return self.stream.codec_context.decode(None)
+            if _is_packed_bomb(self.stream.codec_context.name, packet):
+                self.lost += 1
+                return []
             self._spare(packet)
             return packet.decode()
         except FFmpegError:
@@ -292,6 +303,19 @@ class PyavStream:
         except (FFmpegError, ValueError):
             self.lost += 1
             return None
+
+
+def _is_packed_bomb(codec, data):
+    """Whether a PNG brings more packed metadata than any needs, which FFmpeg would unpack whatever it takes."""
+    if codec not in UNPACKING:
+        return False
+    data, packed = bytes(data), 0
+    place = len(PNG_MARK) if data.startswith(PNG_MARK) else 0
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        packed += length if kind in (b"iCCP", b"zTXt", b"iTXt") else 0
+        place += 12 + length
+    return packed > MOST_PACKED
 
 
 def _bounds():

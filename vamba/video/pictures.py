@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -24,6 +25,7 @@ from vamba.modeling.media_limits import MAX_AREA, MAX_SIDE, check_memory, media_
 from .pyav_versions import quarter_turns, reformat
 
 
+PNG_MARK = b"\x89PNG\r\n\x1a\n"  # the first bytes of each
 REFERENCES = 5  # pictures that a decoder keeps, besides two for each of its threads
 PROCESSED = 6  # bytes per pixel of a finished frame while it is made and put into a chunk
 
@@ -165,6 +167,14 @@ class StillClip(ArrayClip):
     def array(self, picture):
         still = self._stills[picture]
         return still if isinstance(still, np.ndarray) else np.asarray(open_image(still, over_white=True))
+
+
+def is_still_png(source):
+    """Whether a file or bytes are a PNG that is not animated, which FFmpeg tells nothing of before it decodes it."""
+    if isinstance(source, Path):
+        with open(source, "rb") as file:
+            source = file.read(2**16)
+    return isinstance(source, bytes) and source.startswith(PNG_MARK) and b"acTL" not in source[: 2**16]
 
 
 def images_of_folder(folder):

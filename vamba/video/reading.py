@@ -21,7 +21,15 @@ from vamba.errors import VideoReadError
 from vamba.modeling.media_limits import check_memory, check_regular_file, describe, is_url, path_or_bytes
 
 from .decoding import NO_FRAMES, PyavClip, TorchcodecClip
-from .pictures import PROCESSED, StillClip, channels_last, few_at_once, images_of_folder, stills_of_list
+from .pictures import (
+    PROCESSED,
+    StillClip,
+    channels_last,
+    few_at_once,
+    images_of_folder,
+    is_still_png,
+    stills_of_list,
+)
 from .selection import SampleTimes, check_sizes, check_times, number, target_size
 
 
@@ -271,6 +279,8 @@ def _open_source(source, name, backend, allow_urls, threads, source_fps):
         )
     if hasattr(source, "read") and not isinstance(source.read(0), bytes):
         raise VideoReadError("the file is open in text mode; open it with mode 'rb'")
+    if is_still_png(source):
+        return StillClip(name, [source], source_fps)
     if source == b"":
         raise VideoReadError("there are no bytes; the upload or download is incomplete")
     return BACKENDS[backend](name, source, threads)

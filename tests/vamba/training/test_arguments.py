@@ -258,6 +258,7 @@ def test_data_whose_media_are_missing(values, dataset, tmp_path):
 def test_budgets_that_no_example_fits(values):
     with pytest.raises(RecipeError, match=r"none of the first 6 .*limit of 9 \(max_length\)"):
         prepare(load_recipe(changed(values, max_length=9)))
+    assert prepare(load_recipe(values)).stream.collator.encoder.max_length == 2048  # the positions that the model has
 
 
 def test_a_model_that_must_be_converted_first(values, checkpoint):

@@ -117,8 +117,10 @@ def test_a_finished_run_says_so_whatever_is_beside_it(checkpoints, values, tmp_p
         run(values)
     if checkpoints == "one":
         assert run(values, resume=True, max_steps=2).steps == 2
-        (output / "final" / "trainer_state.json").write_text("{")  # as if it were not whole: it is made anew
-        assert run(values, resume=True, max_steps=2).trained
+        for name in ("trainer_state.json", "model.safetensors"):  # it is not whole, so it is made anew
+            (output / "final" / name).write_text("{")
+            assert run(values, resume=True, max_steps=2).trained
+        weights(output / "final")
     else:
         with pytest.raises(RecipeError, match="a trained model of 1 of 2 steps, and no checkpoint to go on from"):
             run(values, resume=True, max_steps=2)

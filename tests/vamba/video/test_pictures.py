@@ -1,10 +1,13 @@
 """The pixels of frames, images and arrays: turned, resized, converted."""
 
 import io
+import random
 import struct
 import subprocess
 import sys
+import zlib
 from contextlib import closing
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from vamba.video import VideoReadError, load_video, read_video
-from vamba.video.pictures import natural_key
+from vamba.video.pictures import PNG_MARK, natural_key
 
 from encoded_videos import corner, encode, indices, level, shown
 
@@ -246,3 +249,26 @@ def test_transparency_of_a_picture_higher_than_a_strip():
 def test_natural_order():
     names = ["f10.png", "f9.png", "F1.png", "10.png", "2.png", "a.png"]
     assert sorted(names, key=natural_key) == ["2.png", "10.png", "a.png", "F1.png", "f9.png", "f10.png"]
+
+
+def test_packed_metadata_of_a_png_are_not_unpacked(tmp_path):
+    """By FFmpeg, which would make anything of them; a still PNG is Pillow's."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    profile = b"name\0\0" + zlib.compress(random.Random(0).randbytes(200_000))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + bytes(192) for _ in range(64)))) + chunk(b"IEND", b"")
+    bomb, still = PNG_MARK + head + chunk(b"iCCP", profile) + pixels, PNG_MARK + head + pixels
+    for path, picture in ((tmp_path / "bomb.mov", bomb), (tmp_path / "sound.mov", still)):
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("png", rate=8)
+            stream.width = stream.height = 64
+            stream.pix_fmt = "rgb24"
+            packet = av.Packet(picture)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1, 8)
+            container.mux(packet)
+    with pytest.raises(VideoReadError, match="not one frame"):
+        load_video(tmp_path / "bomb.mov")
+    assert len(load_video(tmp_path / "sound.mov")[0]) == len(load_video(still)[0]) == 1

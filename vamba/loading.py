@@ -92,7 +92,8 @@ def check_consistency(config: PreTrainedConfig) -> None:
     text, vision = config.text_config, config.vision_config
     width = "embed_dim" if hasattr(vision, "embed_dim") else "hidden_size"
     if heads := getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None):
-        check_divides("its number of heads", heads, f"vision_config.{width}", getattr(vision, width))
+        rotary = 4 if width == "embed_dim" else 1  # rows and columns of a frame turn two numbers of a head each
+        check_divides(f"{rotary} times its number of heads", rotary * heads, f"vision_config.{width}", getattr(vision, width))
     check_token_ids(config, SPECIAL_IDS, text.vocab_size)
     check_token_ids(text, TEXT_IDS, text.vocab_size)
     if config.model_type == "vamba":

@@ -85,7 +85,7 @@ def read_memory(
     """
     path, device = _text_of(path), checked_device(device)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"There is no memory at {path!r}.")
+        raise FileNotFoundError(f"There is no memory at {path!r:.300}.")
     if not os.path.isfile(path):  # a FIFO would be waited for
         raise ValueError(f"{path!r} is no file, so it holds no memory.")
     again = "Encode the video again, and write a memory with memory.save()."

@@ -93,7 +93,8 @@ def check_consistency(config: PreTrainedConfig) -> None:
     width = "embed_dim" if hasattr(vision, "embed_dim") else "hidden_size"
     if heads := getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None):
         rotary = 4 if width == "embed_dim" else 1  # rows and columns of a frame turn two numbers of a head each
-        check_divides(f"{rotary} times its number of heads", rotary * heads, f"vision_config.{width}", getattr(vision, width))
+        name = f"{rotary} times its number of heads"
+        check_divides(name, rotary * heads, f"vision_config.{width}", getattr(vision, width))
     check_token_ids(config, SPECIAL_IDS, text.vocab_size)
     check_token_ids(text, TEXT_IDS, text.vocab_size)
     if config.model_type == "vamba":

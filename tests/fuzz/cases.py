@@ -79,7 +79,7 @@ def _read(source, options: dict) -> str:
     last, count = -math.inf, 0
     with read_video(source, **{"resize": False, "chunk_frames": 4, **options}) as reader:
         for chunk in reader:
-            assert chunk.frames.shape[2:] == reader.frame_size and 0 < len(chunk) <= 4
+            assert chunk.frames.shape[2:] == reader.frame_size and 0 < len(chunk) <= reader.chunk_frames
             for stamp in chunk.timestamps.tolist():
                 assert math.isfinite(stamp) and stamp >= last, (stamp, last)
                 last, count = stamp, count + 1
@@ -336,7 +336,7 @@ def models(rng: random.Random, materials: Path, folder: Path) -> Callable:
     inputs["labels"] = inputs["input_ids"].clone()
     for _ in range(rng.choice((1, 1, 2))):
         key = rng.choice(sorted(inputs))
-        if (tensor := inputs[key]) is None:
+        if (tensor := inputs[key]) is None or tensor.dim() < 2:
             continue
         shapes = [tensor[:0], tensor[:, :0], tensor[:1, :1], tensor[None], tensor.float(), tensor.flatten()]
         shapes += [

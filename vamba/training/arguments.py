@@ -98,7 +98,7 @@ class DataArguments:
     datasets: paths, or mappings with the keys of `DatasetArguments`; `sources` are those.
     fps, max_frames, min_pixels, max_pixels: how videos are sampled where an example does not say; see
         `vamba.data.ConversationEncoder`.
-    max_video_tokens, max_length: video and text tokens of an example.
+    max_video_tokens, max_length: video and text tokens of an example; no limit, and the model's positions by default.
     batch_video_tokens, batch_text_tokens: of a batch, or of a pack with `packing`; no limit by default.
     on_error: what a broken example does.
     allow_urls: whether images and videos may be URLs.

@@ -35,7 +35,7 @@ LENGTHEN = set(
 )
 REFUSED = {"random", "translate"}  # whose size nobody knows beforehand
 _WIDE = re.compile(r"\d{5}|%[^a-zA-Z%]*\*|:[^{}]*\{")  # a width of 5 digits in a format, or one that is an argument
-_NESTS = (list, tuple, set, Mapping)
+_NESTS = (list, tuple, set, dict)
 _current = threading.local()
 
 
@@ -78,6 +78,8 @@ class _Meter:
 
     def size(self, value: Any, deep: bool = False) -> int:
         """Characters or items; those of nested lists and objects too where `deep`."""
+        if type(value) is str:  # as nearly all are
+            return len(value)
         if isinstance(value, int):
             return value.bit_length() // 3
         if not deep or not isinstance(value, _NESTS):
@@ -87,7 +89,7 @@ class _Meter:
             part = left.pop()
             total += 1 + self.size(part)
             if isinstance(part, _NESTS):
-                left += [*part.keys(), *part.values()] if isinstance(part, Mapping) else part
+                left += [*part.keys(), *part.values()] if isinstance(part, dict) else part
         return total
 
     def iterate(self, values: Iterator) -> Iterator:
@@ -306,7 +308,7 @@ def check_rendering(template: str, conversations: list, variables: Mapping[str, 
 
 def plain(value: Any) -> Any:
     """What a template sees of a value, as transformers has it: texts, numbers, and lists and objects of them."""
-    if value is None or isinstance(value, (str, int, float)):
+    if type(value) is str or value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}

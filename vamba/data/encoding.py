@@ -35,6 +35,7 @@ class Plan:
     """An example before anything was decoded: its messages, and the tokens it will have at most."""
 
     messages: list[dict]
+    template_options: dict[str, Any]  # with which the messages become text, whatever their media are
     text_tokens: int
     video_tokens: int  # those of images included
     frames: list[int]  # of each video
@@ -107,7 +108,9 @@ class ConversationEncoder:
         messages = to_messages(example, media_root or self.media_root)
         with refusals():
             messages = [turn | {"content": [plain_item(block) for block in turn["content"]]} for turn in messages]
-        text = self._tokenize(_without_sources(messages))["input_ids"].shape[1]
+        bare = _without_sources(messages)
+        options = template_options(self.processor, bare)
+        text = self._tokenize(bare, options)["input_ids"].shape[1]
         if self.max_length is not None and text > self.max_length:
             raise ExampleError(f"{text} text tokens are more than the limit of {self.max_length} (max_length)")
         images, clips = 0, []
@@ -121,7 +124,7 @@ class ConversationEncoder:
                 clips.append(self._clip(block))
         self._fit(clips, images)
         tokens = images + sum(clip.tokens for clip in clips)
-        return Plan(messages, text, tokens, [clip.frames for clip in clips])
+        return Plan(messages, options, text, tokens, [clip.frames for clip in clips])
 
     def encode(self, plan: Plan) -> dict[str, Any]:
         """Decodes the media of a plan.
@@ -134,12 +137,12 @@ class ConversationEncoder:
             ExampleError: no token is labelled, or an image cannot be read. VideoReadError: a video cannot.
         """
         messages = [turn | {"content": [self._decoded(block) for block in turn["content"]]} for turn in plan.messages]
-        inputs = self._tokenize(messages)
+        inputs = self._tokenize(messages, plan.template_options)
         if self._media_tokens(inputs) > plan.video_tokens:  # a header announced fewer frames than there are
             videos = [block for block in media_blocks(messages) if block["type"] == "video"]
             for block, frames in zip(videos, plan.frames):
                 _resample(block, frames)
-            inputs = self._tokenize(messages)
+            inputs = self._tokenize(messages, plan.template_options)
         spoken = torch.as_tensor(inputs["assistant_masks"][0]).bool()
         if not spoken[1:].any():
             raise ExampleError("the chat template leaves nothing of what the assistant says")
@@ -152,9 +155,9 @@ class ConversationEncoder:
                 sample[name] = value.to(self.pixel_dtype) if value.is_floating_point() and self.pixel_dtype else value
         return sample
 
-    def _tokenize(self, messages: list[dict]) -> dict[str, Any]:
+    def _tokenize(self, messages: list[dict], template_options: dict[str, Any]) -> dict[str, Any]:
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
-        options |= template_options(self.processor, messages)
+        options |= template_options
         if self.allow_urls:
             options["processor_kwargs"] = {"allow_urls": True}
         with refusals():

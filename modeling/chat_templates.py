@@ -10,7 +10,7 @@ meets them. Errors other than bounds are left to transformers, which raises them
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache, update_wrapper
+from functools import cache, lru_cache, update_wrapper
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -254,7 +254,7 @@ def _step(context, text: int) -> None:
     _current.meter.write(text)
 
 
-@lru_cache(maxsize=32)
+@cache
 def _environment() -> _Environment:
     theirs = chat_template_utils._compile_jinja_template("").environment
     ours = _Environment(

@@ -10,13 +10,16 @@ length nobody knows: a batch may hold the last examples of an epoch and the firs
 
 import errno
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
+from multiprocessing import connection
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from vamba.errors import DISK_FULL, UserError
 
@@ -30,6 +33,7 @@ WINDOW = 64  # draws among which samples of a batch are chosen
 ABOUT = "about"  # the key under which a batch says what it is
 BROKEN_IN_A_ROW = 512  # draws after which there is no point in going on
 LONGEST_MESSAGE = 1000
+MOST_CRASHES = 16  # of a run, after which it is not the examples
 PLANNED, ENCODED = 1, 2  # what a data worker is about to do with an example
 # What no example is to blame for. Memory is not among it: a damaged header may ask for any amount.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, *DISK_FULL)
@@ -120,8 +124,6 @@ class TrainingStream(IterableDataset):
     def loader(self, num_workers: int = 0, **options: Any) -> DataLoader:
         """A DataLoader of this stream's batches as they are; it draws nothing from the global random numbers, which a
         resumed run has put back where they were. It survives that a data worker dies of an example."""
-        from .stream_loader import StreamLoader
-
         return StreamLoader(self, batch_size=None, num_workers=num_workers, generator=torch.Generator(), **options)
 
     def batches_per_epoch(self, shards: int = 1) -> float:
@@ -204,7 +206,7 @@ class TrainingStream(IterableDataset):
             note[:] = torch.tensor(place)
             return function(*arguments)
         except Exception as error:
-            self._skip(f"{drawn.name}: {reason_of(error)}", failed, error)
+            self._skip(f"{drawn.name}: {reason_to_skip(error)}", failed, error)
             return None
         finally:
             note.zero_()
@@ -215,7 +217,7 @@ class TrainingStream(IterableDataset):
         failed.append(message)
 
 
-def reason_of(error: Exception) -> str:
+def reason_to_skip(error: Exception) -> str:
     """What an example failed for, with the type of an error that does not say what is wrong with the example.
 
     Raises:
@@ -261,6 +263,65 @@ class Position:
     def state(self) -> dict[str, Any]:
         counts = {"next": self.next, "skipped": self.skipped, "rows": self.rows, "crashed": self.crashed}
         return counts | {"shards": dict(self.shards), **self.layout}
+
+
+class StreamLoader(DataLoader):
+    """Batches of a `TrainingStream` as they are, from data workers, of which one may die of an example: a decoder
+    crashes, or memory runs out. Without workers nobody survives a crash.
+
+    A worker notes which example it is about to plan or decode where this process can read it. When one is dead, the
+    example in its note is left out from then on, as any broken one is, and the workers start again after the last batch
+    that they gave. The examples that were left out are part of the position, so a resumed run leaves out the same.
+
+    Raises:
+        UserError: too many workers have died. RuntimeError: one has that was busy with no example.
+    """
+
+    def __init__(self, stream: TrainingStream, **options: Any):
+        super().__init__(stream, **options)
+        self._start = stream.start
+        stream.notes = torch.zeros(self.num_workers, 3, dtype=torch.int64).share_memory_() if self.num_workers else None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        stream = self.dataset
+        stream.start, position = self._start, Position(stream, max(1, self.num_workers))
+        while True:
+            if stream.notes is not None:
+                stream.notes.zero_()
+            batches = super().__iter__()
+            if self.num_workers:  # or torch would raise when one dies wherever this process is, in the middle of a step
+                _remove_worker_pids(id(batches))
+                batches._worker_pids_set = False
+            try:
+                for batch in batches:
+                    position.advance(batch[ABOUT])
+                    yield batch
+            except (RuntimeError, OSError, EOFError) as error:  # the latter of a batch that nobody is left to hand over
+                position.crashed = stream.start.get("crashed", []) + self._find_crashes(batches, error)
+                del batches  # ends the other workers
+            stream.start = position.state()
+
+    def _find_crashes(self, batches: Any, error: Exception) -> list[list]:
+        """What the dead workers were about to do with which examples; raises `error` if that explains nothing."""
+        workers = getattr(batches, "_workers", [])
+        connection.wait([worker.sentinel for worker in workers], timeout=10)  # one that has broken off is soon dead
+        dead = [(worker.exitcode, number) for number, worker in enumerate(workers) if worker.exitcode]
+        known = self.dataset.start.get("crashed", [])
+        found = []
+        for code, worker in dead:
+            step, source, index = self.dataset.notes[worker].tolist()
+            if step and not any(crash[:3] == [step, source, index] for crash in known):
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                found.append([step, source, index, f"a data worker died of it ({how})"])
+        if dead and not found:
+            raise RuntimeError("A data worker exited unexpectedly while it was busy with no example.") from error
+        if not found:
+            raise error
+        if len(known) + len(found) > MOST_CRASHES:
+            raise UserError(
+                f"{len(known) + len(found)} data workers have died, the last of them by {found[-1][3]}."
+            ) from error
+        return found
 
 
 def check_layout(position: dict, workers: int, stream: TrainingStream) -> None:

@@ -80,9 +80,10 @@ def remove_leftovers(output_dir: str, checkpoint: Path | None = None, limit: int
     for path in [*_checkpoints(output), output / FINAL]:
         if path.exists():
             shutil.rmtree(path.with_name(f"{path.name}.replaced"), ignore_errors=True)
-    result, unfinished = _result(output), _state(output / UNFINISHED)
-    if result is not None and (unfinished is None or unfinished.global_step <= result.global_step):
-        shutil.rmtree(output / UNFINISHED, ignore_errors=True)
+    if (output / UNFINISHED).exists() and (result := _result(output)) is not None:  # asked last, as it reads headers
+        unfinished = _state(output / UNFINISHED)
+        if unfinished is None or unfinished.global_step <= result.global_step:
+            shutil.rmtree(output / UNFINISHED, ignore_errors=True)
     if checkpoint is not None:
         rotate(output, limit, _step(checkpoint))
 

@@ -23,7 +23,7 @@ from vamba.data import (
     check_layout,
 )
 from vamba.data.encoding import tokens_of_pixels
-from vamba.data.stream import reason_of
+from vamba.data.stream import reason_to_skip
 
 from .agreement import agreed
 from .arguments import DataArguments, Recipe, RecipeError, VambaTrainingArguments
@@ -120,7 +120,7 @@ def _check_source(key: str, source: Source, encoder: ConversationEncoder) -> Non
             encoder.plan(example, source.media_root)
             return
         except Exception as error:
-            unusable, reason = unusable + says_something, reason_of(error)
+            unusable, reason = unusable + says_something, reason_to_skip(error)
         if unusable == PROBED:
             break
     raise RecipeError(

@@ -51,13 +51,14 @@ class Story:
     moment: str
     flashes: tuple[Span, Span]
     visit: Span
+    num_frames: int
     seed: int
 
     def answer(self, kind: str) -> str:
         return getattr(self, kind)
 
 
-def stories(count: int, seed: int) -> list[Story]:
+def stories(count: int, seed: int, num_frames: int = NUM_FRAMES) -> list[Story]:
     """`count` stories: every answer to a question is as frequent as every other, and none goes with another."""
     rng = random.Random(seed)
 
@@ -69,14 +70,14 @@ def stories(count: int, seed: int) -> list[Story]:
         return chosen
 
     columns = zip(balanced(permutations(COLOURS, 2)), balanced(SHAPES), balanced(MOMENTS))
-    return [_story(*pair, shape, moment, rng) for pair, shape, moment in columns]
+    return [_story(*pair, shape, moment, num_frames, rng) for pair, shape, moment in columns]
 
 
-def _story(first: str, second: str, shape: str, moment: str, rng: random.Random) -> Story:
+def _story(first: str, second: str, shape: str, moment: str, num_frames: int, rng: random.Random) -> Story:
     """Spreads the three events over the video, with at least one quiet frame around each."""
     lengths = [rng.choice(FLASH_FRAMES), rng.choice(FLASH_FRAMES)]
     lengths.insert(MOMENTS.index(moment), VISIT_FRAMES)
-    slack = NUM_FRAMES - sum(lengths) - 4
+    slack = num_frames - sum(lengths) - 4
     cuts = sorted(rng.randint(0, slack) for _ in lengths)
     spans, frame = [], 0
     for length, now, earlier in zip(lengths, cuts, [0, *cuts]):
@@ -84,17 +85,17 @@ def _story(first: str, second: str, shape: str, moment: str, rng: random.Random)
         frame = start + length
         spans.append((start, frame))
     visit = spans.pop(MOMENTS.index(moment))
-    return Story(first, second, shape, moment, tuple(spans), visit, rng.randrange(2**32))
+    return Story(first, second, shape, moment, tuple(spans), visit, num_frames, rng.randrange(2**32))
 
 
 def render(story: Story) -> np.ndarray:
-    """The frames, uint8 (NUM_FRAMES, SIZE, SIZE, 3)."""
+    """The frames, uint8 (story.num_frames, SIZE, SIZE, 3)."""
     rng = np.random.default_rng(story.seed)
-    frames = np.empty((NUM_FRAMES, SIZE, SIZE, 3), np.uint8)
+    frames = np.empty((story.num_frames, SIZE, SIZE, 3), np.uint8)
     frames[:] = rng.integers(10, 60)
     for (start, stop), colour in zip(story.flashes, (story.first, story.second)):
         frames[start:stop] = COLOURS[colour]
-    for path, colour in _balls(rng):
+    for path, colour in _balls(rng, story.num_frames):
         for frame, (y, x) in zip(frames, path):
             frame[_mask("circle", y, x, 5)] = colour
     for index, (y, x) in zip(range(*story.visit), _visit(rng)):
@@ -102,12 +103,12 @@ def render(story: Story) -> np.ndarray:
     return frames
 
 
-def _balls(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
-    """Two balls: the centres (NUM_FRAMES, 2), reflected at the borders, and the colour of each."""
+def _balls(rng: np.random.Generator, num_frames: int) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
+    """Two balls: the centres (num_frames, 2), reflected at the borders, and the colour of each."""
     palette = list(COLOURS.values())
     for colour in rng.choice(len(palette), 2, replace=False):
         start, speed = rng.uniform(0, 2 * SIZE, 2), rng.uniform(-3, 3, 2)
-        path = (start + speed * np.arange(NUM_FRAMES)[:, None]) % (2 * SIZE)
+        path = (start + speed * np.arange(num_frames)[:, None]) % (2 * SIZE)
         yield np.minimum(path, 2 * SIZE - path), palette[colour]
 
 

@@ -7,7 +7,7 @@ came before what. Who sees the frames but not their order cannot tell which of t
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, cycle, islice, permutations
@@ -19,7 +19,7 @@ import numpy as np
 
 SIZE = 48  # pixels, both ways
 FPS = 8
-NUM_FRAMES = 24
+NUM_FRAMES = 24  # at least 16, so that everything finds its place
 FLASH_FRAMES = (2, 3)
 VISIT_FRAMES = 6
 COLOURS = {
@@ -58,8 +58,11 @@ class Story:
         return getattr(self, kind)
 
 
-def stories(count: int, seed: int, num_frames: int = NUM_FRAMES) -> list[Story]:
-    """`count` stories: every answer to a question is as frequent as every other, and none goes with another."""
+def stories(count: int, seed: int, frames: Sequence[int] = (NUM_FRAMES,)) -> list[Story]:
+    """`count` stories: every answer to a question is as frequent as every other, and none goes with another.
+
+    They have these numbers of frames in turn.
+    """
     rng = random.Random(seed)
 
     def balanced(values):
@@ -69,8 +72,8 @@ def stories(count: int, seed: int, num_frames: int = NUM_FRAMES) -> list[Story]:
         rng.shuffle(chosen)
         return chosen
 
-    columns = zip(balanced(permutations(COLOURS, 2)), balanced(SHAPES), balanced(MOMENTS))
-    return [_story(*pair, shape, moment, num_frames, rng) for pair, shape, moment in columns]
+    columns = zip(balanced(permutations(COLOURS, 2)), balanced(SHAPES), balanced(MOMENTS), cycle(frames))
+    return [_story(*pair, shape, moment, num_frames, rng) for pair, shape, moment, num_frames in columns]
 
 
 def _story(first: str, second: str, shape: str, moment: str, num_frames: int, rng: random.Random) -> Story:

@@ -38,7 +38,6 @@ def convert(
     overwrite: bool = False,
     progress: bool = True,
     mamba_config: dict | None = None,
-    text_config: dict | None = None,
     vision: str | Path | None = None,
     tokenizer: str | Path | None = None,
 ) -> Path:
@@ -65,7 +64,6 @@ def convert(
         overwrite: replace the checkpoint in `destination`, which stays until the new one is complete.
         progress: show a progress bar.
         mamba_config: for a Qwen2-VL source, sizes that differ from `VambaMamba2Config`'s, such as {"head_dim": 16}.
-        text_config: for a Qwen2-VL source, those of `VambaTextConfig`'s three switches that differ from its defaults.
         vision: for a Mamba-2 source, the folder of the CLIP.
         tokenizer: for a Mamba-2 source, the folder of its tokenizer; None where it is in the source's.
 
@@ -86,15 +84,13 @@ def convert(
     check_apart(destination, source, *(_absolute(folder) for folder in (vision, tokenizer) if folder))
     with staged_folder(destination, partial(check_destination, destination, overwrite)) as folder:
         if (kind := format_of(read_config(source))) in (STATE_SPACES, MAMBA2, VIDEO_MA2MBA):
-            if to is not None or mamba_config or text_config:
-                raise ConversionError(
-                    f"The source is {kind}: `to`, `mamba_config` and `text_config` are for the Vamba family."
-                )
+            if to is not None or mamba_config:
+                raise ConversionError(f"The source is {kind}: `to` and `mamba_config` are for the Vamba family.")
             conversion = video_ma2mba.prepare(kind, source, vision, tokenizer)
         else:
             if vision or tokenizer:
                 raise ConversionError(f"The source is {kind}: `vision` and `tokenizer` are for a Mamba-2 checkpoint.")
-            conversion = vamba_family.prepare(kind, source, to, mamba_config, text_config)
+            conversion = vamba_family.prepare(kind, source, to, mamba_config)
         config = conversion.config
         home = {key: reader for reader in conversion.readers for key in reader.specs}
         specs = {key: reader.specs[key] for key, reader in home.items()}

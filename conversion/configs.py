@@ -41,24 +41,20 @@ SWITCHES = ("use_alpha_balancing", "cross_attn_use_layer_norm", "cross_attn_use_
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def config_from_qwen2_vl(
-    source: dict, mamba_config: dict | None = None, text_config: dict | None = None
-) -> VambaConfig:
+def config_from_qwen2_vl(source: dict, mamba_config: dict | None = None) -> VambaConfig:
     """`VambaConfig` for a Qwen2-VL config.json, flat (on the Hub) or nested (saved by transformers 5).
 
     Args:
         source: the config.json.
         mamba_config: sizes of the Mamba blocks that differ from `VambaMamba2Config`'s; the hidden size is the text's.
-        text_config: values of `SWITCHES` that differ from `VambaTextConfig`'s.
 
     Raises:
-        ConversionError: on an unknown name in `mamba_config` or `text_config`, or sizes that do not divide.
+        ConversionError: on an unknown name in `mamba_config`, or sizes that do not divide.
     """
-    given = {"mamba_config": (mamba_config, own_fields(VambaMamba2Config)), "text_config": (text_config, SWITCHES)}
-    for name, (values, known) in given.items():
-        if unknown := sorted(set(values or ()).difference(known)):
-            raise ConversionError(f"{name} has no {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
-    return _vamba_config(source, mamba_config or {}, text_config or {})
+    sizes = own_fields(VambaMamba2Config)
+    if unknown := sorted(set(mamba_config or ()).difference(sizes)):
+        raise ConversionError(f"mamba_config has no {', '.join(unknown)}; it has {', '.join(sorted(sizes))}.")
+    return _vamba_config(source, mamba_config or {}, {})
 
 
 def config_from_original(source: dict) -> VambaConfig:

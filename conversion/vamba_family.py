@@ -78,7 +78,7 @@ def is_earlier_format(keys: Iterable[str]) -> bool:
     return any(map(EARLIER_KEYS.search, keys))
 
 
-def prepare(kind: str, source: Path, to: str | None, mamba_config: dict | None, text_config: dict | None) -> Conversion:
+def prepare(kind: str, source: Path, to: str | None, mamba_config: dict | None) -> Conversion:
     """See `convert`; `kind` is QWEN2_VL, ORIGINAL or VAMBA."""
     if to not in (None, "vamba", "original"):
         raise UserError(f"to is {to!r}, must be 'vamba' (as None) or 'original'.")
@@ -90,11 +90,10 @@ def prepare(kind: str, source: Path, to: str | None, mamba_config: dict | None, 
             "it is in that format already" if kind == ORIGINAL else "convert it to vamba first, then that to original"
         )
         raise ConversionError(f"The source is {kind} and to is 'original': {remedy}. {SUPPORTED}")
-    for name, given in (("mamba_config", mamba_config), ("text_config", text_config)):
-        if given and kind != QWEN2_VL:
-            raise ConversionError(f"{name} is for a Qwen2-VL source; the source is {kind}, which has its own.")
+    if mamba_config and kind != QWEN2_VL:
+        raise ConversionError(f"mamba_config is for a Qwen2-VL source; the source is {kind}, with sizes of its own.")
     if kind == QWEN2_VL:
-        config = config_from_qwen2_vl(read_config(source), mamba_config, text_config)
+        config = config_from_qwen2_vl(read_config(source), mamba_config)
     elif kind == ORIGINAL:
         with naming_bad_values():
             config = config_from_original(read_config(source))

@@ -98,15 +98,6 @@ def test_mamba_sizes_may_be_chosen():
     assert (mamba.head_dim, mamba.state_size, mamba.num_heads) == (128, 16, 24)
 
 
-def test_switches_may_be_chosen():
-    text = config_from_qwen2_vl(HUB, text_config={"cross_attn_use_layer_norm": True}).text_config
-    assert text.cross_attn_use_layer_norm and text.use_alpha_balancing and text.hidden_size == 1536
-    with pytest.raises(ConversionError, match="text_config has no hidden_size; it has cross_attn_use_layer_norm"):
-        config_from_qwen2_vl(HUB, text_config={"hidden_size": 64})
-    with pytest.raises(ConversionError, match="cross_attn_use_layer_norm"):
-        config_from_qwen2_vl(HUB, text_config={"cross_attn_use_layer_norm": "often"})
-
-
 @pytest.mark.parametrize(
     "mamba_config, says",
     [

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from vamba.modeling import (
 
 DEVICE = default_device()
 TRAINED, TESTED = (16, 24, 32, 48), (24, 48, 96, 192, 384, 768)  # frames
-TEST_VIDEOS, TEST_SEED = 128, 77
+TEST_SEED = 77
 LEARNING_RATE, WARMUP = 1e-3, 100
 START, END, PAD, VIDEO, FIRST_QUESTION, FIRST_ANSWER, VOCABULARY = 0, 1, 2, 3, 4, 8, 64
 IDS = {"vision_start_token_id": START, "vision_end_token_id": END, "video_token_id": VIDEO, "image_token_id": 63}
@@ -56,7 +57,7 @@ class Arm:
     lengths: tuple[int, ...] = TRAINED
 
 
-NORM, POSITIONS = {"cross_attn_use_layer_norm": True}, {"cross_attn_use_position_embeddings": True}
+NORM = {"cross_attn_use_layer_norm": True}
 SLOW = {"time_step_min": 1e-4, "time_step_max": 1e-2, "time_step_floor": 1e-5}
 ARMS = {
     "vamba": Arm(),
@@ -67,8 +68,7 @@ ARMS = {
     "vamba_key_norm": Arm(normalised_keys=True),
     "vamba_slow_dt": Arm(mixer=SLOW),
     "vamba_small_a": Arm(mixer={"A_init_bounds": (0.01, 1.0)}),
-    "vamba_positions": Arm(text=POSITIONS),
-    "vamba_norm_positions": Arm(text=NORM | POSITIONS),
+    "vamba_positions": Arm(text={"cross_attn_use_position_embeddings": True}),
     "vamba_fixed_length": Arm(lengths=(48,)),
     "vamba_norm_fixed_length": Arm(text=NORM, lengths=(48,)),
     "video_ma2mba_slow_dt": Arm("video_ma2mba", mixer=SLOW),
@@ -80,9 +80,9 @@ SIZES = {  # width and layers
 }
 
 
-def build(arm: Arm, size: str = "standard", attention: str = "sdpa") -> nn.Module:
+def build(arm: Arm, size: str = "standard", attention: str = "sdpa", seed: int = 0) -> nn.Module:
     """The model with random weights, on the CPU in float32."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     width, layers = SIZES[size][arm.kind]
     common = {
         "vocab_size": VOCABULARY,
@@ -152,7 +152,7 @@ def loss_of(model: nn.Module, batch: int, num_frames: int, generator: torch.Gene
 
 
 @torch.no_grad()
-def accuracies(model: nn.Module, lengths: tuple[int, ...], videos: int) -> dict[str, dict[str, float]]:
+def accuracies(model: nn.Module, lengths: Sequence[int], videos: int) -> dict[str, dict[str, float]]:
     """By frames and question, on the same videos for every arm."""
     model.eval()
     found = {}
@@ -178,47 +178,53 @@ def flops_per_step(arm: Arm, size: str) -> float:
     return BATCH[size] * sum(counts) / len(counts)
 
 
-def train(name: str, folder: Path, steps: int, most: float, size: str, tested: tuple[int, ...], videos: int) -> None:
+def train(name: str, args: argparse.Namespace) -> None:
     """Trains and measures one arm, and leaves NAME.json; one that is complete is not trained again."""
-    file = folder / f"{name}.json"
+    called, steps, arm = f"{name}-{args.seed}" if args.seed else name, args.steps, ARMS[name]
+    file = args.out / f"{called}.json"
     if file.exists() and json.loads(file.read_text())["complete"]:
-        return print(f"{name}: done already")
-    arm, flops = ARMS[name], flops_per_step(ARMS[name], size)
-    equal = round(steps * flops_per_step(ARMS["qwen2_vl"], size) / flops)  # steps for the FLOPs of Qwen2-VL's `steps`
-    last = max(steps, min(equal, round(most * steps)))
-    stops = sorted({max(1, steps // 4), max(1, steps // 2), steps, min(equal, last), last, *range(steps, last, steps)})
-    model = build(arm, size).to(DEVICE)
+        return print(f"{called}: done already")
+    flops = flops_per_step(arm, args.size)
+    equal = round(steps * flops_per_step(ARMS["qwen2_vl"], args.size) / flops)
+    last = max(steps, min(equal, round(args.most * steps)))
+    stops = {max(1, steps // 4), max(1, steps // 2), min(equal, last), last, *range(steps, last, steps)}
+    results = {"arm": called, "flops_per_step": flops, "steps": steps, "equal_flops_steps": equal, "last": last}
+    results |= {"trained": arm.lengths, "machine": machine(DEVICE), "points": []}
+    model, began = build(arm, args.size, seed=args.seed).to(DEVICE), now(DEVICE)
+    results["parameters"] = sum(p.numel() for p in model.parameters())
+    for step, loss, average in learning(model, arm.lengths, BATCH[args.size], last, args.seed):
+        if step in stops:
+            point = {"step": step, "flops": step * flops, "loss": loss.item(), "seconds": now(DEVICE) - began}
+            point["accuracy"] = accuracies(average, args.tested, args.videos)
+            print(called, json.dumps(point), flush=True)
+            results["points"].append(point)
+            written = file.with_suffix(".part")
+            written.write_text(json.dumps(results | {"complete": step == last}, indent=1) + "\n")
+            os.replace(written, file)
+
+
+def learning(model: nn.Module, frames: tuple[int, ...], batch: int, steps: int, seed: int) -> Iterator:
+    """Trains the model; yields, after each step, its number, its loss and the model with averaged weights."""
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=DEVICE.type == "cuda"
     )
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / WARMUP, (WARMUP / (s + 1)) ** 0.5))
-    generator, lengths, began = torch.Generator(DEVICE).manual_seed(1), random.Random(0), now(DEVICE)
-    results = {"arm": name, "parameters": sum(p.numel() for p in model.parameters()), "flops_per_step": flops}
-    results |= {"steps": steps, "equal_flops_steps": equal, "last": last, "trained": arm.lengths, "size": size}
-    results |= {"machine": machine(DEVICE), "points": [], "complete": False}
-    for step in range(1, last + 1):
-        model.train()
-        loss = loss_of(model, BATCH[size], lengths.choice(arm.lengths), generator)
+    generator, lengths = torch.Generator(DEVICE).manual_seed(1 + seed), random.Random(seed)
+    model.train()
+    for step in range(1, steps + 1):
+        loss = loss_of(model, batch, lengths.choice(frames), generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rate.step()
         optimizer.zero_grad(set_to_none=True)
         average.update_parameters(model)
-        if step in stops:
-            point = {"step": step, "flops": step * flops, "loss": loss.item()}
-            point |= {"seconds": now(DEVICE) - began, "accuracy": accuracies(average.module, tested, videos)}
-            print(name, json.dumps(point), flush=True)
-            results["points"].append(point)
-            results["complete"] = step == last
-            written = file.with_suffix(".part")
-            written.write_text(json.dumps(results, indent=1) + "\n")
-            os.replace(written, file)
+        yield step, loss, average.module
 
 
 @torch.no_grad()
-def prefill(file: Path, lengths: tuple[int, ...], size: str, repeats: int = 5) -> None:
+def prefill(file: Path, lengths: Sequence[int], size: str, repeats: int = 5) -> None:
     """Seconds from pixels on the device to the first token's logits, batch 1, by model and frames."""
     found = {"machine": machine(DEVICE), "seconds": {}}
     for name in ("vamba", "vamba_norm", "qwen2_vl", "video_ma2mba"):
@@ -246,9 +252,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the results, one JSON per arm")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--most", type=float, default=3, help="times as many steps for arms whose steps cost less")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and videos; others than 0 leave ARM-SEED.json")
     parser.add_argument("--size", choices=SIZES, default="standard")
     parser.add_argument("--tested", type=int, nargs="+", default=TESTED, metavar="FRAMES")
-    parser.add_argument("--videos", type=int, default=TEST_VIDEOS, help="asked about at each length")
+    parser.add_argument("--videos", type=int, default=128, help="asked about at each length")
     parser.add_argument("--report", type=Path, metavar="PATH", help="for report: what its files are called, no suffix")
     args = parser.parse_args()
     if unknown := set(args.arms) - set(ARMS):
@@ -257,9 +264,9 @@ def main() -> None:
     if args.what == "report":
         return write_report(args.out, args.report)
     if args.what == "prefill":
-        return prefill(args.out / "prefill.json", tuple(args.tested), args.size)
+        return prefill(args.out / "prefill.json", args.tested, args.size)
     for name in args.arms:
-        train(name, args.out, args.steps, args.most, args.size, tuple(args.tested), args.videos)
+        train(name, args)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ def test_arms_are_compared_after_equal_steps_and_equal_flops(run_script, tmp_pat
         equal = qwen["flops_per_step"] * 2 / run["flops_per_step"]
         assert run["equal_flops_steps"] == round(equal) and run["points"][0]["accuracy"].keys() == {"24"}
     assert runs["vamba_no_mamba"]["last"] > 2 > runs["video_ma2mba"]["equal_flops_steps"]
+    run_script("length_study.py", "train", "qwen2_vl", "--steps", 1, "--videos", 1, "--seed", 3, *small)
+    assert json.loads((tmp_path / "qwen2_vl-3.json").read_text())["points"][0]["loss"] != qwen["points"][0]["loss"]
     run_script("length_study.py", "prefill", *small)
     report = tmp_path / "report.md"
     report.write_text("# What we found\n\nMuch.\n")

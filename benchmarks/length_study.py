@@ -17,6 +17,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -168,10 +169,11 @@ def accuracies(model: nn.Module, lengths: Sequence[int], videos: int) -> dict[st
     return found
 
 
-def flops_per_step(arm: Arm, size: str) -> float:
+@cache
+def flops_per_step(name: str, size: str) -> float:
     """Of forward and backward of a batch, in the mean over the lengths; of the kernels it counts their references."""
-    model, counts = build(arm, size, attention="eager"), []
-    for frames in arm.lengths:
+    model, counts = build(ARMS[name], size, attention="eager"), []
+    for frames in ARMS[name].lengths:
         with FlopCounterMode(display=False) as counter:
             loss_of(model, 1, frames, torch.Generator().manual_seed(0)).backward()
         counts.append(counter.get_total_flops())
@@ -184,8 +186,8 @@ def train(name: str, args: argparse.Namespace) -> None:
     file = args.out / f"{called}.json"
     if file.exists() and json.loads(file.read_text())["complete"]:
         return print(f"{called}: done already")
-    flops = flops_per_step(arm, args.size)
-    equal = round(steps * flops_per_step(ARMS["qwen2_vl"], args.size) / flops)
+    flops = flops_per_step(name, args.size)
+    equal = round(steps * flops_per_step("qwen2_vl", args.size) / flops)
     last = max(steps, min(equal, round(args.most * steps)))
     stops = {max(1, steps // 4), max(1, steps // 2), min(equal, last), last, *range(steps, last, steps)}
     results = {"arm": called, "flops_per_step": flops, "steps": steps, "equal_flops_steps": equal, "last": last}

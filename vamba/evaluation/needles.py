@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from vamba.demo.videos import COLOURS, write_video
 from vamba.errors import DiskFullError, OccupiedPathError, UserError, is_disk_full, opening
+from vamba.files import check_apart
 
 from .needle_videos import FPS, LABELS, NEEDLE_FRAMES, Needle, footage_files, frames_of, read_shots
 
@@ -88,6 +89,8 @@ def make_needles(
     _check(lengths, depths, videos_per_cell, seed)
     files = footage_files(footage)
     folder = Path(folder)
+    if footage is not None:
+        check_apart(folder.resolve(), Path(footage).resolve())  # or its videos would be footage next time
     settings = {"seed": seed, "lengths": [*map(float, lengths)], "depths": [*map(float, depths)]}
     settings |= {"videos_per_cell": videos_per_cell, "fps": FPS, "frames_per_needle": NEEDLE_FRAMES}
     settings["footage"] = [[path.name, _digest(path)] for path in files]
@@ -155,7 +158,9 @@ def _deck(values: Sequence, rng: random.Random) -> Iterator:
         yield from rng.sample(values, len(values))
 
 
-def _video(name: str, length: float, depth: float, kind: str, count: int, label: str, rng: random.Random):
+def _video(
+    name: str, length: float, depth: float, kind: str, count: int, label: str, rng: random.Random
+) -> NeedleVideo:
     """`count` needles, `label` at the depth and the others anywhere."""
     before = sum(rng.random() < depth for _ in range(count - 1))
     after = count - 1 - before

@@ -197,6 +197,8 @@ def test_folders_of_other_needles_or_of_something_else_are_refused(suite, footag
         make_needles(suite, footage=footage, **SMALL | {"seed": 1})
     with pytest.raises(OccupiedPathError, match="other settings or footage"):
         make_needles(suite, footage=write_footage(tmp_path / "other", [(72, 128), (90, 90)]), **SMALL)
+    with pytest.raises(UserError, match="must not lie in each other"):
+        make_needles(footage / "suite", footage=footage, **SMALL)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OccupiedPathError, match="no needle suite"):
         make_needles(tmp_path, footage=footage, **SMALL)

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
     add_model_options(parser)
     add_reading_options(parser)
-    parser.epilog = "Several GPUs: accelerate launch -m vamba.cli eval MODEL DATA.jsonl"
+    parser.epilog = "Several GPUs: accelerate launch -m vamba eval MODEL DATA.jsonl"
 
 
 def run(args: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suite.add_argument("--seed", type=int, metavar="N", help="of what is drawn; default: 0")
     add_model_options(parser)
     add_reading_options(parser)
-    parser.epilog = "Several GPUs: accelerate launch -m vamba.cli eval MODEL DATA.jsonl"
+    parser.epilog = "Several GPUs: accelerate launch -m vamba eval MODEL DATA.jsonl"
 
 
 def run(args: argparse.Namespace) -> None:

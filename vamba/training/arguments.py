@@ -171,6 +171,7 @@ class VambaTrainingArguments(TrainingArguments):
     ignore_data_skip: bool = True  # the place in the data is always restored
     logging_nan_inf_filter: bool = False  # such a loss stops the run
     ddp_find_unused_parameters: bool | None = True
+    metric_for_best_model: str | None = None
     use_cache: bool = True  # False would be written into the trained model; steps say so by themselves
     global_batch_size: int | None = None
     learning_rates: dict | str | None = None

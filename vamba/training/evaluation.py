@@ -20,7 +20,7 @@ from transformers import EarlyStoppingCallback, TrainerState
 from transformers.utils import logging
 
 from vamba.chat import VideoChat
-from vamba.data import ABOUT, Collator, ExampleError, TrainingStream
+from vamba.data import ABOUT, About, Collator, ExampleError, TrainingStream
 from vamba.data.encoding import IGNORED
 from vamba.errors import UserError
 from vamba.evaluation.asking import Answer, answer_questions, group
@@ -90,10 +90,10 @@ class Evaluation:
         collator, device = loader.dataset.collator, PartialState().device
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in in_step(iter(loader), is_stopped):
-            about = None if batch is None else batch.pop(ABOUT)
-            if about is not None and about.error is not None:
+            about: About = About([], 0, 0, 0) if batch is None else batch.pop(ABOUT)
+            if about.error is not None:
                 raise ExampleError(about.error)
-            for message in about.skipped if about is not None else ():
+            for message in about.skipped:
                 logger.warning_once(f"skipped {message}, at each evaluation")
                 sums[2] += 1
             batch = send_to_device(batch or _empty_batch(collator), device)
@@ -117,8 +117,10 @@ class Evaluation:
             videos = list(group(questions).values())[state.process_index :: state.num_processes]
             questions = [question for asked in videos for question, _ in asked]
         protocol = replace(self.protocol, reading=reading)
-        options = {"progress": False, "allow_urls": self.allow_urls, "do_sample": False}
-        answers = answer_questions(VideoChat(model, processor), questions, protocol, **options)
+        chat = VideoChat(model, processor)
+        answers = answer_questions(
+            chat, questions, protocol, progress=False, allow_urls=self.allow_urls, do_sample=False
+        )
         mine = [answer for answer in in_step(answers, is_stopped) if answer is not None]
         everyone: list[Answer] = mine if shared else gather_object(mine)
         for answer in everyone:

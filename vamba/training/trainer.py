@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -49,6 +49,8 @@ class VambaTrainer(Trainer):
         evaluation: what `eval_strategy` is about.
         flops: counts the arithmetic of a step, for the MFU in the log.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,

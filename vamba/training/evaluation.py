@@ -111,7 +111,8 @@ class Evaluation:
         state, reading, questions = PartialState(), dict(self.protocol.reading), self.questions
         shared = weights_are_sharded(model)
         if shared:
-            register_fsdp_forward_method(model, "encode_video")  # or the weights outside of its layers were in parts
+            if "encode_video" not in vars(model):  # once, or it would be wrapped again and again
+                register_fsdp_forward_method(model, "encode_video")  # which has the weights outside of layers gathered
             reading["chunk_frames"] = SHARED_CHUNK
         else:
             videos = list(group(questions).values())[state.process_index :: state.num_processes]

@@ -322,7 +322,15 @@ def test_two_processes_evaluate_as_one(checkpoint, held_out, tmp_path):
     data = write_dataset(tmp_path / "data", 8)
     values = recipe_values(checkpoint, data, tmp_path / "two", max_steps=2, global_batch_size=8)
     values |= {"eval_strategy": "steps", "eval_steps": 2, "eval_datasets": [str(held_out / "broken.jsonl")]}
-    values |= {"eval_questions": str(held_out / "questions.jsonl"), "per_device_eval_batch_size": 1}
+    model, rows = load(checkpoint).eval(), []
+    chat = VideoChat(model, AutoProcessor.from_pretrained(checkpoint))
+    for number in range(3):  # of the model's own answers to the question alone, two of three are right
+        chat.watch(str(held_out / f"{number}.mp4"), fps=8, progress=False)
+        options = [chat.ask("Which?", max_new_tokens=16), "another"]
+        video = str(held_out / f"{number}.mp4")
+        rows.append({"video": video, "question": "Which?", "options": options, "answer": "AAB"[number]})
+    values |= {"eval_questions": str(write_rows(tmp_path / "q.jsonl", rows)), "eval_protocol": "plain"}
+    values |= {"per_device_eval_batch_size": 1}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = [str(tmp_path / "r.yaml"), str(tmp_path / "other")]
@@ -339,9 +347,9 @@ def test_two_processes_evaluate_as_one(checkpoint, held_out, tmp_path):
     printed = {path.name: path.read_text() for path in tmp_path.glob("rank*")}
     assert all(process.exitcode == 0 for process in running), printed
     shared = [json.loads(printed[f"rank{rank}.out"].splitlines()[-1]) for rank in range(2)]
-    expected = measured(values, load(checkpoint).eval(), output_dir=str(tmp_path / "one"))
+    expected = measured(values, model, output_dir=str(tmp_path / "one"))
     assert shared[0] == shared[1] == {**expected, "loss": pytest.approx(expected["loss"], rel=1e-5), "stopped": True}
-    assert expected["skipped_samples"] == 1
+    assert expected["skipped_samples"] == 1 and expected["accuracy"] == 2 / 3
     state = json.loads((tmp_path / "two" / "final" / "trainer_state.json").read_text())
     two = {entry["step"]: entry for entry in state["log_history"] if "eval_loss" in entry}
     alone = finetune(values | {"output_dir": str(tmp_path / "alone"), "dataloader_num_workers": 2})

@@ -123,7 +123,7 @@ class Evaluation:
             chat, questions, protocol, progress=False, allow_urls=self.allow_urls, do_sample=False
         )
         mine = [answer for answer in in_step(answers, is_stopped) if answer is not None]
-        everyone: list[Answer] = mine if shared else gather_object(mine)
+        everyone: list[Answer] = gather_object(mine if state.is_main_process or not shared else [])
         for answer in everyone:
             if answer.error is not None:
                 logger.warning_once(f"question {answer.id}: {answer.error}, at each evaluation")

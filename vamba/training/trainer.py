@@ -219,9 +219,7 @@ class VambaTrainer(Trainer):
         """
         began, device = time.perf_counter(), self.args.device
         for part in (self.model, self.optimizer):
-            if callable(
-                getattr(part, "eval", None)
-            ):  # some optimizers keep other weights to be used than to be trained
+            if callable(getattr(part, "eval", None)):  # some optimizers train other weights than they are used with
                 part.eval()
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self.accelerator.autocast():
             torch.manual_seed(self.args.seed)
@@ -278,9 +276,8 @@ class VambaTrainer(Trainer):
         return Path(self.args.output_dir) / f"checkpoint-{step}" if step else None
 
     def _name_best(self) -> None:
-        found = self._best is not None and (
-            self._best.is_dir() or self.state.best_global_step == self.state.global_step
-        )
+        is_this = self.state.best_global_step == self.state.global_step  # which is about to be written
+        found = self._best is not None and (is_this or self._best.is_dir())
         self.state.best_model_checkpoint = str(self._best) if found else None
 
     def _finalize_training(self, *args):

@@ -37,13 +37,10 @@ def held_out(tmp_path_factory):
 
 
 def evaluated(values: dict, folder: Path, **keys) -> dict:
-    """The recipe with an evaluation after each step, and a rate at which the loss goes up and down."""
-    values = values | {
-        "eval_datasets": [str(folder / "train.jsonl")],
-        "eval_questions": str(folder / "questions.jsonl"),
-    }
-    values |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 3, "max_steps": 5}
-    values |= {"load_best_model_at_end": True, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    """The recipe with an evaluation after each step. The greatest loss is asked for, which is the first one."""
+    values = values | {"eval_datasets": [str(folder / "train.jsonl")], "max_steps": 5, "learning_rate": 5e-3}
+    values |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 3}
+    values |= {"load_best_model_at_end": True, "greater_is_better": True}
     values |= {"trainable": "lora", "lora_r": 4, "lora_dropout": 0.3, "lora_merge": False}
     return values | {"per_device_train_batch_size": 2} | keys
 
@@ -87,7 +84,6 @@ def test_the_loss_is_that_of_a_hand_computation(values, held_out, monkeypatch):
         if json.loads(line)["id"] == "v1":
             broken, missing = loss, count
     values = evaluated(values, held_out)
-    values.pop("eval_questions")
     packs = {"packing": True, "batch_text_tokens": 200, "max_length": 200}
     for change in ({}, {"per_device_eval_batch_size": 2}, packs | {"per_device_train_batch_size": 1}):
         found = measured(values, model, **change)
@@ -147,8 +143,8 @@ def uninterrupted(checkpoint, dataset, held_out, tmp_path_factory):
 
 
 def best_so_far(losses: dict[int, float]) -> list[int]:
-    """The steps with a lower loss than any before."""
-    return [step for step in losses if all(losses[step] < losses[before] for before in range(1, step))]
+    """The steps with a greater loss than any before."""
+    return [step for step in losses if all(losses[step] > losses[before] for before in range(1, step))]
 
 
 def test_the_best_model_is_the_result(uninterrupted):
@@ -156,9 +152,9 @@ def test_the_best_model_is_the_result(uninterrupted):
     values, result, output = uninterrupted
     losses = {step: found["eval_loss"] for step, found in result.evaluations.items()}
     assert [*losses] == [1, 2, 3, 4, 5]
-    *_, best = lowest = best_so_far(losses)
+    *_, best = highest = best_so_far(losses)
     assert best not in (3, 5)  # or this test would show nothing
-    saved = [f"checkpoint-{step}" for step in sorted({3, 5, *lowest})]
+    saved = [f"checkpoint-{step}" for step in sorted({3, 5, *highest})]
     assert sorted(path.name for path in output.iterdir()) == [*saved, "curves.png", "final"]
     assert are_equal(output / "final", output / f"checkpoint-{best}")
     assert not are_equal(output / "final", output / "checkpoint-5")
@@ -173,7 +169,7 @@ def test_the_best_model_is_the_result(uninterrupted):
 
 def test_an_evaluation_changes_nothing_of_the_training(uninterrupted, tmp_path):
     values, expected, _ = uninterrupted
-    plain = {key: value for key, value in values.items() if not key.startswith(("eval_", "load_best"))}
+    plain = {key: value for key, value in values.items() if not key.startswith(("eval_", "load_best", "greater_is"))}
     assert run(plain, output_dir=str(tmp_path / "out"), save_strategy="no").losses == expected.losses
 
 
@@ -239,8 +235,8 @@ def test_early_stopping_ends_a_run_for_good(uninterrupted, tmp_path):
     """Also where it is killed before the trained model is written; with more patience the run goes on."""
     values, expected, output = uninterrupted
     losses = {step: found["eval_loss"] for step, found in expected.evaluations.items()}
-    assert best_so_far(losses)[:3] == [1, 2]  # the evaluation after step 3 is the first without gain
-    values = values | {"output_dir": str(copied(output, tmp_path, 1)), "early_stopping_patience": 1}
+    assert best_so_far(losses) == [1]
+    values = values | {"output_dir": str(copied(output, tmp_path, 1)), "early_stopping_patience": 2}
     found = run(values, resume=True)
     assert found.steps == 3 and metrics(found) == {n: metrics(expected)[n] for n in (1, 2, 3)}
     assert run(values, resume=True).trained is False
@@ -251,21 +247,21 @@ def test_early_stopping_ends_a_run_for_good(uninterrupted, tmp_path):
     assert are_equal(goes_on.folder, expected.folder)
 
 
-def test_without_matplotlib_a_line_says_so(uninterrupted, tmp_path, monkeypatch):
+def test_without_matplotlib_a_line_says_so(uninterrupted, held_out, tmp_path, monkeypatch):
+    """Adapters answer questions, too."""
     told = []
     monkeypatch.setattr("vamba.training.curves.logger.warning_once", told.append)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     values = uninterrupted[0] | {"output_dir": str(tmp_path / "out"), "max_steps": 1}
-    del values["eval_questions"]
-    run(values)
+    found = run(values, eval_questions=str(held_out / "questions.jsonl")).evaluations[1]
+    assert 0 <= found["eval_accuracy"] <= 1 and found["eval_failed_questions"] == 0
     assert told[0] == "curves.png was not drawn: plots need matplotlib (pip install matplotlib)"
 
 
 def test_a_scheduler_that_follows_the_loss(uninterrupted, tmp_path):
     values = uninterrupted[0] | {"output_dir": str(tmp_path / "out"), "max_steps": 3, "save_strategy": "no"}
-    values |= {"lr_scheduler_type": "reduce_lr_on_plateau", "load_best_model_at_end": False}
+    values |= {"lr_scheduler_type": "reduce_lr_on_plateau", "load_best_model_at_end": False, "learning_rate": 0.1}
     values |= {"lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "threshold": 0.5}}
-    del values["eval_questions"]
     history = json.loads((run(values).folder / "trainer_state.json").read_text())["log_history"]
     assert [entry["learning_rate"] for entry in history if "learning_rate" in entry] == [0.1, 0.1, 0.05]
 

@@ -4,6 +4,7 @@ What is unusual: a report that is there keeps what stands above its first table,
 """
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 from vamba.bench.report import table
@@ -66,49 +67,51 @@ def _table(arms: dict[str, dict], points: dict[str, dict]) -> str:
     return "Right answers in percent: shape / first colour / moment.\n\n" + table(rows)
 
 
-def _panels(path: Path, count: int, label: str):
+@contextmanager
+def _panels(path: Path, count: int, xlabel: str, ylabel: str):
+    """Panels side by side to draw on, which are then written as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(5 * count, 4), layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for panel in axes:
-        panel.set(xscale="log", xlabel=label)
+        panel.set(xscale="log", xlabel=xlabel)
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
-    return axes, lambda: (axes[0].legend(fontsize="small"), figure.savefig(path, dpi=110))
+    axes[0].set_ylabel(ylabel)
+    yield axes
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def _draw_lengths(path: Path, points: dict[str, dict]) -> None:
-    axes, save = _panels(path, len(QUESTIONS), "frames")
-    for panel, (question, title) in zip(axes, QUESTIONS.items()):
-        panel.set(title=title, ylim=(0, 1.03))
-        for arm, point in points.items():
-            name, colour = MAIN.get(arm, (arm, None))
-            frames = [int(n) for n in point["accuracy"]]
-            panel.plot(frames, [row[question] for row in point["accuracy"].values()], "o-", label=name, color=colour)
-        panel.set_xticks(frames, frames)
-    axes[0].set_ylabel("right answers")
-    save()
+    with _panels(path, len(QUESTIONS), "frames", "right answers") as axes:
+        for panel, (question, title) in zip(axes, QUESTIONS.items()):
+            panel.set(title=title, ylim=(0, 1.03))
+            for arm, point in points.items():
+                name, colour = MAIN.get(arm, (arm, None))
+                frames, rows = [int(n) for n in point["accuracy"]], point["accuracy"].values()
+                panel.plot(frames, [row[question] for row in rows], "o-", label=name, color=colour)
+            panel.set_xticks(frames, frames)
 
 
 def _draw_flops(path: Path, arms: dict[str, dict]) -> None:
     lengths = [int(n) for n in next(iter(arms.values()))["points"][0]["accuracy"]]
     trained = max(n for run in arms.values() for n in run["trained"])
     shown = [n for n in lengths if n in (trained, 4 * trained, 16 * trained)] or lengths[-1:]
-    axes, save = _panels(path, len(shown), "training FLOPs")
-    for panel, frames in zip(axes, shown):
-        panel.set(title=f"{frames} frames", ylim=(0, 1.03))
-        for arm, run in arms.items():
-            name, colour = MAIN[arm]
-            mean = [sum(point["accuracy"][str(frames)].values()) / len(QUESTIONS) for point in run["points"]]
-            panel.plot([point["flops"] for point in run["points"]], mean, "o-", label=name, color=colour)
-    axes[0].set_ylabel("right answers, mean of the questions")
-    save()
+    with _panels(path, len(shown), "training FLOPs", "right answers, mean of the questions") as axes:
+        for panel, frames in zip(axes, shown):
+            panel.set(title=f"{frames} frames", ylim=(0, 1.03))
+            for arm, run in arms.items():
+                name, colour = MAIN[arm]
+                mean = [sum(point["accuracy"][str(frames)].values()) / len(QUESTIONS) for point in run["points"]]
+                panel.plot([point["flops"] for point in run["points"]], mean, "o-", label=name, color=colour)
 
 
 def _draw_prefill(path: Path, seconds: dict[str, dict[str, float]]) -> None:
-    (axis,), save = _panels(path, 1, "frames")
-    for arm, row in seconds.items():
-        name, colour = MAIN[arm]
-        axis.plot([int(n) for n in row], [1e3 * s for s in row.values()], "o-", label=name, color=colour)
-    axis.set(yscale="log", ylabel="prefill, ms")
-    save()
+    with _panels(path, 1, "frames", "prefill, ms") as (panel,):
+        panel.set(yscale="log")
+        for arm, row in seconds.items():
+            name, colour = MAIN[arm]
+            panel.plot([int(n) for n in row], [1e3 * s for s in row.values()], "o-", label=name, color=colour)

@@ -18,3 +18,12 @@ def run_script(monkeypatch):
         runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
 
     return run
+
+
+@pytest.fixture
+def moving_shapes(monkeypatch):
+    """The module of that name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import moving_shapes
+
+    return moving_shapes

@@ -4,20 +4,10 @@ from collections import Counter
 from itertools import combinations
 
 import numpy as np
-import pytest
 import torch
-from conftest import BENCHMARKS
 
 from vamba.demo import videos
 from vamba.modeling.vision_tower import frames_of
-
-
-@pytest.fixture
-def moving_shapes(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import moving_shapes
-
-    return moving_shapes
 
 
 def test_videos_show_what_the_answers_say(moving_shapes):

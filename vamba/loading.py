@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.integrations import deepspeed
 from transformers.utils import is_bitsandbytes_available
 
 from .checkpoint_folder import CONFIG, KINDS, check_kind, checkpoint_folder, kind_of, read_json
@@ -136,9 +137,20 @@ def check_token_ids(config: Any, names: tuple[str, ...], vocab_size: int, least:
                 raise ValueError(f"{name} is {value!r:.80}; it must be from 0 to {vocab_size - 1} (vocab_size - 1)")
 
 
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Within, each process makes whole models for itself, although ZeRO-3 shares out the weights of new ones."""
+    shared = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = shared
+
+
 def skeleton(config: PreTrainedConfig, where: str = "config.json") -> PreTrainedModel:
     """The model without weights, on the meta device. Raises UserError where it cannot be built."""
-    with reading(where), torch.device("meta"):
+    with reading(where), whole_models(), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
 
 

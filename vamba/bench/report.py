@@ -58,8 +58,15 @@ class Line(NamedTuple):
     style: str = "o-"
 
 
-def draw(path: Path, panels: Iterable[tuple[str, list[Line]]], label: str, ticks: Sequence[int] = (), **legend) -> Path:
-    """Writes a PNG of panels side by side, each a label of what it shows and its lines, on logarithmic axes.
+def draw(
+    path: Path,
+    panels: Iterable[tuple[str, list[Line]]],
+    label: str,
+    ticks: Sequence[int] = (),
+    scale: str = "log",
+    **legend,
+) -> Path:
+    """Writes a PNG of panels side by side, each a label of what it shows and its lines, on axes of this scale.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -73,7 +80,7 @@ def draw(path: Path, panels: Iterable[tuple[str, list[Line]]], label: str, ticks
     for axes, (shown, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for line in lines:
             axes.plot(*(zip(*line.points) if line.points else ((), ())), line.style, color=line.color, label=line.label)
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel=shown)
+        axes.set(xscale=scale, yscale=scale, xlabel=label, ylabel=shown)
         if ticks:
             axes.set_xticks(ticks, ticks, rotation=45 if len(ticks) > 8 else 0)
             axes.set_xticks([], minor=True)

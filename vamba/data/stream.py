@@ -1,4 +1,4 @@
-"""An endless stream of batches that skips what is broken and knows its place in the data.
+"""An endless stream of batches that skips what is broken and knows its place in the data; or one pass, to evaluate.
 
 What is unusual: batches are made in the DataLoader's workers, each of which is a shard with every n-th draw of the
 mixture. A shard plans a window of draws at a time (headers only), fills batches by length, and decodes them one by one;
@@ -91,6 +91,7 @@ class TrainingStream(IterableDataset):
         rank, world_size: this process's shards among those of all processes.
         position: `{"next": worker, "shards": {shard: [window, batch]}, ...}` as `Position.state` returns it; see
             `check_layout`.
+        once: end after every example was seen once; the last batch of a shard may hold nothing but what it skipped.
     """
 
     mixture: Mixture
@@ -105,6 +106,7 @@ class TrainingStream(IterableDataset):
     rank: int = 0
     world_size: int = 1
     position: dict | None = None
+    once: bool = False
 
     def __post_init__(self):
         self.start = self.position or {"next": 0, "shards": {}}
@@ -155,6 +157,8 @@ class TrainingStream(IterableDataset):
                         skipped = []
                 if len(skipped) >= BROKEN_IN_A_ROW:
                     raise ExampleError(f"{len(skipped)} examples in a row were broken, the last: {skipped[-1]}")
+            if skipped:  # at the end of a single pass
+                yield {ABOUT: About([], shard, self.epoch, 0, skipped)}
         except UserError as error:  # told by the main process, without the worker's traceback around it
             yield {ABOUT: About([], shard, 0, 0, error=f"{error}")}
 
@@ -163,7 +167,7 @@ class TrainingStream(IterableDataset):
     ) -> Iterator[tuple[int, list[tuple[Drawn, Plan]], list[str]]]:
         draws = islice(self.mixture.draws(), first * shards + shard, None, shards)
         window = first
-        while True:
+        while not (self.once and window * shards + shard >= self.epoch):
             plans: list[tuple[Drawn, Plan]] = []
             skipped: list[str] = []
             count = self.window
@@ -296,6 +300,9 @@ class StreamLoader(DataLoader):
                 for batch in batches:
                     position.advance(batch[ABOUT])
                     yield batch
+                if stream.once:
+                    stream.start = self._start
+                    return
             except (RuntimeError, OSError, EOFError) as error:  # the latter of a batch that nobody is left to hand over
                 position.crashed = stream.start.get("crashed", []) + self._find_crashes(batches, error)
                 del batches  # ends the other workers

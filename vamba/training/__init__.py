@@ -9,7 +9,7 @@ _HOMES = {
     "VambaTrainingArguments": "arguments",
     "load_recipe": "arguments",
     "shipped_recipes": "arguments",
-    "NonFiniteLossError": "trainer",
+    "NonFiniteLossError": "evaluation",
     "VambaTrainer": "trainer",
     "Result": "run",
     "finetune": "run",

@@ -78,7 +78,7 @@ class DatasetArguments:
 
     path: .jsonl, .json, .parquet, a folder of them, a folder of `save_to_disk` or a Hub id.
     media_root: what relative media paths start from; the file's folder by default.
-    weight: relative frequency, for all datasets or none (then every example is as frequent).
+    weight: relative frequency, for all datasets or none (then every example is as frequent); not of `eval_datasets`.
     split, name, revision, data_files: of a dataset on the Hub, as for `load_dataset`.
     """
 
@@ -102,8 +102,13 @@ class DataArguments:
     batch_video_tokens, batch_text_tokens: of a batch, or of a pack with `packing`; no limit by default.
     on_error: what a broken example does.
     allow_urls: whether images and videos may be URLs.
+    eval_datasets: as `datasets`; their loss is computed at each evaluation. `eval_sources` are those.
+    eval_questions: a file of questions (`vamba.evaluation.questions`), which are answered at each evaluation.
+    eval_protocol: how they are asked, a name among `vamba.evaluation.protocols`; videos are read as the recipe says
+        unless the protocol does.
     """
 
+    # what is evaluated is left out of `repr`, from which the order of the batches has its name
     datasets: list[str] = field(repr=False, compare=False)
     streaming: bool = False
     shuffle: bool = True
@@ -118,10 +123,32 @@ class DataArguments:
     batch_text_tokens: int | None = None
     on_error: Literal["skip", "raise"] = "skip"
     allow_urls: bool = False
+    eval_datasets: list[str] | None = field(default=None, repr=False)
+    eval_questions: str | None = field(default=None, repr=False)
+    eval_protocol: str = field(default="letters", repr=False)
     sources: list[DatasetArguments] = field(init=False)
+    eval_sources: list[DatasetArguments] = field(init=False, repr=False)
 
     def __post_init__(self):
         self.sources = [_dataset(entry, f"datasets[{index}]: ") for index, entry in enumerate(self.datasets)]
+        entries = enumerate(self.eval_datasets or ())
+        self.eval_sources = [_dataset(entry, f"eval_datasets[{index}]: ") for index, entry in entries]
+
+    @property
+    def eval_names(self) -> list[str]:
+        """What metrics call each of `eval_datasets`: its file's name, with a number where that is another's already."""
+        names: list[str] = []
+        for entry in self.eval_sources:
+            name = re.sub(r"\.(jsonl?|parquet)$", "", Path(entry.path).name)
+            names.append(name if name not in names else f"{name}_{len(names) + 1}")
+        return names
+
+    @property
+    def eval_metrics(self) -> list[str]:
+        """What an evaluation measures, each in the log with `eval_` before it."""
+        losses = [f"{name}_loss" for name in self.eval_names] if len(self.eval_sources) > 1 else []
+        losses += ["loss"] if self.eval_sources else []
+        return [*losses, "accuracy"] if self.eval_questions is not None else losses
 
 
 @dataclass
@@ -134,6 +161,8 @@ class VambaTrainingArguments(TrainingArguments):
     multi_axis_checkpointing: recompute in the backward pass in cells of layers and sequence.
     multi_axis_offload: with it, keep what is needed again in pinned CPU memory.
     peak_tflops: of one GPU, for the MFU in the log, where it is not known by name.
+    early_stopping_patience: evaluations in a row without a better `metric_for_best_model` after which the run ends.
+    early_stopping_threshold: by how much it has to be better.
     """
 
     report_to: None | str | list[str] = "none"
@@ -142,12 +171,15 @@ class VambaTrainingArguments(TrainingArguments):
     ignore_data_skip: bool = True  # the place in the data is always restored
     logging_nan_inf_filter: bool = False  # such a loss stops the run
     ddp_find_unused_parameters: bool | None = True
+    metric_for_best_model: str | None = None
     use_cache: bool = True  # False would be written into the trained model; steps say so by themselves
     global_batch_size: int | None = None
     learning_rates: dict | str | None = None
     multi_axis_checkpointing: bool = False
     multi_axis_offload: bool = False
     peak_tflops: float | None = None
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
 
     def __post_init__(self):
         if isinstance(self.learning_rates, str):
@@ -165,6 +197,8 @@ class VambaTrainingArguments(TrainingArguments):
         if not self.dataloader_num_workers:
             self.dataloader_prefetch_factor = self.dataloader_multiprocessing_context = None  # which are of workers
         self.push_to_hub, self.hub_token = False, None  # `finetune` uploads once, with code and card
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
         if self.multi_axis_checkpointing:  # of the layers outside the cells, which is the text's
             self.activation_checkpointing = True
         try:
@@ -194,12 +228,20 @@ class Recipe(NamedTuple):
 
 
 LARGEST, MOST_VALUES = 2**18, 50_000  # bytes of a file, and values in it
+_NO_LOGITS = "an evaluation keeps no logits"
 # Fields of `TrainingArguments` that contradict how training works here, and what to do instead.
 _REFUSED = {
     "auto_find_batch_size": "give batch_video_tokens",
+    "batch_eval_metrics": _NO_LOGITS,
     "dataloader_drop_last": "the data have no end",
     "dataloader_in_order": "the order is part of what is restored",
+    "do_eval": "give eval_strategy",
+    "do_predict": "`vamba eval` does",
+    "do_train": "a run trains",
     "enable_jit_checkpoint": "SIGTERM always saves",
+    "eval_accumulation_steps": _NO_LOGITS,
+    "eval_do_concat_batches": _NO_LOGITS,
+    "eval_use_gather_object": _NO_LOGITS,
     "hub_always_push": "the trained model is uploaded once",
     "hub_revision": "the trained model is uploaded to the main branch",
     "hub_strategy": "the trained model is uploaded once",
@@ -215,8 +257,9 @@ _REFUSED = {
 _POSITIVE = (
     "fps", "max_frames", "min_pixels", "max_pixels", "max_video_tokens", "max_length", "batch_video_tokens",
     "batch_text_tokens", "global_batch_size", "peak_tflops", "per_device_train_batch_size", "distillation_temperature",
+    "per_device_eval_batch_size", "early_stopping_patience",
 )  # fmt: skip
-_NO_EVALUATION = ("eval_", "batch_eval", "per_device_eval", "load_best", "metric_for", "greater_is", "do_")
+_OF_EVALUATION = ("eval_", "per_device_eval_", "load_best_", "metric_for_", "greater_is_", "early_stopping_")
 
 
 class _Parser(HfArgumentParser):
@@ -365,7 +408,7 @@ def _mistakes(
 ) -> Iterator[str]:
     """Keys that are not for recipes, values out of range, and values that exclude each other."""
     for key in given:
-        if reason := _REFUSED.get(key) or (key.startswith(_NO_EVALUATION) and "there is no evaluation set"):
+        if reason := _REFUSED.get(key):
             yield f"{key} is not accepted: {reason}"
     for key, value in given.items():
         if isinstance(value, (int, float)) and not abs(value) < 2**63:  # NaN is not either
@@ -373,6 +416,7 @@ def _mistakes(
     if not training.output_dir:
         yield "output_dir is missing; accepted: a folder for checkpoints and the trained model"
     yield from _data_mistakes(data, training, given)
+    yield from _evaluation_mistakes(data, training, given)
     if training.global_batch_size and training.gradient_accumulation_steps != 1:
         yield "gradient_accumulation_steps is given beside global_batch_size; accepted: one of them"
     if training.multi_axis_offload and not training.multi_axis_checkpointing:
@@ -388,6 +432,35 @@ def _mistakes(
         yield refusal
     if model.dtype in ("bfloat16", "float16") and not (training.bf16 or training.fp16 or model.use_lora):
         yield f"dtype is {model.dtype} while nothing computes in half precision; accepted: float32, or bf16: true"
+
+
+def _evaluation_mistakes(data: DataArguments, training: VambaTrainingArguments, given: dict[str, Any]) -> Iterator[str]:
+    from vamba.evaluation.protocols import PROTOCOLS
+
+    known, needed = data.eval_metrics, next((key for key in given if key.startswith(_OF_EVALUATION)), None)
+    if needed and not known:
+        yield f"{needed} is given, but nothing to evaluate on; accepted with eval_datasets or eval_questions"
+    if not known:
+        return
+    if "eval_strategy" not in given:
+        yield f"eval_strategy is missing; accepted with {needed}: steps, or no"
+    if training.eval_strategy == "epoch":
+        yield "eval_strategy is epoch; accepted: steps, with eval_steps (0.1 is a tenth of all), or no"
+    if data.eval_protocol not in PROTOCOLS:
+        yield f"eval_protocol is {data.eval_protocol}; accepted: {', '.join(PROTOCOLS)}"
+    for index, entry in enumerate(data.eval_sources):
+        if entry.weight is not None:
+            yield f"eval_datasets[{index}].weight is {entry.weight}; leave it out, as every example is seen once"
+    if data.packing and "per_device_eval_batch_size" in given:
+        yield "per_device_eval_batch_size is given; leave it out with packing, where a pack is a row"
+    stops = training.early_stopping_patience is not None
+    metric = training.metric_for_best_model
+    if stops or training.load_best_model_at_end or training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        metric = metric or "loss"
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        yield f"metric_for_best_model is {metric}; accepted: {', '.join(known)}"
+    if stops and training.eval_strategy == "no":
+        yield "early_stopping_patience is given although eval_strategy is no; accepted: steps"
 
 
 def _refused_name(training: TrainingArguments) -> str | None:

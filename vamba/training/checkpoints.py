@@ -24,6 +24,7 @@ from vamba.errors import UserError, check_writable
 from vamba.loading import check_weights, load_config
 
 from .arguments import RecipeError
+from .evaluation import has_stopped_early
 
 
 # Folders in `output_dir`: the trained model, the same while it is finished, and a checkpoint while it is written.
@@ -85,7 +86,8 @@ def remove_leftovers(output_dir: str, checkpoint: Path | None = None, limit: int
         if unfinished is None or unfinished.global_step <= result.global_step:
             shutil.rmtree(output / UNFINISHED, ignore_errors=True)
     if checkpoint is not None:
-        rotate(output, limit, _step(checkpoint))
+        state = _state(checkpoint)
+        rotate(output, limit, _step(checkpoint), None if state is None else state.best_global_step)
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
@@ -132,16 +134,27 @@ def find_damage(checkpoint: Path) -> str | None:
     return next((f"{name} is damaged" for name, entry in found.items() if entries.get(name) != entry), None)
 
 
-def rotate(output: Path, limit: int | None, step: int) -> None:
+def rotate(output: Path, limit: int | None, step: int, best: int | None = None) -> None:
     """Deletes checkpoints beyond `limit`: first those after `step`, which are not whole, as the run would have gone on
-    from them; then the oldest."""
+    from them; then the oldest. That of `step` and that of the step `best` are kept."""
     if limit is None or limit <= 0:
         return
     found = _checkpoints(output)
-    after = [path for path in found if _step(path) > step]
-    for path in [*after, *(path for path in found if path not in after)][: max(0, len(found) - limit)]:
-        if _step(path) != step:
-            shutil.rmtree(path, ignore_errors=True)
+    others = sorted((path for path in found if _step(path) not in (step, best)), key=lambda path: _step(path) <= step)
+    for path in others[: max(0, len(found) - limit)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_best(checkpoint: Path, weights_only: bool) -> None:
+    """Raises UserError if the best checkpoint of a run, which is to be its result, is not whole; without a manifest
+    (`weights_only`) it has to be there."""
+    damage = None if checkpoint.is_dir() else "it is missing"
+    damage = damage if damage or weights_only else find_damage(checkpoint)
+    if damage:
+        raise UserError(
+            f"{checkpoint}, the best, cannot be loaded: {damage}; put it back, or run again with --resume and "
+            "--load_best_model_at_end no, which takes the model of the last step."
+        )
 
 
 def read_position(checkpoint: Path, rank: int) -> dict[str, Any]:
@@ -156,14 +169,16 @@ def read_position(checkpoint: Path, rank: int) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def finished_state(output_dir: str, checkpoint: Path | None, max_steps: int) -> TrainerState | None:
-    """The state a run was left in whose result has done all steps; None if there are some left to do.
+def finished_state(
+    output_dir: str, checkpoint: Path | None, max_steps: int, patience: int | None = None
+) -> TrainerState | None:
+    """The state a run was left in whose result has done all steps, or was stopped early; None if some are left to do.
 
     Raises:
         RecipeError: there are, and no checkpoint to go on from.
     """
     result = _result(Path(output_dir))
-    if result is not None and result.global_step >= max_steps:
+    if result is not None and (result.global_step >= max_steps or has_stopped_early(result, patience)):
         return result
     if result is not None and checkpoint is None:
         raise RecipeError(

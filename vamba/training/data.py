@@ -6,8 +6,11 @@ and fit, so that wrong paths and budgets are met before the model is loaded.
 
 import hashlib
 import math
+import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -24,10 +27,14 @@ from vamba.data import (
 )
 from vamba.data.encoding import tokens_of_pixels
 from vamba.data.stream import reason_to_skip
+from vamba.errors import UserError
+from vamba.evaluation.protocols import PROTOCOLS
+from vamba.evaluation.questions import Question, read_questions
 
 from .agreement import agreed
-from .arguments import DataArguments, Recipe, RecipeError, VambaTrainingArguments
+from .arguments import DataArguments, DatasetArguments, Recipe, RecipeError, VambaTrainingArguments
 from .checkpoints import read_position
+from .evaluation import Evaluation
 
 
 PROBED = 16  # examples of a source that are tried before it is given up
@@ -43,7 +50,7 @@ def open_data(recipe: Recipe, config: PreTrainedConfig, processor, checkpoint: P
     data, arguments = recipe.data, recipe.training
     encoder = _make_encoder(recipe, config, processor)
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    mixture = agreed(lambda: _open_sources(data, seed))
+    mixture = agreed(lambda: _open_mixture(data, seed))
     fingerprints = agreed(lambda: [source.fingerprint for source in mixture.sources], decided_by_main=True)
     for source, fingerprint in zip(mixture.sources, fingerprints):
         source.fingerprint = fingerprint
@@ -91,20 +98,79 @@ def _make_encoder(recipe: Recipe, config: PreTrainedConfig, processor) -> Conver
     )
 
 
-def _open_sources(data: DataArguments, seed: int) -> Mixture:
+def open_evaluation(recipe: Recipe, config: PreTrainedConfig, processor) -> Evaluation | None:
+    """What is evaluated while training, within the limits of training; None for nothing.
+
+    Raises:
+        RecipeError: data or questions cannot be opened or used.
+    """
+    data, arguments = recipe.data, recipe.training
+    if arguments.eval_strategy == "no":
+        return None
+    encoder = _make_encoder(recipe, config, processor)
+    sources = agreed(lambda: _open_sources("eval_datasets", data.eval_sources, shuffle=False))
+    for index, source in enumerate(sources):
+        agreed(partial(_check_source, f"eval_datasets[{index}]", source, encoder), decided_by_main=True)
+    given = "per_device_eval_batch_size" in recipe.given  # or as many as in training, as they take much memory
+    rows = arguments.per_device_eval_batch_size if given else arguments.per_device_train_batch_size
+    streams = {
+        name: TrainingStream(
+            Mixture([source]),
+            Collator(encoder, packing=data.packing),
+            rows=None if data.packing else rows,
+            max_video_tokens=data.batch_video_tokens,
+            max_text_tokens=data.batch_text_tokens,
+            on_error=data.on_error,
+            rank=arguments.process_index,
+            world_size=arguments.world_size,
+            once=True,
+        )
+        for name, source in zip(data.eval_names, sources)
+    }
+    sampling = {name: getattr(data, name) for name in ("fps", "max_frames", "min_pixels", "max_pixels")}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    protocol = PROTOCOLS[data.eval_protocol]
+    protocol = replace(protocol, reading=protocol.reading or sampling)
+    return Evaluation(streams, agreed(lambda: _read_questions(data)), protocol, data.allow_urls)
+
+
+def _read_questions(data: DataArguments) -> list[Question]:
+    if data.eval_questions is None:
+        return []
+    try:
+        questions = read_questions(data.eval_questions)
+    except UserError as error:
+        raise RecipeError(f"eval_questions: {error}") from error
+    if all(question.answer is None for question in questions):
+        raise RecipeError(f"eval_questions is {data.eval_questions}, where no answer is known; accepted: with answers")
+    videos = [video for question in questions for video in question.videos]
+    if not any("://" in video or os.path.exists(video) for video in videos):
+        raise RecipeError(
+            f"eval_questions is {data.eval_questions}, none of whose videos is there (the first: {videos[0]}); "
+            "accepted: absolute paths, or such as start from the folder of that file"
+        )
+    return questions
+
+
+def _open_mixture(data: DataArguments, seed: int) -> Mixture:
+    options = {"streaming": data.streaming, "shuffle": data.shuffle, "seed": seed}
+    weights = [entry.weight for entry in data.sources if entry.weight is not None]  # of all or none
+    return Mixture(_open_sources("datasets", data.sources, **options), weights or None)
+
+
+def _open_sources(key: str, entries: list[DatasetArguments], **how: Any) -> list[Source]:
     sources = []
-    for index, entry in enumerate(data.sources):
+    for index, entry in enumerate(entries):
         if entry.media_root is not None and not Path(entry.media_root).is_dir():
             raise RecipeError(
-                f"datasets[{index}].media_root is {entry.media_root}, no folder; accepted: a folder of media"
+                f"{key}[{index}].media_root is {entry.media_root}, no folder; accepted: a folder of media"
             )
         options = {name: value for name, value in vars(entry).items() if name != "weight"}
         try:
-            sources.append(Source(**options, streaming=data.streaming, shuffle=data.shuffle, seed=seed))
+            sources.append(Source(**options, **how))
         except (OSError, ValueError) as error:
-            raise RecipeError(f"datasets[{index}]: {' '.join(str(error).split())}") from error
-    weights = [entry.weight for entry in data.sources if entry.weight is not None]  # of all or none
-    return Mixture(sources, weights or None)
+            raise RecipeError(f"{key}[{index}]: {' '.join(str(error).split())}") from error
+    return sources
 
 
 def _check_source(key: str, source: Source, encoder: ConversationEncoder) -> None:

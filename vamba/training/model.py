@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations import deepspeed
 from transformers.utils import is_bitsandbytes_available
 
 from vamba.checkpoint_folder import KINDS, kind_of
 from vamba.errors import UserError
-from vamba.loading import load_config, load_processor, quantization, skeleton
+from vamba.loading import load_config, load_processor, quantization, skeleton, whole_models
 from vamba.loading import load_model as load_whole_model
 
 from .arguments import ModelArguments, Recipe, RecipeError
@@ -97,12 +96,11 @@ def load_teacher(path: str, dtype: str) -> PreTrainedModel:
     It is whole in every process: nothing gathers what ZeRO-3 would share out or FSDP would load on the main process
     only, as the Trainer knows of the student alone.
     """
-    shared, loading = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FSDP_LOADING, None)
-    deepspeed.unset_hf_deepspeed_config()
+    loading = os.environ.pop(_FSDP_LOADING, None)
     try:
-        return load_whole_model(path, any_kind=True, dtype=dtype)
+        with whole_models():
+            return load_whole_model(path, any_kind=True, dtype=dtype)
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = shared
         if loading is not None:
             os.environ[_FSDP_LOADING] = loading
 

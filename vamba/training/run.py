@@ -5,7 +5,7 @@ All that can be wrong with a recipe is found before the model is loaded.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from vamba.data import TrainingStream
 from .agreement import agreed, ending_together
 from .arguments import Recipe, load_recipe
 from .checkpoints import FINAL, find_checkpoint, finished_state, remove_leftovers
-from .data import open_data
+from .data import open_data, open_evaluation
 from .distillation import Distillation
+from .evaluation import Evaluation
 from .flops import FlopsModel
 from .model import check_model, load_model, load_teacher
 from .saving import save, upload
@@ -27,12 +28,14 @@ from .trainer import VambaTrainer
 @dataclass
 class Result:
     """folder: the trained model, None where SIGTERM stopped the run; the main process writes it, the others may return
-    before it is there. losses: as logged, by step. trained: False where the run to resume was finished already."""
+    before it is there. losses: as logged, by step. trained: False where the run to resume was finished already.
+    evaluations: the metrics of each, by step."""
 
     folder: Path | None
     steps: int
     losses: dict[int, float]
     trained: bool = True
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Prepared:
     stream: TrainingStream
     checkpoint: Path | None
     flops: FlopsModel
+    evaluation: Evaluation | None = None
 
 
 def finetune(
@@ -65,18 +69,19 @@ def finetune(
     prepared = prepare(load_recipe(recipe, overrides), resume)
     arguments, checkpoint = prepared.recipe.training, prepared.checkpoint
     output = arguments.output_dir
-    state = agreed(lambda: finished_state(output, checkpoint, arguments.max_steps), decided_by_main=True)
+    limits = arguments.max_steps, arguments.early_stopping_patience
+    state = agreed(lambda: finished_state(output, checkpoint, *limits), decided_by_main=True)
     agreed(lambda: remove_leftovers(output, checkpoint, arguments.save_total_limit), decided_by_main=True)
     if state is not None:
         final = Path(output) / FINAL
         if arguments.should_save:
             upload(final, prepared.recipe)
-        return Result(final, state.global_step, _losses(state), trained=False)
+        return _result(final, state, trained=False)
     with ending_together():
         trainer = make_trainer(prepared)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         folder = None if trainer.stopped else save(trainer, prepared.recipe)
-    return Result(folder, trainer.state.global_step, _losses(trainer.state))
+    return _result(folder, trainer.state)
 
 
 def prepare(recipe: Recipe, resume: bool = False) -> Prepared:
@@ -90,7 +95,8 @@ def prepare(recipe: Recipe, resume: bool = False) -> Prepared:
     recipe.training.set_up()
     checkpoint = agreed(lambda: find_checkpoint(recipe.training.output_dir, resume), decided_by_main=True)
     stream = open_data(recipe, config, processor, checkpoint)
-    return Prepared(recipe, config, processor, stream, checkpoint, flops)
+    evaluation = open_evaluation(recipe, config, processor)
+    return Prepared(recipe, config, processor, stream, checkpoint, flops, evaluation)
 
 
 def make_trainer(prepared: Prepared) -> VambaTrainer:
@@ -107,9 +113,16 @@ def make_trainer(prepared: Prepared) -> VambaTrainer:
         stream=prepared.stream,
         processing_class=prepared.processor,
         distillation=distillation,
+        evaluation=prepared.evaluation,
         flops=prepared.flops,
     )
 
 
-def _losses(state: TrainerState) -> dict[int, float]:
-    return {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
+def _result(folder: Path | None, state: TrainerState, trained: bool = True) -> Result:
+    losses = {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry}
+    measured = (
+        (entry["step"], {name: value for name, value in entry.items() if name.startswith("eval_")})
+        for entry in state.log_history
+    )
+    evaluations = {step: metrics for step, metrics in measured if metrics}
+    return Result(folder, state.global_step, losses, trained, evaluations)

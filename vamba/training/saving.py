@@ -104,6 +104,8 @@ def _finish(folder: Path, recipe: Recipe, processor) -> None:
     values = {key: value for key, value in recipe.given.items() if key != "hub_token"}
     values = json.loads(json.dumps(values))  # which makes texts of enumerations
     values["datasets"] = [vars(entry) for entry in data.sources]
+    if data.eval_sources:
+        values["eval_datasets"] = [vars(entry) for entry in data.eval_sources]
     values = _without_absolute(values, Path(recipe.training.output_dir).resolve())
     text = "# Paths that were absolute start from the output folder here, or are names where they are far from it.\n"
     (folder / RECIPE_FILE).write_text(text + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

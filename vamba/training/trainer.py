@@ -20,23 +20,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from vamba.data import ABOUT, About, ExampleError, Position, TrainingStream
-from vamba.errors import DiskFullError, UserError, is_disk_full
+from vamba.errors import DiskFullError, is_disk_full
 from vamba.files import publish
 
-from .checkpoints import POSITION_FILE, STAGING, rotate, write_manifest
+from .agreement import agreed
+from .checkpoints import POSITION_FILE, STAGING, check_best, rotate, write_manifest
+from .curves import Curves
 from .distillation import Distillation
+from .evaluation import EarlyStopping, Evaluation, NonFiniteLossError, Stopped
 from .flops import FlopsModel, peak_flops
 
 
 logger = logging.get_logger(__name__)
-
-
-class NonFiniteLossError(UserError):
-    """The loss is NaN or infinite; the message names the batch."""
 
 
 class VambaTrainer(Trainer):
@@ -46,30 +46,39 @@ class VambaTrainer(Trainer):
         args: `VambaTrainingArguments`, set up. processing_class: the model's processor.
         stream: where batches come from; what `Trainer` knows of data loading does not apply.
         distillation: a teacher to follow besides the labels.
+        evaluation: what `eval_strategy` is about.
         flops: counts the arithmetic of a step, for the MFU in the log.
     """
+
+    control: TrainerControl
 
     def __init__(
         self,
         *args,
         stream: TrainingStream,
         distillation: Distillation | None = None,
+        evaluation: Evaluation | None = None,
         flops: FlopsModel | None = None,
         **kwargs,
     ):
         loss = distillation.loss if distillation is not None else None
-        super().__init__(*args, train_dataset=stream, compute_loss_func=loss, **kwargs)
+        super().__init__(*args, train_dataset=stream, eval_dataset=evaluation, compute_loss_func=loss, **kwargs)
         self.stream, self.distillation, self.flops = stream, distillation, flops
         tflops = self.args.peak_tflops
         self.peak_flops = tflops * 1e12 if tflops else peak_flops(self.args.device)
         self.position = Position(stream, max(1, self.args.dataloader_num_workers))
         self.stopped = False  # by SIGTERM
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(self.args.early_stopping_patience, self.args.early_stopping_threshold))
+        if evaluation is not None:
+            self.add_callback(Curves())
         self.add_callback(AfterEachStep(self))
         self.save_dtype: torch.dtype | None = None  # of the weights on disk, if not as they are trained
         self._pending: deque[About] = deque()  # batches fetched for the current step, not yet trained on
         self._measured = {"video_tokens": 0.0, "text_tokens": 0.0, "flops": 0.0}
         self._measured_since = time.perf_counter()
         self._staging: Path | None = None
+        self._resumed_from: str | None = None
 
     def train(self, *args, **kwargs):
         """As `Trainer` does; on SIGTERM it finishes the step, saves and stops. Signals reach the main thread only: a
@@ -88,8 +97,11 @@ class VambaTrainer(Trainer):
     # --- data -------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
+        return self._loader(self.stream)
+
+    def _loader(self, stream: TrainingStream) -> DataLoader:
         arguments = self.args
-        return self.stream.loader(
+        return stream.loader(
             arguments.dataloader_num_workers,
             pin_memory=arguments.dataloader_pin_memory and arguments.device.type == "cuda",
             prefetch_factor=arguments.dataloader_prefetch_factor,
@@ -115,6 +127,11 @@ class VambaTrainer(Trainer):
         steps, and nothing is left to train of a run that has done them."""
         epochs, *others = super().set_initial_training_values(args, dataloader)
         return min(epochs, 1), *others
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As `Trainer` does, unless a run that goes on is found to have been at its end."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -192,6 +209,89 @@ class VambaTrainer(Trainer):
             self._measured, self._measured_since = dict.fromkeys(self._measured, 0.0), now
         super().log(logs, start_time)
 
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The metrics of `evaluation`, logged. No random number that training will draw changes.
+
+        Raises:
+            Stopped: by SIGTERM. And what `Evaluation.measure` raises.
+        """
+        began, device = time.perf_counter(), self.args.device
+        for part in (self.model, self.optimizer):
+            if callable(getattr(part, "eval", None)):  # some optimizers train other weights than they are used with
+                part.eval()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self.accelerator.autocast():
+            torch.manual_seed(self.args.seed)
+            evaluation = eval_dataset or self.eval_dataset
+            found = evaluation.measure(self.model, self.processing_class, self._loader, lambda: self.stopped)
+        seconds = time.perf_counter() - began
+        self._measured_since += seconds
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in {**found, "runtime": seconds}.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False) -> dict[str, float]:
+        """As `Trainer` does; nothing where SIGTERM stops it, or a run that goes on was evaluated when it started."""
+        if skip_scheduler and self.state.global_step:
+            return {}
+        try:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except Stopped:
+            self.stopped = self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """Whether to save with `save_strategy: best`: a better model, or an evaluation that was stopped. What is to be
+        loaded at the end is saved in any case."""
+        if not metrics:
+            return True
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        epochs = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        self._resumed_from = checkpoint
+        self._name_best()  # wherever the folder is now
+        return epochs
+
+    def make_up_for_evaluation(self) -> None:
+        """Does what SIGTERM stopped before the checkpoint was saved that this run goes on from, and saves it anew."""
+        control = self.state.stateful_callbacks["TrainerControl"]["args"]
+        if self._resumed_from is None or self.eval_dataset is None or not control["should_evaluate"]:
+            return
+        self._load_rng_state(self._resumed_from)  # to be saved again
+        self.control.should_evaluate = self.control.should_save = True
+        self._maybe_log_save_evaluate(torch.zeros(()), None, self.model, None, 0, None, 0.0)
+
+    @property
+    def _best(self) -> Path | None:
+        """The folder of the best checkpoint so far, which need not be there."""
+        step = self.state.best_global_step
+        return Path(self.args.output_dir) / f"checkpoint-{step}" if step else None
+
+    def _name_best(self) -> None:
+        is_this = self.state.best_global_step == self.state.global_step  # which is about to be written
+        found = self._best is not None and (is_this or self._best.is_dir())
+        self.state.best_model_checkpoint = str(self._best) if found else None
+
+    def _finalize_training(self, *args):
+        """As `Trainer` does, which with `save_total_limit: 1` would delete what a stopped run goes on from. The state
+        then names the best checkpoint without its folder, as `final` has no absolute paths."""
+        if self.args.load_best_model_at_end and self._best is not None and not self.stopped:
+            agreed(lambda: check_best(self._best, self.args.save_only_model), decided_by_main=True)
+            self.state.best_model_checkpoint = str(self._best)
+            self._load_best_model()
+        self.state.best_model_checkpoint = None
+        result = super()._finalize_training(*args)
+        self.state.best_model_checkpoint = self._best and self._best.name
+        return result
+
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial) -> str:
@@ -218,14 +318,16 @@ class VambaTrainer(Trainer):
                 shutil.rmtree(self._staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self._name_best()  # where it will be
             position = self._staging / final.name / POSITION_FILE.format(rank=self.args.process_index)
             position.write_text(json.dumps(self.position.state()), encoding="utf-8")
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                self.state.save_to_json(str(self._staging / final.name / TRAINER_STATE_NAME))
                 if not self.args.save_only_model:  # from which nothing can go on
                     write_manifest(self._staging / final.name)
                 publish(self._staging / final.name, final)
-                rotate(output, self.args.save_total_limit, self.state.global_step)
+                rotate(output, self.args.save_total_limit, self.state.global_step, self.state.best_global_step)
             self.accelerator.wait_for_everyone()
         except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, as it comes
             if not is_disk_full(error, output):
@@ -240,10 +342,14 @@ class VambaTrainer(Trainer):
 
 
 class AfterEachStep(TrainerCallback):
-    """Keeps `epoch` true, and saves and stops after the same step on all processes, whichever got a SIGTERM."""
+    """Keeps `epoch` true, and saves and stops after the same step on all processes, whichever got a SIGTERM; what that
+    left out is made up for when the run goes on."""
 
     def __init__(self, trainer: VambaTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.make_up_for_evaluation()
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer

@@ -296,6 +296,20 @@ def test_an_epoch_is_every_example_once(processor, dataset, packing, workers, mo
     assert position.state()["rows"] == 36 and (not packing or len(batches) <= 6)
 
 
+@pytest.mark.parametrize(("workers", "ranks", "window"), [(0, 1, 3), (2, 3, 64), (0, 14, 3)])
+def test_one_pass_is_every_example_once(processor, dataset, tmp_path, workers, ranks, window, monkeypatch):
+    """And again the next time; however many are broken, or more processes than examples."""
+    monkeypatch.setattr(stream_module, "WINDOW", window)
+    data = broken(dataset, tmp_path)
+    streams = [broken_stream(processor, data, rank=rank, world_size=ranks, once=True) for rank in range(ranks)]
+    for _ in range(2):
+        abouts = [batch[ABOUT] for stream in streams for batch in stream.loader(workers)]
+        seen = [name for about in abouts for name in about.samples]
+        told = [message.split(":")[0] for about in abouts for message in about.skipped]
+        assert sorted(told) == [f"broken.jsonl#v{n}" for n in (2, 5, 7)]
+        assert sorted(seen + told) == sorted(f"broken.jsonl#v{n}" for n in range(12))
+
+
 @pytest.mark.parametrize(("files", "workers", "ranks"), [(1, 2, 1), (4, 4, 1), (3, 2, 2), (1, 0, 3)])
 def test_streamed_rows_are_shared_out(processor, tmp_path, files, workers, ranks, monkeypatch):
     """Whatever files they lie in."""

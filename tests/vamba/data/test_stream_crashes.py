@@ -71,6 +71,17 @@ def test_a_worker_that_dies_of_an_example(processor, dataset):
     assert told == {f"train.jsonl#v{n}: a data worker died of it (SIGSEGV)" for n in (4, 6)}
 
 
+def test_workers_that_die_in_one_pass(processor, dataset):
+    """Each pass is whole, and tells of the same examples."""
+    stream = make_stream(processor, dataset, once=True)
+    for _ in range(2):
+        abouts = [batch[ABOUT] for batch in stream.loader(2)]
+        assert sorted(name for about in abouts for name in about.samples) == sorted(
+            f"train.jsonl#v{n}" for n in range(12) if n not in (4, 6)
+        )
+        assert sum(len(about.skipped) for about in abouts) == 2
+
+
 def test_a_worker_that_dies_of_nothing_is_an_error(processor, dataset):
     stream = make_stream(processor, dataset, crashes=False)
     batches = iter(stream.loader(1))

@@ -83,7 +83,44 @@ WRONG = {
         "gradient_accumulation_steps is given beside global_batch_size",
     ),
     "not accepted": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not accepted: it would need all"),
-    "evaluation": ({"eval_steps": 5}, "eval_steps is not accepted: there is no evaluation set"),
+    "nothing to evaluate on": ({"eval_steps": 5}, "eval_steps is given, but nothing to evaluate on; accepted"),
+    "nothing to stop by": ({"early_stopping_patience": 2}, "early_stopping_patience is given, but nothing to evaluate"),
+    "no strategy": ({"eval_datasets": "a.jsonl"}, "eval_strategy is missing; accepted with eval_datasets: steps"),
+    "epochs": ({"eval_datasets": "a.jsonl", "eval_strategy": "epoch"}, "eval_strategy is epoch; accepted: steps, with"),
+    "weighed evaluation": (
+        {"eval_datasets": [{"path": "a", "weight": 1}], "eval_strategy": "steps"},
+        "eval_datasets[0].weight is 1.0; leave it out",
+    ),
+    "evaluated path": (
+        {"eval_datasets": "/no/data.jsonl", "eval_strategy": "steps"},
+        "eval_datasets[0]: /no/data.jsonl: there is no such file",
+    ),
+    "no questions": (
+        {"eval_questions": "/no/q.jsonl", "eval_strategy": "steps"},
+        "eval_questions: /no/q.jsonl is no file",
+    ),
+    "unknown metric": (
+        {"eval_questions": "q.jsonl", "eval_strategy": "steps", "load_best_model_at_end": True},
+        "metric_for_best_model is loss; accepted: accuracy",
+    ),
+    "unknown metric of several": (
+        {"eval_datasets": ["a/x.jsonl", "b/x.json"], "eval_strategy": "steps", "metric_for_best_model": "eval_x"},
+        "metric_for_best_model is eval_x; accepted: x_loss, x_2_loss, loss",
+    ),
+    "protocol": (
+        {"eval_questions": "q.jsonl", "eval_strategy": "steps", "eval_protocol": "x"},
+        "eval_protocol is x; accepted: letters, ",
+    ),
+    "evaluated packs": (
+        {"eval_datasets": "a.jsonl", "eval_strategy": "no", "per_device_eval_batch_size": 2, "packing": True}
+        | {"per_device_train_batch_size": 1, "batch_video_tokens": 9, "max_video_tokens": 9},
+        "per_device_eval_batch_size is given; leave it out with packing",
+    ),
+    "stopped by nothing": (
+        {"eval_datasets": "a.jsonl", "eval_strategy": "no", "early_stopping_patience": 2},
+        "early_stopping_patience is given although eval_strategy is no",
+    ),
+    "kept logits": ({"eval_accumulation_steps": 5}, "eval_accumulation_steps is not accepted: an evaluation keeps"),
     "missing": ({"model_name_or_path": ...}, "the following arguments are required: model_name_or_path"),
     "no data": ({"datasets": ...}, "the following arguments are required: datasets"),
     "no output": ({"output_dir": ...}, "output_dir is missing"),

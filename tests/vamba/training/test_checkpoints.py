@@ -79,6 +79,17 @@ def test_rotation_keeps_the_checkpoint_that_was_just_written(tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-4"
 
 
+def test_rotation_keeps_the_best_checkpoint(tmp_path):
+    """Beside the last one, and in place of another where there is room for more."""
+    make_checkpoints(tmp_path, 2, 4, 6, 8)
+    rotate(tmp_path, 2, 8, best=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-8"]
+    rotate(tmp_path, 1, 8, best=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-8"]
+    rotate(tmp_path, 1, 8, best=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+
+
 def test_what_a_killed_run_leaves_is_removed_and_nothing_else(tmp_path):
     make_checkpoints(tmp_path, 2)
     for name in (".saving/checkpoint-4", "checkpoint-2.replaced", "final.replaced", "notes.replaced", "notes"):

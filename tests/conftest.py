@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vamba.conversion import convert
-from vamba.demo.tiny_checkpoints import MIXER, make_tiny_qwen2_vl
+from vamba.demo.tiny_checkpoints import MIXER, make_tiny_clip, make_tiny_mamba2, make_tiny_qwen2_vl
 from vamba.modeling import VambaForConditionalGeneration
 
 from tiny_vamba import tiny_model
@@ -39,6 +39,15 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     make_tiny_qwen2_vl(folder / "qwen", ["What happens in the video?"])
     return convert(folder / "qwen", folder / "vamba", mamba_config=MIXER, progress=False)
+
+
+@pytest.fixture(scope="session")
+def ma2mba(tmp_path_factory) -> Path:
+    """A tiny Video-Ma2mba, converted by the real converter."""
+    folder = tmp_path_factory.mktemp("ma2mba")
+    make_tiny_mamba2(folder / "mamba2", ["What happens in the video?"], seed=3)
+    make_tiny_clip(folder / "clip", image_size=32, patch_size=8)
+    return convert(folder / "mamba2", folder / "video-ma2mba", vision=folder / "clip", progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ import contextlib
 import copy
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -26,7 +26,7 @@ from transformers import (
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
 from .errors import UserError, VideoReadError, reason_of
-from .loading import check_generation, load_config, load_model, load_processor, merge_adapter
+from .loading import check_generation, load_config, load_model, load_processor, merge_adapter, quantization
 from .modeling import StateMemory, VideoMemory
 from .modeling.graphed_decoding import GraphedDecoding
 from .modeling.media import default_chunk_frames, load_ahead
@@ -37,6 +37,7 @@ from .video import read_ahead
 # What each kind of model remembers a video in.
 MEMORIES = {"vamba": VideoMemory, "video_ma2mba": StateMemory}
 MAX_QUESTION = 2**20  # characters
+IS_NAN = "The model computes NaN: its weights are damaged, or dtype is too narrow for them."
 
 
 # What `ask` tells `generate` by itself.
@@ -44,6 +45,13 @@ OWN_ARGUMENTS = {
     "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "mm_token_type_ids",
     "return_dict_in_generate",
 }  # fmt: skip
+
+
+class LogLikelihood(NamedTuple):
+    """Of one answer: the natural logarithm of its probability, and whether greedy decoding would give it."""
+
+    total: float
+    is_greedy: bool
 
 
 class FirstScoresAreNumbers(LogitsProcessor):
@@ -54,7 +62,7 @@ class FirstScoresAreNumbers(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if not self.seen and scores.isnan().any():
-            raise UserError("The model computes NaN: its weights are damaged, or dtype is too narrow for them.")
+            raise UserError(IS_NAN)
         self.seen = True  # the others wait for no device
         return scores
 
@@ -165,11 +173,14 @@ class VideoChat:
         )
         return inputs["pixel_values_videos"], inputs["video_grid_thw"]
 
-    def ask(self, question: str, *, stream: bool = False, **generate_kwargs: Any) -> str | Iterator[str]:
+    def ask(
+        self, question: str | Sequence[dict], *, stream: bool = False, **generate_kwargs: Any
+    ) -> str | Iterator[str]:
         """Answers a question about what was watched; every question starts a new conversation.
 
         Args:
-            question: plain text.
+            question: plain text; or a conversation so far, `{"role": ..., "content": text}` each, the last turn of
+                which is to be answered. What was watched comes first in the first turn of the user.
             stream: return an iterator over pieces of the answer as they are generated.
             generate_kwargs: passed to `generate`; where neither they nor a `generation_config` among them says so,
                 `max_new_tokens` is 256 and `min_new_tokens` 1, as no question is answered by nothing.
@@ -178,9 +189,7 @@ class VideoChat:
             ValueError: nothing was watched yet; the question is no text, empty, not UTF-8 or too long; an argument that
                 `generate` does not know or cannot use.
         """
-        if self.memory is None or not self.memory.media:
-            raise ValueError("Nothing was watched yet: call watch(video) before ask(question).")
-        check_question(question)
+        self._check_watched()
         generate_kwargs = {name: value for name, value in generate_kwargs.items() if value is not None}
         self._check_generation(generate_kwargs)
         if stream and "streamer" in generate_kwargs:
@@ -199,6 +208,49 @@ class VideoChat:
         output = self.model.generate(**inputs, past_key_values=self._fork(inputs, generate_kwargs), **generate_kwargs)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
+
+    @torch.no_grad()
+    def log_likelihoods(self, question: str | Sequence[dict], answers: Sequence[str]) -> list[LogLikelihood]:
+        """How likely the model finds each of these answers to a question, which is read once for all of them.
+
+        Args:
+            question: as for `ask`.
+            answers: texts, taken as they are; their end is not counted.
+
+        Raises:
+            ValueError: as `ask`; an answer of no tokens; the model computes NaN.
+        """
+        self._check_watched()
+        prompt = self._prompt(question)["input_ids"]
+        memory = self.memory.fork()
+        read = self.model(input_ids=prompt[:, memory.get_seq_length() :], past_key_values=memory, logits_to_keep=1)
+        first = read.logits[0].float().log_softmax(-1)
+        if first.isnan().any():
+            raise UserError(IS_NAN)
+        found = []
+        for answer in answers:
+            tokens = self.processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            if not tokens.numel():
+                raise UserError(f"An answer is {answer!r:.80}, which makes no token; give a text.")
+            tokens, scores = tokens.to(first.device), first
+            if tokens.shape[1] > 1:
+                rest = self._continue(tokens[:, :-1], memory.fork())
+                scores = torch.cat([first, rest[0].float().log_softmax(-1)])
+            taken = scores.gather(1, tokens[0][:, None])
+            is_greedy = bool((scores.argmax(-1) == tokens[0]).all())
+            found.append(LogLikelihood(taken.double().sum().item(), is_greedy))
+        return found
+
+    def _continue(self, tokens: torch.Tensor, memory: VideoMemory | StateMemory) -> torch.Tensor:
+        """Logits after each of the tokens (1, N) of an answer, computed as `generate` does."""
+        options = {}
+        if getattr(self.model.generation_config, "unrotate_video_keys", False):
+            options["unrotate_video_keys"] = True
+        return self.model(input_ids=tokens, past_key_values=memory, **options).logits
+
+    def _check_watched(self) -> None:
+        if self.memory is None or not self.memory.media:
+            raise ValueError("Nothing was watched yet: call watch(video) before ask(question).")
 
     def _check_generation(self, generate_kwargs: dict) -> None:
         """Raises UserError for what `generate` is told and cannot use."""
@@ -235,11 +287,13 @@ class VideoChat:
             length = inputs["input_ids"].shape[1] + new_tokens
         return self.memory.fork(max_cache_len=-(-length // 64) * 64)
 
-    def _prompt(self, question: str) -> dict:
+    def _prompt(self, question: str | Sequence[dict]) -> dict:
         """The question after one media item for each that was watched, as the model was trained."""
         assert self.memory is not None  # as `ask` has seen
+        messages = conversation_of(question)
         items = [{"type": kind} for kind, *_ in self.memory.media[0]]
-        messages = [{"role": "user", "content": [*items, {"type": "text", "text": question}]}]
+        first = next(turn for turn in messages if turn["role"] == "user")
+        messages = [turn | {"content": [*items, *turn["content"]]} if turn is first else turn for turn in messages]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = self.processor.tokenizer(text, return_tensors="pt").to(self.model.device)
         length = inputs["input_ids"].shape[1]
@@ -289,6 +343,33 @@ def _plausible_frames(expected: int | None, video: Any) -> int | None:
     return None if is_file and expected is not None and expected > os.path.getsize(video) else expected
 
 
+def conversation_of(question: str | Sequence[dict]) -> list[dict]:
+    """A question, or turns of a conversation, as messages of text that a chat template takes.
+
+    Raises:
+        UserError: it is neither, nobody asks anything in it, or it holds images or videos, which are to be watched.
+    """
+    if not isinstance(question, (list, tuple)):
+        check_question(question)
+        question = [{"role": "user", "content": question}]
+    messages = []
+    for turn in question:
+        role, content = (turn.get(name) for name in ("role", "content")) if isinstance(turn, dict) else (None, None)
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        is_text = isinstance(blocks, list) and all(isinstance(b, dict) and b.get("type") == "text" for b in blocks)
+        if role not in ("system", "user", "assistant") or not is_text:
+            raise UserError(
+                f"A turn is {turn!r:.80}; give a role (system, user, assistant) and a content of text, and let videos "
+                "be watched first."
+            )
+        for block in blocks:
+            check_question(block.get("text"))
+        messages.append({"role": role, "content": blocks})
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError("The conversation does not end with a turn of the user; give a question to answer.")
+    return messages
+
+
 def check_question(question: Any) -> None:
     """Raises UserError unless the question is a text that can be asked."""
     if not isinstance(question, str):
@@ -307,10 +388,23 @@ def _setting(generate_kwargs: dict, name: str) -> Any:
     return getattr(generate_kwargs.get("generation_config"), name, None) if value is None else value
 
 
-def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> VideoChat:
+def load_chat(
+    path: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    adapter: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    attn_implementation: str | None = None,
+) -> VideoChat:
     """A `VideoChat` from a checkpoint folder or Hub id, on `device` or wherever accelerate puts it.
 
-    Where `path` is a PEFT adapter, it is added to the weights of the model it was trained on.
+    Args:
+        path: where it is a PEFT adapter, it is added to the weights of the model it was trained on.
+        adapter: a PEFT adapter to be added to `path`.
+        load_in_4bit, load_in_8bit: quantise the weights with bitsandbytes, as `vamba finetune` does.
+        attn_implementation: of transformers; None for its choice.
 
     Raises:
         UserError: no Vamba checkpoint at `path`, something in it is damaged or missing, or there is no such device.
@@ -323,13 +417,20 @@ def load_chat(path: str, *, dtype: str | torch.dtype = "auto", device: str | Non
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not isinstance(named, torch.dtype):
         raise UserError(f"dtype is {dtype!r:.80}; give 'auto', 'float32', 'bfloat16' or 'float16'.")
-    check_kind(base := base_of(path))
+    base = base_of(path) if adapter is None else path
+    check_kind(base)
+    path = path if adapter is None else adapter
+    options: dict[str, Any] = {}
+    if (quantized := quantization(load_in_4bit, load_in_8bit)) is not None:
+        options["quantization_config"] = quantized
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     device_map = device or ("auto" if torch.cuda.is_available() else None)
     own_processor = base == path or (checkpoint_folder(path) / "processor_config.json").is_file()
     processor = load_processor(path if own_processor else base, load_config(base))  # first, as it is small
     if processor.chat_template is None:
         raise UserError(f"{path} holds no chat template; copy the chat_template.jinja of its origin there.")
-    model = load_model(base, dtype=dtype, device_map=device_map)
+    model = load_model(base, dtype=dtype, device_map=device_map, **options)
     if base != path:
         model = merge_adapter(model, path)
     return VideoChat(model.eval(), processor)

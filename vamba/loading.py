@@ -20,11 +20,13 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils import is_bitsandbytes_available
 
 from .checkpoint_folder import CONFIG, KINDS, check_kind, checkpoint_folder, kind_of, read_json
 from .errors import UserError, opening, reason_of
@@ -200,6 +202,27 @@ def load_model(path: str | os.PathLike, *, any_kind: bool = False, **options: An
     raise_problems(str(path), {"missing tensors": report["missing_keys"], "wrong tensors": mismatched}, REMEDY)
     check_finite(model, path)
     return model
+
+
+def quantization(load_in_4bit: bool = False, load_in_8bit: bool = False) -> BitsAndBytesConfig | None:
+    """How bitsandbytes is to quantise the weights; None if not at all.
+
+    Raises:
+        UserError: both are asked for, or bitsandbytes is not installed.
+    """
+    if not load_in_4bit and not load_in_8bit:
+        return None
+    if load_in_4bit and load_in_8bit:
+        raise UserError("load_in_8bit is true beside load_in_4bit; give one of them.")
+    if not is_bitsandbytes_available():
+        raise UserError("load_in_4bit and load_in_8bit need bitsandbytes; install it, or leave them out.")
+    return BitsAndBytesConfig(
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def merge_adapter(model: PreTrainedModel, path: str | os.PathLike) -> PreTrainedModel:

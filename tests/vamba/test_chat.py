@@ -240,3 +240,65 @@ def test_weights_that_compute_nan_are_told(chat, clip):
     finally:
         with torch.no_grad():
             norm.copy_(before)
+
+
+def test_a_conversation_goes_on_where_its_last_turn_ends(chat, clip):
+    chat.watch(clip, fps=8, progress=False)
+    turns = [("system", "Be brief."), ("user", "What happens?"), ("assistant", "It moves."), ("user", "Where?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    with_video = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
+    with_video[1]["content"].insert(0, {"type": "video", "video": str(clip), "fps": 8.0})
+    inputs = chat.processor.apply_chat_template(
+        with_video, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = chat.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    answer = chat.processor.tokenizer.decode(output, skip_special_tokens=True).strip()
+    assert chat.ask(messages, max_new_tokens=8, do_sample=False) == answer
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        [],
+        [{"role": "assistant", "content": "It moves."}],
+        [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
+        [{"role": "nobody", "content": "What?"}],
+        [{"role": "user", "content": 3}],
+        ["What?"],
+    ],
+)
+def test_what_is_no_conversation(chat, clip, question):
+    chat.watch(clip, progress=False)
+    with pytest.raises(vamba.UserError, match="turn"):
+        chat.ask(question)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "ma2mba"])
+def test_likelihoods_of_answers_equal_a_full_forward_pass(kind, clip, request):
+    folder = request.getfixturevalue(kind)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    chat = vamba.VideoChat(model, AutoProcessor.from_pretrained(folder))
+    chat.watch(clip, num_frames=8, progress=False)
+    answers = ["B", "It moves.", "A long story about nothing"]
+    greedy = chat.ask("What happens?", max_new_tokens=4, do_sample=False)
+    found = chat.log_likelihoods("What happens?", answers)
+    content = [{"type": "video", "video": str(clip), "num_frames": 8}, {"type": "text", "text": "What happens?"}]
+    inputs = chat.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    length = inputs["input_ids"].shape[1]
+    for answer, likelihood in zip(answers, found, strict=True):
+        tokens = chat.processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        extra = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        extra["mm_token_type_ids"] = torch.zeros_like(tokens)
+        whole = {name: torch.cat([value, extra[name]], 1) if name in extra else value for name, value in inputs.items()}
+        with torch.no_grad():
+            logits = model(**whole, use_cache=False).logits[0, length - 1 : -1].log_softmax(-1)
+        expected = logits.gather(1, tokens[0][:, None]).sum().item()
+        assert likelihood.total == pytest.approx(expected, rel=1e-4)
+        assert likelihood.is_greedy == bool((logits.argmax(-1) == tokens[0]).all())
+    assert chat.memory.get_seq_length() == chat.memory.fork().get_seq_length()
+    assert chat.ask("What happens?", max_new_tokens=4, do_sample=False) == greedy  # the memory is as it was
+    with pytest.raises(vamba.UserError, match="makes no token"):
+        chat.log_likelihoods("What happens?", [""])

@@ -21,21 +21,10 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 import vamba
 from vamba import hub
 from vamba.cli import main
-from vamba.conversion import convert
-from vamba.demo.tiny_checkpoints import make_tiny_clip, make_tiny_mamba2
 from vamba.modeling import StateMemory, VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
 
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def ma2mba(tmp_path_factory):
-    """A tiny checkpoint, converted by the real converter."""
-    folder = tmp_path_factory.mktemp("ma2mba")
-    make_tiny_mamba2(folder / "mamba2", ["What happens in the video?"], seed=3)
-    make_tiny_clip(folder / "clip", image_size=32, patch_size=8)
-    return convert(folder / "mamba2", folder / "video-ma2mba", vision=folder / "clip", progress=False)
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from transformers.utils import is_bitsandbytes_available
 
 from vamba.checkpoint_folder import KINDS, kind_of
 from vamba.errors import UserError
-from vamba.loading import load_config, load_processor, skeleton
+from vamba.loading import load_config, load_processor, quantization, skeleton
 from vamba.loading import load_model as load_whole_model
 
 from .arguments import ModelArguments, Recipe, RecipeError
@@ -76,13 +76,7 @@ def load_model(recipe: Recipe) -> nn.Module:
     if chosen.attn_implementation is not None:
         options["attn_implementation"] = chosen.attn_implementation
     if chosen.load_in_4bit or chosen.load_in_8bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=chosen.load_in_4bit,
-            load_in_8bit=chosen.load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        options["quantization_config"] = quantization(chosen.load_in_4bit, chosen.load_in_8bit)
     model = load_whole_model(chosen.model_name_or_path, dtype=chosen.dtype, **options)
     if arguments.multi_axis_checkpointing:
         model.enable_multi_axis_checkpointing("auto", "auto", offload=arguments.multi_axis_offload)

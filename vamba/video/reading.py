@@ -56,7 +56,8 @@ class VideoChunk:
 def read_video(
     source, *, fps=None, num_frames=None, centered=False, start=None, end=None,
     min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28, total_pixels=None, resized_height=None, resized_width=None,
-    min_side=None, max_side=None, factor=28, resize=True, chunk_frames=64, backend="pyav", allow_urls=False, threads=0, source_fps=None,
+    min_side=None, max_side=None, factor=28, resize=True, chunk_frames=64, backend="pyav", allow_urls=False, threads=0,
+    source_fps=None,
 ):  # fmt: skip
     """Open a video for reading in chunks; a `VideoReader` that can be iterated as often as wanted.
 

@@ -77,7 +77,9 @@ def test_sizes_follow_smart_resize_and_the_pixel_budget():
     assert read_video(array, resize=False).frame_size == (360, 640)
 
 
-@pytest.mark.parametrize("size", [(360, 640), (720, 1280), (1280, 720), (240, 320), (1080, 1920), (480, 480), (90, 160)])
+@pytest.mark.parametrize(
+    "size", [(360, 640), (720, 1280), (1280, 720), (240, 320), (1080, 1920), (480, 480), (90, 160)]
+)
 @pytest.mark.parametrize("longest", [360, 480, 560])
 def test_sides_are_bounded_as_by_vambas_scripts(size, longest):
     """`get_resize_output_image_size` of the original's train/data.py, then the image processor's `smart_resize`."""

@@ -30,6 +30,7 @@ _HOMES = {
     "register_with_qwen_vl_utils": ".video.qwen_vl_utils_reader",
     "conversion": None,
     "data": None,
+    "evaluation": None,
     "hub": None,
     "modeling": None,
     "training": None,

@@ -3,11 +3,16 @@
 import argparse
 
 from .checkpoint_folder import base_of, check_kind
-from .console import positive, quiet_transformers
+from .console import (
+    MODEL_OPTIONS,
+    READING_OPTIONS,
+    add_model_options,
+    add_reading_options,
+    chosen,
+    positive,
+    quiet_transformers,
+)
 from .errors import UserError, opening
-
-
-READING = ("fps", "num_frames", "start", "end", "max_pixels")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,17 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("questions", metavar="QUESTION", nargs="+", type=_question)
     parser.add_argument("--model", required=True, metavar="PATH", help="a Vamba checkpoint: a folder or Hub id")
-    parser.add_argument("--fps", type=float, help="frames per second; default: the checkpoint's, or 1")
-    parser.add_argument("--num-frames", type=int, help="frames spread over the video, instead of --fps")
-    parser.add_argument("--start", type=float, metavar="SECONDS", help="begin here")
-    parser.add_argument("--end", type=float, metavar="SECONDS", help="end here")
-    parser.add_argument("--max-pixels", type=int, help="pixels per frame at most")
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="length of an answer; default: 256")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", help='e.g. "cuda:0" or "cpu"; default: the GPUs if there are any')
     parser.add_argument("--save-memory", metavar="FILE", help="write the video memory, to be asked again later")
     parser.add_argument("--allow-urls", action="store_true", help="let VIDEO be a URL")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the answers")
+    add_model_options(parser)
+    add_reading_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,13 +42,13 @@ def run(args: argparse.Namespace) -> None:
                 check_memory_path(args.save_memory)
         except ValueError as error:
             raise UserError(f"--save-memory: {error}") from error
-    reading = {name: value for name in READING if (value := getattr(args, name)) is not None}
+    reading = chosen(args, READING_OPTIONS)
     saved = args.video.endswith(".safetensors")
     if not saved:  # tell of a bad video before loading a large model
         from .video import read_video
 
         read_video(args.video, allow_urls=args.allow_urls, **reading).close()
-    chat = load_chat(args.model, dtype=args.dtype, device=args.device)
+    chat = load_chat(args.model, **chosen(args, MODEL_OPTIONS))
     if saved:
         kind = MEMORIES[chat.model.config.model_type]
         try:

@@ -222,6 +222,7 @@ class VideoChat:
         """
         self._check_watched()
         prompt = self._prompt(question)["input_ids"]
+        assert self.memory is not None  # as was checked
         memory = self.memory.fork()
         read = self.model(input_ids=prompt[:, memory.get_seq_length() :], past_key_values=memory, logits_to_keep=1)
         first = read.logits[0].float().log_softmax(-1)
@@ -352,10 +353,10 @@ def conversation_of(question: str | Sequence[dict]) -> list[dict]:
     if not isinstance(question, (list, tuple)):
         check_question(question)
         question = [{"role": "user", "content": question}]
-    messages = []
+    messages: list[dict] = []
     for turn in question:
         role, content = (turn.get(name) for name in ("role", "content")) if isinstance(turn, dict) else (None, None)
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        blocks: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
         is_text = isinstance(blocks, list) and all(isinstance(b, dict) and b.get("type") == "text" for b in blocks)
         if role not in ("system", "user", "assistant") or not is_text:
             raise UserError(

@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": ("learn a small task live and answer questions about new videos", "vamba.demo.command_line"),
     "bench": ("measure a model against the length of the video", "vamba.bench.command_line"),
     "finetune": ("train a checkpoint on videos and conversations, as a recipe says", "vamba.training.command_line"),
+    "eval": ("ask questions about videos and count the right answers", "vamba.evaluation.command_line"),
     "info": ("say what a checkpoint is", "vamba.info"),
 }
 

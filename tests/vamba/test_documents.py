@@ -25,6 +25,7 @@ from vamba import cli
 from vamba.conversion import convert
 from vamba.data.conversations import to_messages
 from vamba.demo.tiny_checkpoints import make_tiny_clip, make_tiny_mamba2
+from vamba.evaluation import evaluate
 from vamba.training import load_recipe, shipped_recipes
 from vamba.training.arguments import DataArguments, DatasetArguments, ModelArguments, VambaTrainingArguments
 
@@ -45,6 +46,7 @@ PARSED = {
     "python": "benchmarks need a GPU; the script must be there",
     "vamba bench": "minutes on a CPU; its own tests run it",
     "vamba demo": "minutes; its own tests run it",
+    "vamba eval MODEL --suite": "minutes; its own tests run it",
     "vamba finetune vamba_stage": "the recipes are for a 7B; they are read",
 }
 FOLDERS = (
@@ -98,10 +100,10 @@ def desk(checkpoint, clip, tmp_path_factory):
     desk = tmp_path_factory.mktemp("desk")
     (desk / "runs" / "stage1").mkdir(parents=True)
     (desk / "examples").symlink_to(ROOT / "examples")
-    for name in ("runs/demo", "runs/stage1/final", "PATH", "SRC", "OLD", "my-vamba"):
+    for name in ("runs/demo", "runs/stage1/final", "MODEL", "PATH", "SRC", "OLD", "my-vamba"):
         (desk / name).symlink_to(checkpoint)
     (desk / "Qwen2-VL-folder").symlink_to(checkpoint.parent / "qwen")
-    for name in ("talk.mp4", "VIDEO"):
+    for name in ("a.mp4", "b.mp4", "talk.mp4", "VIDEO"):
         (desk / name).symlink_to(clip)
     convert(checkpoint, desk / "TIGER-Lab-Vamba-folder", to="original", progress=False)
     make_tiny_mamba2(desk / "mamba2-folder", ["What happens?"])
@@ -110,6 +112,12 @@ def desk(checkpoint, clip, tmp_path_factory):
         (desk / name).symlink_to(write_dataset(desk / "data", 2))
     for index in range(2):
         (desk / f"{index}.mp4").symlink_to(desk / "data" / f"{index}.mp4")
+    questions = next(block for block in blocks("docs/evaluation.md", "") if block.startswith("{"))
+    for name in ("questions.jsonl", "DATA.jsonl"):
+        (desk / name).write_text(questions)
+    for name in ("before", "after"):
+        options = {"progress": False, "max_new_tokens": 2, "device": "cpu"}
+        evaluate(str(checkpoint), desk / "questions.jsonl", desk / "runs" / f"eval-{name}", **options)
     values = recipe_values(checkpoint, desk / "talks.jsonl", desk / "out", max_steps=1)
     (desk / "recipe.yaml").write_text(yaml.safe_dump(values))
     return desk
@@ -202,12 +210,15 @@ def parse_launch(program: str, words: list[str]) -> None:
         return
     parser = launch_command_parser() if program == "accelerate" else get_args_parser()
     args = parser.parse_args(words[1:] if program == "accelerate" else words)
-    assert program == "torchrun" or Path(args.config_file).is_file()
+    assert program == "torchrun" or args.config_file is None or Path(args.config_file).is_file()
     script = args.training_script
     if args.module:
         importlib.import_module(script)
-        assert importlib.util.find_spec(f"{script}.__main__") and args.training_script_args[0] == "finetune"
-        load_recipe(args.training_script_args[1], args.training_script_args[2:])
+        assert importlib.util.find_spec(f"{script}.__main__")
+        if args.training_script_args[0] == "finetune":
+            load_recipe(args.training_script_args[1], args.training_script_args[2:])
+        else:
+            assert not cli._parser().parse_known_args(args.training_script_args)[1]
     elif script.startswith("benchmarks/"):
         assert (ROOT / script).is_file()
     else:

@@ -19,7 +19,8 @@ _DECLARED = re.compile(
     re.IGNORECASE,
 )
 _LEADING = re.compile(r"^[\"'(\[{*_<\s]*([A-Za-z])(?:[\"')\]}*_>.:,;]|\s*[-–—]\s|\s*\n|\s*$)")
-_ALONE = re.compile(r"(?<![\w'’])\(?([A-Z])\)?(?![\w'’])")
+_ALONE = re.compile(r"(?<![A-Za-z0-9'’])\(?([A-Z])\)?(?![A-Za-z0-9'’])")
+_DENIED = re.compile(r"\bnot\s+(?:option\s+)?\(?[A-Z]\b\)?")
 
 
 def letters(count: int) -> list[str]:
@@ -49,7 +50,7 @@ def parse_choice(reply: str, options: Sequence[str], lettered: bool = True) -> i
     known = {letter: index for index, letter in enumerate(letters(len(options) if lettered else 0))}
     said = _plain(reply)
     for index, option in enumerate(options):
-        if said == _plain(option):
+        if said and said == _plain(option):
             return index
     if lettered and (match := _LEADING.match(reply)):
         return known.get(match[1].upper())
@@ -60,6 +61,7 @@ def parse_choice(reply: str, options: Sequence[str], lettered: bool = True) -> i
     longest = [i for i in named if not any(i != j and _contains(_plain(options[j]), _plain(options[i])) for j in named)]
     if len(longest) == 1:
         return longest[0]
+    reply = _DENIED.sub("", reply)
     alone = {letter for letter in _ALONE.findall(reply) if letter in known and not _is_word(letter, reply)}
     return known[alone.pop()] if len(alone) == 1 and not longest else None
 
@@ -77,7 +79,8 @@ def _plain(text: str) -> str:
 
 
 def _normal(text: str) -> str:
-    return " ".join(word for word in _plain(text).split() if word not in ("a", "an", "the"))
+    words = [word for word in _plain(text).split() if word not in ("a", "an", "the")]
+    return " ".join(words) or text.strip()
 
 
 def _contains(text: str, part: str) -> bool:
@@ -85,5 +88,5 @@ def _contains(text: str, part: str) -> bool:
 
 
 def _is_word(letter: str, reply: str) -> bool:
-    """Whether a single capital is a word of the language: the article, or "I"."""
-    return letter in "AI" and re.search(rf"(?<![\w'’(]){letter}\s+[a-z]", reply) is not None
+    """Whether a single capital is a word of the language, the article or "I", and not one of "A or B"."""
+    return letter in "AI" and re.search(rf"(?<![\w'’(]){letter}\s+(?!(?:or|and)\s+\(?[A-Z]\b)[a-z]", reply) is not None

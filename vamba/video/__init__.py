@@ -11,6 +11,7 @@
 from vamba.errors import VideoReadError
 
 from .reading import VideoChunk, VideoReader, frames_asked_for, load_video, load_with_metadata, read_video
+from .selection import check_reading
 from .streaming import read_ahead
 
 
@@ -18,6 +19,7 @@ __all__ = [
     "VideoChunk",
     "VideoReadError",
     "VideoReader",
+    "check_reading",
     "frames_asked_for",
     "load_video",
     "load_with_metadata",

@@ -131,6 +131,13 @@ def check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, re
     }
 
 
+def check_reading(fps=None, num_frames=None, start=None, end=None, **sizes):
+    """Raises VideoReadError for options of `read_video` that no video can be read with."""
+    check_times(fps, num_frames, start, end)
+    names = ("factor", "min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
+    check_sizes(*(sizes.get(name) for name in names))
+
+
 def target_size(
     height, width, *, factor, min_pixels, max_pixels, total_pixels=None, num_frames=1,
     resized_height=None, resized_width=None, min_side=1, max_side=math.inf,

@@ -1,0 +1,88 @@
+"""The arguments of `vamba eval`, and what it prints."""
+
+import argparse
+from pathlib import Path
+
+from vamba.console import (
+    MODEL_OPTIONS,
+    READING_OPTIONS,
+    add_model_options,
+    add_reading_options,
+    chosen,
+    positive,
+    quiet_transformers,
+)
+from vamba.errors import UserError
+
+
+PROTOCOL = "letters"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a Vamba checkpoint: a folder or Hub id")
+    parser.add_argument("questions", metavar="DATA.jsonl", nargs="?", help="a question about a video in each line")
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("FOLDER", "FOLDER"), help="instead: compare two runs, question by question"
+    )
+    parser.add_argument(
+        "--output-dir", metavar="FOLDER", help="answers and report; default: runs/eval-DATA. Started again, it goes on"
+    )
+    parser.add_argument("--protocol", default=PROTOCOL, metavar="NAME", help=f"how to ask; default: {PROTOCOL}")
+    parser.add_argument("--circular", action="store_true", help="right only if right in every rotation of the options")
+    parser.add_argument(
+        "--likelihood", action="store_true", help="choose the likeliest option instead of generating an answer"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="ask the first N questions only")
+    parser.add_argument("--media-root", metavar="FOLDER", help="of relative paths; default: the folder of DATA.jsonl")
+    parser.add_argument("--max-new-tokens", type=positive, help="length of an answer; default: the protocol's")
+    parser.add_argument("--allow-urls", action="store_true", help="let videos be URLs")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
+    add_model_options(parser)
+    add_reading_options(parser)
+    parser.epilog = "Several GPUs: accelerate launch -m vamba eval MODEL DATA.jsonl"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Asks, or compares, and prints the result and where the report is."""
+    if args.compare:
+        if args.model is not None:
+            raise UserError(f"--compare takes two folders of runs and no model, but {args.model} is given besides.")
+        return _compare(*args.compare)
+    if args.model is None or args.questions is None:
+        raise UserError("MODEL and DATA.jsonl are needed; see vamba eval --help.")
+    output = args.output_dir or str(Path("runs") / f"eval-{Path(args.questions).stem}")
+    quiet_transformers()
+    from accelerate import PartialState
+
+    from .report import headline
+    from .runner import evaluate
+
+    summary = evaluate(
+        args.model,
+        args.questions,
+        output,
+        protocol=args.protocol,
+        reading=chosen(args, READING_OPTIONS),
+        circular=args.circular,
+        likelihood=args.likelihood,
+        max_new_tokens=args.max_new_tokens,
+        media_root=args.media_root,
+        limit=args.limit,
+        allow_urls=args.allow_urls,
+        progress=not args.quiet,
+        **chosen(args, MODEL_OPTIONS),
+    )
+    if PartialState().is_main_process:
+        print(headline(summary))
+        print(f"the answers and the report are in {output}")
+
+
+def _compare(first: str, second: str) -> None:
+    from .report import compare_runs
+    from .run_folder import open_run
+
+    try:
+        _, text = compare_runs(open_run(first), open_run(second))
+    except ValueError as error:
+        raise UserError(f"{first}, {second}: {error}") from error
+    print(text)

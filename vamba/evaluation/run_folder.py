@@ -1,0 +1,173 @@
+"""The folder of an evaluation: what was asked how, the answers so far, and the report.
+
+    run.json        how it was asked      questions.jsonl   what was asked
+    answers.jsonl   what was answered     report.md, report.png, summary.json
+
+What is unusual: while a run is under way each process adds its answers, one line each, to a file of its own, so that
+a killed run loses at most the question under way. A line that was cut off is dropped. Answers that are an error are
+asked again, as the video may be mended meanwhile.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from vamba.errors import DiskFullError, OccupiedPathError, UserError, check_writable, is_disk_full, opening
+from vamba.modeling.memory_files import held
+
+from .asking import Answer
+from .questions import Question, read_questions
+
+
+SETTINGS, QUESTIONS, ANSWERS, SUMMARY = "run.json", "questions.jsonl", "answers.jsonl", "summary.json"
+PART = "answers.rank{rank}.jsonl"  # of one process
+_NAMES = {field.name for field in fields(Answer)}
+
+
+class RunFolder:
+    """An evaluation's folder.
+
+    Raises:
+        UserError: it cannot be written, is something else, or is in use.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within, no other process writes to the folder."""
+        check_writable(self.folder)
+        with opening(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / SETTINGS).is_file() and any(self.folder.iterdir()):
+                raise OccupiedPathError(f"{self.folder} holds something that is no evaluation; choose another folder.")
+        if sys.platform == "win32":  # where folders cannot be locked
+            yield
+            return
+        with opening(self.folder), held(self.folder, lambda: os.open(self.folder, os.O_RDONLY)):
+            yield
+
+    def begin(self, settings: Mapping[str, Any], questions: Iterable[Question]) -> None:
+        """Notes what is asked and how. Raises UserError where the folder holds the answers to something else."""
+        settings = json.loads(json.dumps(settings))
+        if (self.folder / SETTINGS).is_file():
+            earlier = self.settings()
+            for name in {**earlier, **settings}:
+                if earlier.get(name) != settings.get(name):
+                    raise UserError(
+                        f"{self.folder} holds the answers of another run: {name} was {earlier.get(name)!r:.200} and is "
+                        f"{settings.get(name)!r:.200}; choose another folder."
+                    )
+            return
+        self.write(QUESTIONS, "".join(f"{json.dumps(row_of(question))}\n" for question in questions))
+        self.write(SETTINGS, json.dumps(settings, indent=1) + "\n")  # last, as it stands for both
+
+    def settings(self) -> dict[str, Any]:
+        return _read_json(self.folder / SETTINGS)
+
+    def questions(self) -> list[Question]:
+        return read_questions(self.folder / QUESTIONS)
+
+    def answers(self) -> list[Answer]:
+        """All answers so far, an error only where nothing better was found since."""
+        found: dict[tuple[str, int], Answer] = {}
+        for path in [self.folder / ANSWERS, *sorted(self.folder.glob(PART.format(rank="*")))]:
+            for answer in _read_answers(path):
+                key = answer.id, answer.rotation
+                if key not in found or found[key].error:
+                    found[key] = answer
+        return list(found.values())
+
+    @contextmanager
+    def adding(self, rank: int) -> Iterator[Any]:
+        """A function that adds an answer to this process's file. Raises DiskFullError where there is no room."""
+        path = self.folder / PART.format(rank=rank)
+        with opening(path), open(path, "ab", buffering=0) as file:
+            _drop_torn_line(path)
+
+            def add(answer: Answer) -> None:
+                place, line = file.seek(0, os.SEEK_END), f"{json.dumps(answer.row())}\n".encode()
+                try:
+                    while line:
+                        line = line[file.write(line) :]
+                except OSError as error:
+                    os.truncate(path, place)
+                    if is_disk_full(error, self.folder):
+                        message = f"{path} cannot grow ({error.strerror}); the answers so far are whole."
+                        raise DiskFullError(message) from error
+                    raise
+
+            yield add
+
+    def finish(self, answers: Iterable[Answer]) -> None:
+        """Writes all answers in one file and removes those of the processes."""
+        self.write(ANSWERS, "".join(f"{json.dumps(answer.row())}\n" for answer in answers))
+        for path in self.folder.glob(PART.format(rank="*")):
+            path.unlink()
+
+    def write(self, name: str, text: str) -> None:
+        """A file as a whole, or as it was before."""
+        path = self.folder / name
+        partial = path.with_name(f"{name}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            if is_disk_full(error, self.folder):
+                message = f"{path} cannot be written ({error.strerror}); the answers so far are whole."
+                raise DiskFullError(message) from error
+            raise
+
+
+def open_run(folder: str | os.PathLike) -> RunFolder:
+    """The folder of a run that has been started. Raises UserError where there is none."""
+    run = RunFolder(folder)
+    if not (run.folder / SETTINGS).is_file():
+        raise UserError(f"{folder} holds no {SETTINGS}; give the output folder of `vamba eval`.")
+    return run
+
+
+def row_of(question: Question) -> dict[str, Any]:
+    """A question as it is written in a file, its videos by their absolute paths."""
+    row = asdict(question)
+    row |= {"video": row.pop("videos"), "question": row.pop("text"), **row.pop("extra")}
+    row["video"] = [video if "://" in video else os.path.abspath(video) for video in row["video"]]
+    return {name: value for name, value in row.items() if value is not None and value != ()}
+
+
+def _read_answers(path: Path) -> Iterator[Answer]:
+    with opening(path):
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):  # the process was killed while it wrote
+            return
+        try:
+            row = json.loads(line)
+            if not row.keys() <= _NAMES or not isinstance(row["id"], str):
+                raise ValueError(f"it is no answer: {line[:80]!r}")
+            likelihoods = row.get("log_likelihoods")
+            yield Answer(**row | {"log_likelihoods": None if likelihoods is None else tuple(likelihoods)})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} line {number} is damaged ({error}); delete the line and start again.") from error
+
+
+def _drop_torn_line(path: Path) -> None:
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with opening(path):
+        text = path.read_bytes()
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); choose another folder.") from error

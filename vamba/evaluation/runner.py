@@ -1,0 +1,181 @@
+"""`vamba eval` from a model and questions to a report; on one process or on those that `accelerate launch` starts.
+
+What is unusual: processes share out what is watched, so all questions about a video are asked where it was encoded,
+and meet only at the end: none waits for another in a collective while it works, however different their videos are.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+
+from vamba.chat import VideoChat, load_chat
+from vamba.checkpoint_folder import base_of, check_kind, checkpoint_folder
+from vamba.errors import UserError
+from vamba.video import check_reading
+
+from .asking import Answer, answer_questions, group
+from .protocols import PROTOCOLS, Protocol
+from .questions import Question, read_questions
+from .report import write_report
+from .run_folder import RunFolder, row_of
+from .scoring import summarize
+
+
+LONGEST_WAIT = timedelta(days=30)  # for the process with the longest videos
+GREEDY = {"do_sample": False, "num_beams": 1}
+
+
+def evaluate(
+    model: str | VideoChat,
+    questions: str | os.PathLike | Sequence[Question],
+    output_dir: str | os.PathLike,
+    *,
+    protocol: str | Protocol = "letters",
+    reading: Mapping[str, Any] | None = None,
+    circular: bool = False,
+    likelihood: bool = False,
+    max_new_tokens: int | None = None,
+    media_root: str | os.PathLike | None = None,
+    limit: int | None = None,
+    allow_urls: bool = False,
+    progress: bool = True,
+    **loading: Any,
+) -> dict[str, Any]:
+    """Asks a model questions about videos and writes answers, numbers and a report into a folder.
+
+    A folder with some of the answers is completed, and nothing is asked twice.
+
+    Args:
+        model: a checkpoint as `load_chat` takes it, or a `VideoChat`.
+        questions: a file of JSON lines, see `read_questions`, or what was read from one.
+        protocol: of `PROTOCOLS`, or one of your own.
+        reading: options of `VideoChat.watch` that take the place of the protocol's.
+        circular, likelihood: see `answer_questions`.
+        max_new_tokens: of an answer; None for the protocol's.
+        media_root: what relative paths of videos are relative to; None for the folder of the file.
+        limit: ask the first so many questions only.
+        loading: of `load_chat`.
+
+    Returns:
+        What `summarize` counts; the same on all processes.
+
+    Raises:
+        UserError: anything given cannot be used; the folder holds other answers. What is answered is kept.
+    """
+    protocol = _protocol(protocol, reading, max_new_tokens)
+    if not isinstance(questions, (list, tuple)):
+        questions = read_questions(questions, media_root)
+    questions = questions[:limit]
+    state, run = _processes(loading.get("device")), RunFolder(output_dir)
+    settings = {
+        "model": model if isinstance(model, str) else model.model.config._name_or_path,
+        "weights": _weights(model, loading.get("adapter")),
+        "protocol": asdict(protocol),
+        "circular": circular,
+        "likelihood": likelihood,
+        "questions": len(questions),
+        **{name: f"{value}" for name, value in loading.items() if value is not None and name != "device"},
+    }
+    with run.locked() if state.is_main_process else nullcontext():
+        earlier = _shared(state, lambda: _begin(run, settings, questions))
+        answered = {(answer.id, answer.rotation) for answer in earlier}
+        left = list(group(questions, answered, circular))[state.process_index :: state.num_processes]
+        mine = [question for question in questions if question.watched in set(left)]
+        new: list[Answer] = []
+        if left:
+            chat = model if isinstance(model, VideoChat) else load_chat(model, **_placed(state, loading))
+            options = {"circular": circular, "likelihood": likelihood, "answered": answered, "allow_urls": allow_urls}
+            asked = answer_questions(
+                chat, mine, protocol, **options, progress=progress and state.is_main_process, **GREEDY
+            )
+            with run.adding(state.process_index) as add:
+                for answer in asked:
+                    add(answer)
+                    new.append(answer)
+        answers = in_order(questions, [*earlier, *gather_object(new)])
+        summary = summarize(questions, answers, circular)
+        if state.is_main_process:
+            run.finish(answers)
+            write_report(run, summary, questions, answers)
+        state.wait_for_everyone()
+    return summary
+
+
+def _processes(device: str | None) -> PartialState:
+    """The processes that a launcher has started, which accelerate overlooks where there is no GPU unless told."""
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
+
+
+def in_order(questions: Sequence[Question], answers: Sequence[Answer]) -> list[Answer]:
+    """Answers in the order of their questions."""
+    places = {question.id: place for place, question in enumerate(questions)}
+    return sorted(answers, key=lambda answer: (places[answer.id], answer.rotation))
+
+
+def _begin(run: RunFolder, settings: Mapping[str, Any], questions: Sequence[Question]) -> list[Answer]:
+    """The answers of an earlier start, in which nothing was different; errors are asked again."""
+    run.begin(settings, questions)
+    if [row_of(question) for question in run.questions()] != [row_of(question) for question in questions]:
+        raise UserError(f"{run.folder} holds the answers to other questions; choose another folder.")
+    return [answer for answer in run.answers() if not answer.error]
+
+
+def _shared(state: PartialState, function):
+    """What `function` returns on the main process, on all; a mistake is one of all."""
+    result, error = None, None
+    if state.is_main_process:
+        try:
+            result = function()
+        except UserError as raised:
+            error = raised
+    result, message = gather_object([(result, error and f"{error}")])[0]
+    if message is not None:
+        raise error or UserError(message)
+    return result
+
+
+def _protocol(protocol: str | Protocol, reading: Mapping[str, Any] | None, max_new_tokens: int | None) -> Protocol:
+    if not isinstance(protocol, Protocol):
+        if protocol not in PROTOCOLS:
+            raise UserError(f"protocol is {protocol!r:.80}; give one of {', '.join(PROTOCOLS)}.")
+        protocol = PROTOCOLS[protocol]
+    given = {name: value for name, value in (reading or {}).items() if value is not None}
+    kept = {name: value for name, value in protocol.reading.items() if not _excludes(name, given)}
+    protocol = replace(protocol, reading={**kept, **given})
+    check_reading(**protocol.reading)  # or each video would be told of as if it were broken
+    if max_new_tokens is not None:
+        protocol = replace(protocol, max_new_tokens=max_new_tokens, max_open_tokens=max_new_tokens)
+    return protocol
+
+
+def _excludes(name: str, given: Mapping[str, Any]) -> bool:
+    return {"fps": "num_frames", "num_frames": "fps"}.get(name) in given
+
+
+def _placed(state: PartialState, loading: Mapping[str, Any]) -> dict[str, Any]:
+    """Where several processes run, each has a device of its own."""
+    if state.num_processes > 1 and not loading.get("device"):
+        return {**loading, "device": str(state.device)}
+    return dict(loading)
+
+
+def _weights(model: str | VideoChat, adapter: str | None) -> list[list]:
+    """Name, size and time of the files that a model is loaded from: what changes when it is trained further."""
+    if isinstance(model, VideoChat):
+        model = model.model.config._name_or_path
+        if not Path(model).is_dir():
+            return []
+    base = base_of(model)
+    check_kind(base)
+    folders = [checkpoint_folder(name) for name in dict.fromkeys((base, model, adapter)) if name is not None]
+    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
+    return [[file.name, file.stat().st_size, int(file.stat().st_mtime)] for file in files]

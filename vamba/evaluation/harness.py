@@ -26,7 +26,7 @@ from vamba.modeling.processing_vamba import plain_item
 from vamba.video.reading import frames_asked_for
 
 from .protocols import PROTOCOLS
-from .sharing import Sharing
+from .sharing import Sharing, meet
 
 
 READING = (
@@ -35,13 +35,12 @@ READING = (
 )  # fmt: skip
 LOADING = ("dtype", "adapter", "load_in_4bit", "load_in_8bit", "attn_implementation")
 OURS = ("pretrained", "protocol", "device", "device_map", "batch_size", "max_batch_size")
-WATCHED = {"type", "video", "start", "end"}  # the keys of a video that is watched; one with more is read plainly
 GENERATION = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
 
 
 @dataclass
 class Asked:
-    """A conversation: its messages, and, if it begins with its videos, these and the turns of text after them."""
+    """A conversation: its messages, and, if it begins with videos in files, these and the turns of text after them."""
 
     messages: list[dict]
     videos: list[dict] | None
@@ -95,30 +94,36 @@ class Vamba(lmms):
         loading = {name: options[name] for name in LOADING if name in options}
         self.chat = load_chat(pretrained, device=device, **loading)
         self.device = self.chat.model.device
-        self.sharing = Sharing(self._rank, self._world_size)
+        black = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)  # or each video would be told of as if it were broken
+        frames_asked_for(black, self.reading, self.chat.processor.video_reader)
+        self.sharing = Sharing(self._rank, self._world_size, meet(self._rank, self._world_size))
         self.watched: list[dict] | None = None
         self.encoded = 0
         self.broken: set[str] = set()
         self._ignored: set[str] = set()
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        return self._answer(requests, lambda group: [self._reply(self._asked(request), request) for request in group])
+        return self._answer(
+            "generate_until", requests, lambda group: [self._reply(self._asked(request), request) for request in group]
+        )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         if self.is_simple:
             raise UserError("Several rounds are asked in chat only; leave out --force_simple.")
-        return self._answer(requests, lambda group: [self._rounds(request) for request in group])
+        return self._answer(
+            "generate_until_multi_round", requests, lambda group: [self._rounds(request) for request in group]
+        )
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Losses, the sum over a continuation's tokens, as lmms-eval takes the least of what it gets for the best."""
-        found = self._answer(requests, self._likelihoods)
+        found = self._answer("loglikelihood", requests, self._likelihoods)
         return [GenerationResult(Loss((-total, is_greedy))) for total, is_greedy in found]
 
     def clean(self) -> None:
         self.chat = self.watched = None
         super().clean()
 
-    def _answer(self, requests: list[Instance], answer: Callable[[list[Instance]], list]) -> list:
+    def _answer(self, kind: str, requests: list[Instance], answer: Callable[[list[Instance]], list]) -> list:
         """What `answer` says to requests about the same videos, for all of them in their order."""
         keys = []
         for request in requests:
@@ -131,7 +136,7 @@ class Vamba(lmms):
                 bar.update(len(group))
                 return replies
 
-            results = self.sharing.answer(requests, keys, answer_and_count)
+            results = self.sharing.answer(kind, requests, keys, answer_and_count)
         if self.broken:
             logger.error(f"{len(self.broken)} videos could not be read: {', '.join(sorted(self.broken))}")
         logger.info(f"rank {self._rank}: {self.encoded} videos encoded for {len(requests)} requests")
@@ -200,7 +205,7 @@ class Vamba(lmms):
         self.encoded += 1
 
     def _reading(self, item: dict) -> tuple[Any, dict]:
-        options = self.reading | {name: item[name] for name in ("start", "end") if name in item}
+        options = self.reading | {name: value for name, value in item.items() if name not in ("type", "video")}
         if options.keys() & {"min_frames", "max_frames"}:
             options, _, _ = frames_asked_for(item["video"], options, self.chat.processor.video_reader)
         return item["video"], options
@@ -277,11 +282,7 @@ def _as_asked(messages: Sequence[dict]) -> Asked:
     first = next((message for message in messages if message["role"] == "user"), {"content": []})
     videos = []
     for item in first["content"]:
-        if (
-            item["type"] != "video"
-            or not isinstance(item["video"], str)
-            or item.keys() - {"type", "video", "start", "end"}
-        ):
+        if item["type"] != "video" or not isinstance(item["video"], str):
             break
         videos.append(item)
     turns = [m | {"content": m["content"][len(videos) :] if m is first else m["content"]} for m in messages]

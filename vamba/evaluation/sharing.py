@@ -25,22 +25,28 @@ PATIENCE = 60.0  # seconds for the other ranks to say what they ask; they come h
 FOREVER = timedelta(days=30)  # for an answer: the launcher ends all ranks if one dies
 
 
+def meet(rank: int, world_size: int) -> TCPStore | None:
+    """The store of all ranks, which all have to call this; None for one rank."""
+    if world_size == 1:
+        return None
+    host, options = os.environ.get("MASTER_ADDR", "127.0.0.1"), {"wait_for_workers": False, "timeout": FOREVER}
+    store = TCPStore(host, 0, is_master=True, **options) if rank == 0 else None
+    (port,) = broadcast_object_list([store.port if store else None])
+    return store or TCPStore(host, port, is_master=False, **options)
+
+
 class Sharing:
     """The ranks of a run. `answer` is called by each with its own requests; with one rank it only groups them."""
 
-    def __init__(self, rank: int, world_size: int):
-        self.rank, self.world_size, self.calls = rank, world_size, Counter()
-        if world_size > 1:
-            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-            options = {"wait_for_workers": False, "timeout": FOREVER}
-            self.store = TCPStore(host, 0, is_master=True, **options) if rank == 0 else None
-            (port,) = broadcast_object_list([self.store.port if rank == 0 else None])
-            self.store = self.store or TCPStore(host, port, is_master=False, **options)
+    def __init__(self, rank: int = 0, world_size: int = 1, store: TCPStore | None = None, patience: float = PATIENCE):
+        self.rank, self.world_size, self.store, self.patience = rank, world_size, store, patience
+        self.calls: Counter = Counter()
 
-    def answer(self, requests: Sequence, keys: Sequence[str | None], answer: Callable[[list], list]) -> list:
+    def answer(self, kind: str, requests: Sequence, keys: Sequence[str | None], answer: Callable[[list], list]) -> list:
         """What `answer` says, called with requests of one key at a time, in the order of `requests`.
 
         Args:
+            kind: of all these requests, on all ranks.
             requests: with `args`, in which texts and numbers say what is asked and the rest depends on the task only.
             keys: of each, what has to be watched for it; None for what cannot be shared.
             answer: from requests to what JSON can hold, one each.
@@ -49,7 +55,7 @@ class Sharing:
         for index, key in enumerate(keys):
             groups.setdefault(key, []).append(index)
         shared = self.world_size > 1 and all(map(_is_of_a_task, requests))
-        elsewhere = self._share(requests, groups, answer) if shared else {}
+        elsewhere = self._share(kind, requests, groups, answer) if shared else {}
         results: list[Any] = [None] * len(requests)
         names = _names(requests)
         for key, indices in groups.items():
@@ -60,9 +66,9 @@ class Sharing:
                 results[index] = said[index] if index in said else found[names[index]]
         return results
 
-    def _share(self, requests: Sequence, groups: dict, answer: Callable) -> dict[str, dict[str, Any]]:
+    def _share(self, kind: str, requests: Sequence, groups: dict, answer: Callable) -> dict[str, dict[str, Any]]:
         """Answers of all ranks to the requests of this one, by key and name."""
-        kind = requests[0].request_type
+        assert self.store is not None  # as there are several ranks
         self.calls[kind] += 1
         call, names = f"{kind}/{self.calls[kind]}", _names(requests)
         mine = {key: [names[index] for index in indices] for key, indices in groups.items() if key is not None}
@@ -83,7 +89,9 @@ class Sharing:
 
     def _asked_by_all(self, call: str) -> dict[str, list[str]]:
         """Names of what is asked, by key, of all ranks that say so in time."""
-        deadline, everything = time.monotonic() + PATIENCE, {}
+        assert self.store is not None
+        deadline = time.monotonic() + self.patience
+        everything: dict[str, list[str]] = {}
         for rank in range(self.world_size):
             place = f"{call}/asks/{rank}"
             while not (is_there := self.store.check([place])) and time.monotonic() < deadline:

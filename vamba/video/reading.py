@@ -30,7 +30,7 @@ from .pictures import (
     is_still_png,
     stills_of_list,
 )
-from .selection import SampleTimes, check_sizes, check_times, number, target_size
+from .selection import SampleTimes, check_centered, check_sizes, check_times, number, target_size
 
 
 DEFAULT_FPS = 1.0
@@ -87,8 +87,7 @@ def read_video(
         sizes = check_sizes(
             factor, min_pixels, max_pixels, total_pixels, resized_height, resized_width, min_side, max_side
         )
-        if type(centered) is not bool:
-            raise VideoReadError(f"centered={centered!r:.40} must be True or False")
+        check_centered(centered)
         chunk_frames, threads = number("chunk_frames", chunk_frames), number("threads", threads)
         source_fps = number("source_fps", source_fps) or times[0] or 1.0
         clip = _open_source(source, name, backend, allow_urls, threads or 0, source_fps)

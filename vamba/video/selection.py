@@ -8,6 +8,7 @@ transformers (`smart_resize`, `total_pixels`).
 
 import math
 from dataclasses import dataclass
+from inspect import signature
 
 from vamba.errors import VideoReadError
 from vamba.modeling import media_limits
@@ -131,11 +132,16 @@ def check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, re
     }
 
 
-def check_reading(fps=None, num_frames=None, start=None, end=None, **sizes):
+def check_reading(fps=None, num_frames=None, start=None, end=None, **others):
     """Raises VideoReadError for options of `read_video` that no video can be read with."""
     check_times(fps, num_frames, start, end)
-    names = ("factor", "min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
-    check_sizes(*(sizes.get(name) for name in names))
+    check_centered(others.get("centered", False))
+    check_sizes(**{name: others.get(name) for name in signature(check_sizes).parameters})
+
+
+def check_centered(centered):
+    if type(centered) is not bool:
+        raise VideoReadError(f"centered={centered!r:.40} must be True or False")
 
 
 def target_size(

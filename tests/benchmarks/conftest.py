@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def run_script(monkeypatch):
     def run(name: str, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.syspath_prepend(BENCHMARKS)  # where a script finds its modules
         runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
 
     return run

@@ -46,7 +46,7 @@ PARSED = {
     "python": "benchmarks need a GPU; the script must be there",
     "vamba bench": "minutes on a CPU; its own tests run it",
     "vamba demo": "minutes; its own tests run it",
-    "vamba eval MODEL --suite": "minutes; its own tests run it",
+    "vamba eval MODEL --suite": "minutes, and footage that is not here; its own tests run it",
     "vamba finetune vamba_stage": "the recipes are for a 7B; they are read",
 }
 FOLDERS = (

@@ -66,14 +66,20 @@ def chance(replies: Sequence[Reply]) -> float:
     return sum(max(counts.values()) for counts in truths.values() if counts) / len(replies)
 
 
-def scores(replies: Sequence[Reply], blind: Sequence[Reply]) -> dict:
-    """The numbers of an evaluation, with and without video."""
+def by_question(replies: Sequence[Reply]) -> dict[str, float]:
+    """Accuracy of the answers to each question."""
+    return {
+        question: accuracy([reply for reply in replies if reply.kind == kind]) for kind, question in QUESTIONS.items()
+    }
+
+
+def scores(replies: Sequence[Reply], blind: Sequence[Reply], on_longer: Sequence[Reply]) -> dict:
+    """The numbers of an evaluation: with and without video, and with longer videos than those of the training."""
     return {
         "accuracy": accuracy(replies),
         "text_only_accuracy": accuracy(blind),
         "chance": chance(replies),
-        "accuracy_by_question": {
-            question: accuracy([reply for reply in replies if reply.kind == kind])
-            for kind, question in QUESTIONS.items()
-        },
+        "accuracy_by_question": by_question(replies),
+        "longer_accuracy": accuracy(on_longer),
+        "longer_accuracy_by_question": by_question(on_longer),
     }

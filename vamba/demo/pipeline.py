@@ -33,6 +33,8 @@ from .videos import ANSWERS, FPS, QUESTIONS, SIZE, Story, render, stories, write
 STEPS, BATCH_SIZE, LEARNING_RATE = 400, 24, 2e-3
 TRAIN_VIDEOS, TEST_VIDEOS = 1800, 64
 CONVERSATIONS = 4  # about each training video
+TRAIN_FRAMES = (16, 24, 32)  # several, so that length is nothing that a model could rely on
+LONGER = 4  # times the longest of them, in half as many videos, the model is asked about as well
 WITHOUT_VIDEO = 1 / 8  # share of the conversations that come without their video
 RESULTS_FILE = "demo.json"  # also what tells an earlier output, which may be replaced, from anything else
 KINDS = {
@@ -68,13 +70,14 @@ def run(
         steps: of the training; None for the default.
 
     Returns:
-        accuracy, text_only_accuracy, chance, accuracy_by_question, loss, seconds by phase, and the settings.
+        accuracy, text_only_accuracy, chance, accuracy_by_question, longer_accuracy (of videos `LONGER` times as long
+        as the longest in the training), longer_accuracy_by_question, loss, seconds by phase, and the settings.
 
     Raises:
         UserError: the output folder cannot be used. Nothing was done.
     """
     output = Path(output_dir).expanduser().resolve()
-    files = [*checkpoint_files(), RESULTS_FILE, "demo.png", "videos/*.mp4"]
+    files = [*checkpoint_files(), RESULTS_FILE, "demo.png", "videos/*.mp4", "longer_videos/*.mp4"]
     check = partial(check_replaceable, output, "demo's output", RESULTS_FILE, files)
     check()
     check_writable(output)
@@ -82,10 +85,13 @@ def run(
     settings |= {"test_videos": test_videos, "batch_size": batch_size, "learning_rate": learning_rate}
     with staged_folder(output, check) as folder:
         results = _run_in(folder, settings)
-    reached, blind, chance = (shown(results[name]) for name in ("accuracy", "text_only_accuracy", "chance"))
-    print(f"\ncheckpoint, results and {test_videos} held-out videos: {output}")
+    reached, longer, blind = (shown(results[name]) for name in ("accuracy", "longer_accuracy", "text_only_accuracy"))
+    print(f"\ncheckpoint, results and held-out videos: {output}")
     print(f"without the video: accuracy {blind} (the questions alone tell nothing)")
-    print(f"demo: accuracy {reached} on {test_videos} held-out videos (chance {chance})")
+    print(
+        f"demo: accuracy {reached} on {test_videos} held-out videos (chance {shown(results['chance'])}); "
+        f"{longer} at {LONGER} times the length"
+    )
     return results
 
 
@@ -95,7 +101,9 @@ def _run_in(folder: Path, settings: dict) -> dict:
     with _phase(seconds, "videos", f"writing {settings['train_videos']} + {settings['test_videos']} H.264 videos"):
         paths, told = write_videos(work / "videos", settings["train_videos"], seed=2 * seed)
         data = write_conversations(work / "videos" / "train.jsonl", paths, told, seed)
-        test_paths, test_told = write_videos(folder / "videos", settings["test_videos"], seed=2 * seed + 1)
+        tests = write_videos(folder / "videos", settings["test_videos"], seed=2 * seed + 1)
+        frames = (LONGER * max(TRAIN_FRAMES),)
+        longer = write_videos(folder / "longer_videos", -(-settings["test_videos"] // 2), 2 * seed + 1, frames)
     with _phase(seconds, "checkpoint", f"making {base} and converting to {name}"):
         checkpoint = make_checkpoint(work, seed, kind)
     with _phase(seconds, "training", "fine-tuning it on conversations about the videos, as `vamba finetune` does"):
@@ -108,11 +116,16 @@ def _run_in(folder: Path, settings: dict) -> dict:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForImageTextToText.from_pretrained(folder, device_map=device).eval()
         processor = AutoProcessor.from_pretrained(folder)
-        replies = ask_about_videos(model, processor, test_paths, test_told)
-        blind = ask_without_video(model, processor, test_paths, test_told)
+        replies, on_longer = (ask_about_videos(model, processor, *videos) for videos in (tests, longer))
+        blind = ask_without_video(model, processor, *tests)
     print_examples(replies)
-    results = scores(replies, blind) | {"loss": [*result.losses.values()][-1], "seconds": seconds, **settings}
-    title = f"accuracy {shown(results['accuracy'])}, chance {shown(results['chance'])}"
+    results = scores(replies, blind, on_longer) | {
+        "loss": [*result.losses.values()][-1],
+        "seconds": seconds,
+        **settings,
+    }
+    title = f"accuracy {shown(results['accuracy'])}, chance {shown(results['chance'])}; "
+    title += f"{shown(results['longer_accuracy'])} at {LONGER} times the length"
     draw_report(folder / "demo.png", replies, processor, title)
     write_model_card(folder, model.config, repo_id=f"{kind}-demo", origin="It knows the task of `vamba demo` only.")
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -120,10 +133,12 @@ def _run_in(folder: Path, settings: dict) -> dict:
     return results
 
 
-def write_videos(folder: Path, count: int, seed: int) -> tuple[list[Path], list[Story]]:
-    """Writes `count` videos; returns their paths and what happens in each."""
+def write_videos(
+    folder: Path, count: int, seed: int, frames: Sequence[int] = TRAIN_FRAMES
+) -> tuple[list[Path], list[Story]]:
+    """Writes `count` videos of these numbers of frames; returns their paths and what happens in each."""
     folder.mkdir(parents=True)
-    told = stories(count, seed)
+    told = stories(count, seed, frames)
     paths = [folder / f"{index:04d}.mp4" for index in range(count)]
     for path, story in zip(tqdm(paths, desc="writing videos", unit="video"), told):
         write_video(path, render(story))

@@ -7,7 +7,7 @@ came before what. Who sees the frames but not their order cannot tell which of t
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, cycle, islice, permutations
@@ -19,7 +19,7 @@ import numpy as np
 
 SIZE = 48  # pixels, both ways
 FPS = 8
-NUM_FRAMES = 24
+NUM_FRAMES = 24  # at least 16, so that everything finds its place
 FLASH_FRAMES = (2, 3)
 VISIT_FRAMES = 6
 COLOURS = {
@@ -51,14 +51,18 @@ class Story:
     moment: str
     flashes: tuple[Span, Span]
     visit: Span
+    num_frames: int
     seed: int
 
     def answer(self, kind: str) -> str:
         return getattr(self, kind)
 
 
-def stories(count: int, seed: int) -> list[Story]:
-    """`count` stories: every answer to a question is as frequent as every other, and none goes with another."""
+def stories(count: int, seed: int, frames: Sequence[int] = (NUM_FRAMES,)) -> list[Story]:
+    """`count` stories: every answer to a question is as frequent as every other, and none goes with another.
+
+    They have these numbers of frames in turn.
+    """
     rng = random.Random(seed)
 
     def balanced(values):
@@ -68,15 +72,15 @@ def stories(count: int, seed: int) -> list[Story]:
         rng.shuffle(chosen)
         return chosen
 
-    columns = zip(balanced(permutations(COLOURS, 2)), balanced(SHAPES), balanced(MOMENTS))
-    return [_story(*pair, shape, moment, rng) for pair, shape, moment in columns]
+    columns = zip(balanced(permutations(COLOURS, 2)), balanced(SHAPES), balanced(MOMENTS), cycle(frames))
+    return [_story(*pair, shape, moment, num_frames, rng) for pair, shape, moment, num_frames in columns]
 
 
-def _story(first: str, second: str, shape: str, moment: str, rng: random.Random) -> Story:
+def _story(first: str, second: str, shape: str, moment: str, num_frames: int, rng: random.Random) -> Story:
     """Spreads the three events over the video, with at least one quiet frame around each."""
     lengths = [rng.choice(FLASH_FRAMES), rng.choice(FLASH_FRAMES)]
     lengths.insert(MOMENTS.index(moment), VISIT_FRAMES)
-    slack = NUM_FRAMES - sum(lengths) - 4
+    slack = num_frames - sum(lengths) - 4
     cuts = sorted(rng.randint(0, slack) for _ in lengths)
     spans, frame = [], 0
     for length, now, earlier in zip(lengths, cuts, [0, *cuts]):
@@ -84,17 +88,17 @@ def _story(first: str, second: str, shape: str, moment: str, rng: random.Random)
         frame = start + length
         spans.append((start, frame))
     visit = spans.pop(MOMENTS.index(moment))
-    return Story(first, second, shape, moment, tuple(spans), visit, rng.randrange(2**32))
+    return Story(first, second, shape, moment, tuple(spans), visit, num_frames, rng.randrange(2**32))
 
 
 def render(story: Story) -> np.ndarray:
-    """The frames, uint8 (NUM_FRAMES, SIZE, SIZE, 3)."""
+    """The frames, uint8 (story.num_frames, SIZE, SIZE, 3)."""
     rng = np.random.default_rng(story.seed)
-    frames = np.empty((NUM_FRAMES, SIZE, SIZE, 3), np.uint8)
+    frames = np.empty((story.num_frames, SIZE, SIZE, 3), np.uint8)
     frames[:] = rng.integers(10, 60)
     for (start, stop), colour in zip(story.flashes, (story.first, story.second)):
         frames[start:stop] = COLOURS[colour]
-    for path, colour in _balls(rng):
+    for path, colour in _balls(rng, story.num_frames):
         for frame, (y, x) in zip(frames, path):
             frame[_mask("circle", y, x, 5)] = colour
     for index, (y, x) in zip(range(*story.visit), _visit(rng)):
@@ -102,12 +106,12 @@ def render(story: Story) -> np.ndarray:
     return frames
 
 
-def _balls(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
-    """Two balls: the centres (NUM_FRAMES, 2), reflected at the borders, and the colour of each."""
+def _balls(rng: np.random.Generator, num_frames: int) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
+    """Two balls: the centres (num_frames, 2), reflected at the borders, and the colour of each."""
     palette = list(COLOURS.values())
     for colour in rng.choice(len(palette), 2, replace=False):
         start, speed = rng.uniform(0, 2 * SIZE, 2), rng.uniform(-3, 3, 2)
-        path = (start + speed * np.arange(NUM_FRAMES)[:, None]) % (2 * SIZE)
+        path = (start + speed * np.arange(num_frames)[:, None]) % (2 * SIZE)
         yield np.minimum(path, 2 * SIZE - path), palette[colour]
 
 

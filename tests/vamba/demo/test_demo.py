@@ -22,6 +22,7 @@ from vamba.errors import UserError
 
 
 TINY = {"steps": 2, "train_videos": 8, "test_videos": 3, "batch_size": 4}
+FOLDERS = ("videos", "longer_videos")
 CLASSES = {"vamba": "VambaForConditionalGeneration", "video-ma2mba": "VideoMa2mbaForConditionalGeneration"}
 
 
@@ -30,6 +31,11 @@ def finished(request, tmp_path_factory):
     """A very short run of either model: the output folder and what `run` returned."""
     output = tmp_path_factory.mktemp("runs") / "demo"
     return output, demo.run(output, model=request.param, seed=1, **TINY)
+
+
+def frames_in(path):
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
 
 
 def test_conversations_ask_everything_in_any_order_and_some_without_the_video(tmp_path):
@@ -63,12 +69,15 @@ def test_a_short_run_leaves_checkpoint_picture_and_results(finished, capsys):
     output, results = finished
     assert json.loads((output / "demo.json").read_text()) == results
     assert 0 <= results["accuracy"] <= 1 and 0.15 <= results["chance"] <= 0.7
-    assert set(results["accuracy_by_question"]) == set(QUESTIONS.values())
+    assert 0 <= results["longer_accuracy"] <= 1
+    for name in ("accuracy_by_question", "longer_accuracy_by_question"):
+        assert set(results[name]) == set(QUESTIONS.values())
     assert results["steps"] == 2 and np.isfinite(results["loss"])
     with av.open(str(output / "demo.png")) as picture:
         pixels = next(picture.decode(video=0)).to_ndarray(format="rgb24")
     assert pixels.shape[0] > 300 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
-    assert len(list((output / "videos").iterdir())) == TINY["test_videos"]
+    lengths = {folder: [frames_in(path) for path in sorted((output / folder).iterdir())] for folder in FOLDERS}
+    assert lengths == {"videos": [16, 24, 32], "longer_videos": [128, 128]}
     assert not (output / "work").exists()
     assert [path.name for path in output.parent.iterdir()] == ["demo"]
     assert not any(b"/tmp" in path.read_bytes() for path in output.iterdir() if path.is_file())
@@ -89,6 +98,7 @@ def test_the_last_lines_say_the_accuracy_and_a_second_run_replaces_the_first(tmp
     results = demo.run(output, seed=2, **TINY)
     *_, blind, last = capsys.readouterr().out.splitlines()
     assert last.startswith("demo: accuracy 0.") and f"on {TINY['test_videos']} held-out videos (chance 0." in last
+    assert last.endswith(f"; {shown(results['longer_accuracy'])} at 4 times the length")
     assert blind.startswith(f"without the video: accuracy {shown(results['text_only_accuracy'])}")
     assert json.loads((output / "demo.json").read_text())["seed"] == 2
 
@@ -173,3 +183,5 @@ def test_shown_shares_are_never_rounded_up():
 @pytest.mark.parametrize("model", CLASSES)
 def test_the_whole_demo_reaches_its_accuracy(model, tmp_path):
     assert main(["demo", "--model", model, "--output-dir", str(tmp_path / "demo")]) == 0
+    longer = json.loads((tmp_path / "demo" / "demo.json").read_text())["longer_accuracy"]
+    assert longer >= (demo.REQUIRED_ACCURACY if model == "vamba" else 0)

@@ -72,5 +72,15 @@ def test_moments_of_the_events_are_spread():
     assert all(story[0][0] > 0 and story[-1][1] < NUM_FRAMES for story in spans)
 
 
+def test_stories_of_several_lengths_use_all_of_their_frames():
+    told = stories(300, seed=6, frames=(16, 128))
+    assert [story.num_frames for story in told] == [16, 128] * 150
+    assert all(len(render(story)) == story.num_frames for story in told[:2])
+    ends = [max(stop for _, stop in [*story.flashes, story.visit]) for story in told[1::2]]
+    assert 120 < max(ends) < 128 and min(story.flashes[0][0] for story in told[1::2]) < 5
+    together = Counter((story.moment, story.num_frames) for story in told)
+    assert len(together) == 6 and min(together.values()) > 35  # 50 each if independent
+
+
 def test_stories_depend_on_the_seed_alone():
     assert stories(10, seed=1) == stories(10, seed=1) != stories(10, seed=2)

@@ -9,7 +9,6 @@ answers have `--new-tokens` tokens. Seconds are the median of three, after one t
 """
 
 import argparse
-import itertools
 import statistics
 import tempfile
 from collections.abc import Callable

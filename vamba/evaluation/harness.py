@@ -2,12 +2,14 @@
 
 Requests are grouped by what has to be watched for them, and each video is encoded once, whatever task or rank asks: see
 `sharing`. What is unusual: a conversation that does not begin with its videos (images, interleaved text) goes the way
-of every other model of transformers, one by one. A video that cannot be read gives an empty answer, which counts as
-wrong and is not cached, and is named in the log; where likelihoods are compared it is an error, as an empty answer
-could be right by chance there. `SimpleVamba` is what `--force_simple` takes, which multiple choice by likelihood needs.
+of every other model of transformers, one by one. What cannot be answered, as its video cannot be read or it is too
+long, gets an empty answer, which counts as wrong, is not cached, and is told of in the log; where likelihoods are
+compared it is an error, as no answer could be right by chance there. `SimpleVamba` is for `--force_simple`, which such
+tasks need.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +22,8 @@ from lmms_eval.protocol import ChatMessages
 from loguru import logger
 from tqdm.auto import tqdm
 
-from vamba.chat import load_chat
-from vamba.errors import UserError, VideoReadError
+from vamba.chat import IS_NAN, load_chat
+from vamba.errors import UserError
 from vamba.modeling.processing_vamba import plain_item
 from vamba.video.reading import frames_asked_for
 
@@ -35,6 +37,7 @@ READING = (
 )  # fmt: skip
 LOADING = ("dtype", "adapter", "load_in_4bit", "load_in_8bit", "attn_implementation")
 OURS = ("pretrained", "protocol", "device", "device_map", "batch_size", "max_batch_size")
+MAX_NEW_TOKENS = 128  # where neither the task nor a protocol says
 GENERATION = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
 
 
@@ -78,19 +81,21 @@ class Vamba(lmms):
         options = {name: value for name, value in options.items() if value is not None}
         if not pretrained:
             raise UserError("No model is named; give pretrained=PATH in --model_args.")
-        self.protocol = PROTOCOLS.get(name := options.get("protocol", "letters"))
-        if self.protocol is None:
+        if (name := options.get("protocol")) not in (None, *PROTOCOLS):
             raise UserError(f"protocol is {name!r:.80}; give one of {', '.join(PROTOCOLS)}.")
+        self.max_new_tokens = PROTOCOLS[name].max_new_tokens if name else MAX_NEW_TOKENS
         asked = {name: options[name] for name in READING if name in options}
         replaced = {"fps", "num_frames"} if asked.keys() & {"fps", "num_frames"} else set()
-        self.reading = {key: value for key, value in self.protocol.reading.items() if key not in replaced} | asked
+        preset = PROTOCOLS[name].reading if name else {}
+        self.reading = {key: value for key, value in preset.items() if key not in replaced} | asked
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size != int(os.environ.get("WORLD_SIZE", 1)):
             raise UserError("accelerate sees one process of several; without a GPU, set ACCELERATE_USE_CPU=true.")
         device = options.get("device") or options.get("device_map")
-        if device in (None, "auto"):
-            device = None if device == "auto" or self._world_size == 1 else str(self.accelerator.device)
+        if self._world_size > 1 and device in (None, "auto", "cuda"):
+            device = str(self.accelerator.device)
+        device = None if device == "auto" else device
         loading = {name: options[name] for name in LOADING if name in options}
         self.chat = load_chat(pretrained, device=device, **loading)
         self.device = self.chat.model.device
@@ -99,7 +104,7 @@ class Vamba(lmms):
         self.sharing = Sharing(self._rank, self._world_size, meet(self._rank, self._world_size))
         self.watched: list[dict] | None = None
         self.encoded = 0
-        self.broken: set[str] = set()
+        self.failures: Counter = Counter()
         self._ignored: set[str] = set()
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -137,8 +142,9 @@ class Vamba(lmms):
                 return replies
 
             results = self.sharing.answer(kind, requests, keys, answer_and_count)
-        if self.broken:
-            logger.error(f"{len(self.broken)} videos could not be read: {', '.join(sorted(self.broken))}")
+        if self.failures:
+            told = "; ".join(f"{error} ({count} requests)" for error, count in self.failures.items())
+            logger.error(f"{self.failures.total()} requests have no answer and count as wrong: {told}")
         logger.info(f"rank {self._rank}: {self.encoded} videos encoded for {len(requests)} requests")
         return results
 
@@ -164,22 +170,24 @@ class Vamba(lmms):
     def _reply(self, asked: Asked, request: Instance) -> str:
         given = next(argument for argument in request.args if isinstance(argument, dict))
         options, until = self._generation(given)
+        self.chat._check_generation(options)  # what is wrong here is wrong for all requests
         try:
             if asked.videos is None:
                 reply = self._generate_plainly(asked.messages, options)
             else:
                 self._watch(asked.videos)
                 reply = self.chat.ask(asked.turns, **options)
-        except VideoReadError as error:
-            logger.error(f"no answer: {error}")
-            self.broken.add(f"{error}".split(": ")[0])
+        except UserError as error:
+            if f"{error}" == IS_NAN:  # so is the model
+                raise
+            self.failures[f"{error}"] += 1
             return ""
         return min((reply.split(stop)[0] for stop in until if stop), key=len, default=reply)
 
     def _generation(self, given: dict) -> tuple[dict, list[str]]:
         """A task's generation arguments as those of `generate`; and the texts that end an answer."""
         options = {name: given[name] for name in GENERATION if given.get(name) is not None}
-        options.setdefault("max_new_tokens", self.protocol.max_new_tokens)
+        options.setdefault("max_new_tokens", self.max_new_tokens)
         temperature = options.get("temperature", 0)
         if not given.get("do_sample", temperature > 0) or temperature == 0:
             for name in ("temperature", "top_p", "top_k"):

@@ -245,11 +245,24 @@ def test_likelihoods_are_losses_of_the_chats(lettered, questions):
         assert result.text == (pytest.approx(-total), is_greedy)
 
 
-def test_a_broken_video_is_an_empty_answer_and_named(lm, tmp_path):
+def test_what_cannot_be_answered_is_empty_and_told_of_and_the_rest_is_answered(lm, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     broken = {"video": str(tmp_path / "broken.mp4")}
-    assert lm.generate_until([request(0, lambda doc: [video(broken), text("What?")]), request(1)])[0] == ""
-    assert any("broken.mp4" in name for name in lm.broken)
+    unread = [request(0, lambda doc: [video(broken), text("What?")])] * 2
+    too_long = request(0, lambda doc: [video(doc), text("What? " * 5000)])
+    replies = lm.generate_until([*unread, too_long, request(1)])
+    assert replies[:3] == [""] * 3 and replies[3]
+    (named, twice), (long, once) = lm.failures.items()
+    assert "broken.mp4" in named and twice == 2 and "tokens" in long and once == 1
+    with pytest.raises(UserError, match="max_new_tokens"):  # which no request could be answered with
+        lm.generate_until([request(1, max_new_tokens=-1)])
+
+
+def test_the_simple_class_generates_the_same(lm, lettered, questions):
+    simple = with_docs(SimpleVamba(pretrained=lettered, device="cpu"), questions)
+    arguments = (doc_of(lm, 1)["text"], {"max_new_tokens": 6}, Task().to_visual, 1, "task", "test")
+    asked = Instance("generate_until", arguments, 0, {"task": "task", "doc_id": 1, "repeats": 1})
+    assert simple.generate_until([asked]) == lm.generate_until([request(1)])
 
 
 def test_generation_arguments_of_tasks(lm):
@@ -259,7 +272,7 @@ def test_generation_arguments_of_tasks(lm):
     torch.manual_seed(1)
     drawn = {lm.generate_until([request(0, max_new_tokens=8, temperature=50.0, do_sample=True)])[0] for _ in range(3)}
     assert len(drawn) > 1
-    assert lm._generation({"temperature": 0.7, "do_sample": False})[0] == {"max_new_tokens": 16, "do_sample": False}
+    assert lm._generation({"temperature": 0.7, "do_sample": False})[0] == {"max_new_tokens": 128, "do_sample": False}
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class Asked:
 
     messages: list[dict]
     videos: list[dict] | None
-    turns: list[dict] | None
+    turns: list[dict]
 
 
 class Loss(tuple):
@@ -125,7 +125,7 @@ class Vamba(lmms):
         return [GenerationResult(Loss((-total, is_greedy))) for total, is_greedy in found]
 
     def clean(self) -> None:
-        self.chat = self.watched = None
+        del self.chat
         super().clean()
 
     def _answer(self, kind: str, requests: list[Instance], answer: Callable[[list[Instance]], list]) -> list:
@@ -176,7 +176,7 @@ class Vamba(lmms):
                 reply = self._generate_plainly(asked.messages, options)
             else:
                 self._watch(asked.videos)
-                reply = self.chat.ask(asked.turns, **options)
+                reply = f"{self.chat.ask(asked.turns, **options)}"
         except UserError as error:
             if f"{error}" == IS_NAN:  # so is the model
                 raise
@@ -281,13 +281,13 @@ class SimpleVamba(Vamba):
         return _as_asked([{"role": "user", "content": [*content, {"type": "text", "text": request.args[0]}]}])
 
 
-def _as_asked(messages: Sequence[dict]) -> Asked:
+def _as_asked(given: Sequence[dict]) -> Asked:
     """Messages of lmms-eval as those of our processor, and what of them can be watched first."""
-    messages = ChatMessages(messages=messages).to_hf_messages()
+    messages: list[dict] = ChatMessages(messages=given).to_hf_messages()
     for message in messages:
         items = [plain_item(item) for item in message["content"]]
         message["content"] = [item for item in items if item["type"] != "text" or item["text"].strip()]
-    first = next((message for message in messages if message["role"] == "user"), {"content": []})
+    first: dict = next((message for message in messages if message["role"] == "user"), {"content": []})
     videos = []
     for item in first["content"]:
         if item["type"] != "video" or not isinstance(item["video"], str):
@@ -295,4 +295,4 @@ def _as_asked(messages: Sequence[dict]) -> Asked:
         videos.append(item)
     turns = [m | {"content": m["content"][len(videos) :] if m is first else m["content"]} for m in messages]
     is_text = all(turn["content"] and all(item["type"] == "text" for item in turn["content"]) for turn in turns)
-    return Asked(messages, videos, turns) if videos and is_text else Asked(messages, None, None)
+    return Asked(messages, videos if videos and is_text else None, turns)

@@ -55,7 +55,7 @@ class Sharing:
         for index, key in enumerate(keys):
             groups.setdefault(key, []).append(index)
         shared = self.world_size > 1 and all(map(_is_of_a_task, requests))
-        elsewhere = self._share(kind, requests, groups, answer) if shared else {}
+        elsewhere: dict[Any, dict[str, Any]] = self._share(kind, requests, groups, answer) if shared else {}
         results: list[Any] = [None] * len(requests)
         names = _names(requests)
         for key, indices in groups.items():

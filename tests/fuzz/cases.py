@@ -219,6 +219,25 @@ def data(rng: random.Random, materials: Path, folder: Path) -> Callable:
     return lambda: _draw(path, materials)
 
 
+def questions(rng: random.Random, materials: Path, folder: Path) -> Callable:
+    """Questions about videos, or the folder of an evaluation that is gone on with."""
+    path, run = folder / "questions.jsonl", folder / "run"
+    path.write_bytes((materials / path.name).read_bytes())
+    if rng.random() < 0.4:
+        path = materials / path.name
+        damage_folder(copy_folder(materials / "eval", run), rng)
+    elif rng.random() < 0.3:
+        path.write_bytes(mutate(path.read_bytes(), rng))
+    else:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for _ in range(rng.choice((1, 1, 3))):
+            rows = edit(rows, rng, _hostile)
+        text = "".join(f"{json.dumps(row)}\n" for row in (rows if isinstance(rows, list) else [rows]))
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    words = ["eval", str(materials / "vamba"), str(path), "--output-dir", str(run), "--num-frames", "2"]
+    return lambda: _command([*words, "--max-new-tokens", "1", "--device", "cpu", "--quiet"])
+
+
 def _draw(path: Path, materials: Path) -> str:
     source = Source(str(path), media_root=str(materials / "data"), shuffle=False)
     encoder = ConversationEncoder(_loaded["vamba processor"], fps=1, max_frames=4, max_video_tokens=256, max_length=512)
@@ -393,6 +412,7 @@ KINDS: dict[str, tuple[Callable, int]] = {
     "conversions": (conversions, 2),
     "memories": (memories, 3),
     "data": (data, 3),
+    "questions": (questions, 2),
     "messages": (messages, 3),
     "recipes": (recipes, 2),
     "arguments": (arguments, 3),

@@ -13,6 +13,7 @@ from PIL import Image
 from vamba.chat import load_chat
 from vamba.conversion import convert
 from vamba.demo.tiny_checkpoints import MIXER, make_tiny_clip, make_tiny_mamba2, make_tiny_qwen2_vl
+from vamba.evaluation import evaluate
 from vamba.training import finetune
 
 
@@ -72,7 +73,7 @@ QUESTION = "What happens in the video?"
 
 def make(folder: Path) -> None:
     """Writes videos/, images/, vamba/ and video_ma2mba/ (checkpoints), *.memory.safetensors, data/train.jsonl,
-    recipe.yaml and run/ (a training with two checkpoints to resume)."""
+    recipe.yaml and run/ (a training with two checkpoints to resume), questions.jsonl and eval/ (what was answered)."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for name in ("videos", "images", "data"):
@@ -95,6 +96,9 @@ def make(folder: Path) -> None:
     recipe = _recipe(folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     finetune(recipe | {"output_dir": str(folder / "run"), "max_steps": 2, "save_strategy": "steps", "save_steps": 1})
+    _write_questions(folder / "questions.jsonl", folder / "videos")
+    options = {"reading": {"num_frames": 2}, "max_new_tokens": 1, "progress": False, "device": "cpu"}
+    evaluate(str(folder / "vamba"), folder / "questions.jsonl", folder / "eval", **options)
 
 
 def _write_video(path: Path, container: str, codec: str, pix_fmt: str, count: int = 12) -> None:
@@ -137,6 +141,13 @@ def _write_data(folder: Path) -> None:
     llava = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "This."}]
     rows = [{"id": 1, "video": "../videos/00-libx264.mp4", "conversations": llava}]
     (folder / "data" / "list.json").write_text(json.dumps(rows * 3))
+
+
+def _write_questions(path: Path, videos: Path) -> None:
+    row = {"video": str(videos / "00-libx264.mp4"), "question": QUESTION, "category": "all", "start": 0, "end": 9.5}
+    options = {"options": ["red", "green", "blue"], "answer": "B", "duration": 12.0}
+    rows = [row | options, row | {"answer": ["this", "that"]}, row | {"video": [row["video"]] * 2}, row | options]
+    path.write_text("".join(f"{json.dumps(row | {'id': f'q{n}'})}\n" for n, row in enumerate(rows)))
 
 
 def _recipe(folder: Path) -> dict:

@@ -98,7 +98,7 @@ def _cell(value) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    text = str(value).replace("|", "\\|")
+    text = " ".join(str(value).split()).replace("|", "\\|")
     return text if len(text) <= 80 else text[:77] + "…"
 
 

@@ -209,13 +209,14 @@ def _digest(path: Path) -> str:
 
 
 def _write_manifest(path: Path, manifest: str) -> None:
+    folder = path.parent
     if path.exists():
         if path.read_text(encoding="utf-8") != manifest:
-            raise OccupiedPathError(f"{path.parent} holds needles of other settings or footage; choose another folder.")
+            raise OccupiedPathError(f"{folder} holds needles of other settings or footage; give another --suite-dir.")
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if {child.name for child in path.parent.iterdir()} - {_partial(path).name}:
-        raise OccupiedPathError(f"{path.parent} holds something that is no needle suite; choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if {child.name for child in folder.iterdir()} - {_partial(path).name}:
+        raise OccupiedPathError(f"{folder} holds something that is no needle suite; give another --suite-dir.")
     _write(path, manifest)
 
 

@@ -16,6 +16,7 @@ from .scoring import Comparison, compare, outcomes
 
 REPORT, PLOT = "report.md", "report.png"
 SHOWN = 20  # videos that could not be used, of all
+MOST_BARS = 40  # of categories, the largest
 COLOUR, CHANCE = "#3465a4", "#888888"
 
 
@@ -87,13 +88,16 @@ def draw_accuracy(path: Path, summary: Mapping[str, Any]) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    bars = [("all", summary["score"]), *summary["by_category"].items(), *summary["by_duration"].items()]
+    categories = sorted(summary["by_category"].items(), key=lambda part: -part[1]["total"])[:MOST_BARS]
+    bars = [("all", summary["score"]), *sorted(categories), *summary["by_duration"].items()]
     figure = Figure(figsize=(7, 1.2 + 0.35 * len(bars)), layout="constrained")
     axes = figure.subplots()
     for place, (_, score) in enumerate(bars):
-        low, high = score["accuracy"] - score["low"], score["high"] - score["accuracy"]
+        low, high = max(0.0, score["accuracy"] - score["low"]), max(0.0, score["high"] - score["accuracy"])
         axes.barh(place, score["accuracy"], xerr=[[low], [high]], color=COLOUR, alpha=0.85, ecolor="black", capsize=3)
-    axes.set_yticks(range(len(bars)), [f"{name} ({score['total']})" for name, score in bars])
+    axes.set_yticks(range(len(bars)), [f"{' '.join(name.split())[:40]} ({score['total']})" for name, score in bars])
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)  # a category may hold dollars
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="accuracy, 95% interval")
     if summary["chance"] is not None:

@@ -88,6 +88,8 @@ class RunFolder:
     def adding(self, rank: int) -> Iterator[Any]:
         """A function that adds an answer to this process's file. Raises DiskFullError where there is no room."""
         path = self.folder / PART.format(rank=rank)
+        if os.path.lexists(path) and not path.is_file():  # a pipe, say, which would be waited for
+            raise OccupiedPathError(f"{path} is no file; move it away.")
         with opening(path), open(path, "ab", buffering=0) as file:
             _drop_torn_line(path)
 
@@ -123,7 +125,7 @@ class RunFolder:
             if is_disk_full(error, self.folder):
                 message = f"{path} cannot be written ({error.strerror}); the answers so far are whole."
                 raise DiskFullError(message) from error
-            raise
+            raise OccupiedPathError(f"{path} cannot be written ({error.strerror}); move it away.") from error
 
 
 def open_run(folder: str | os.PathLike) -> RunFolder:

@@ -125,8 +125,17 @@ def test_multiple_choice_by_likelihood_takes_the_likeliest_letter(lettered, ques
 
 
 @pytest.fixture(scope="module")
-def lm(lettered, questions):
-    return with_docs(Vamba(pretrained=lettered, device="cpu"), questions)
+def spread_ma2mba(ma2mba, tmp_path_factory):
+    """A Video-Ma2mba whose answers depend on the video."""
+    folder = tmp_path_factory.mktemp("spread") / "model"
+    shutil.copytree(ma2mba, folder)
+    spread(load_model(str(folder), dtype=torch.float32), kept=("norm", "A_log", "dt_bias")).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["lettered", "spread_ma2mba"])
+def lm(request, questions):
+    return with_docs(Vamba(pretrained=str(request.getfixturevalue(request.param)), device="cpu"), questions)
 
 
 def with_docs(lm, questions):
@@ -249,17 +258,17 @@ def test_what_cannot_be_answered_is_empty_and_told_of_and_the_rest_is_answered(l
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     broken = {"video": str(tmp_path / "broken.mp4")}
     unread = [request(0, lambda doc: [video(broken), text("What?")])] * 2
-    too_long = request(0, lambda doc: [video(doc), text("What? " * 5000)])
+    too_long = request(0, lambda doc: [video(doc), text("What? " * 2**18)])
     replies = lm.generate_until([*unread, too_long, request(1)])
     assert replies[:3] == [""] * 3 and replies[3]
     (named, twice), (long, once) = lm.failures.items()
-    assert "broken.mp4" in named and twice == 2 and "tokens" in long and once == 1
+    assert "broken.mp4" in named and twice == 2 and "characters" in long and once == 1
     with pytest.raises(UserError, match="max_new_tokens"):  # which no request could be answered with
         lm.generate_until([request(1, max_new_tokens=-1)])
 
 
-def test_the_simple_class_generates_the_same(lm, lettered, questions):
-    simple = with_docs(SimpleVamba(pretrained=lettered, device="cpu"), questions)
+def test_the_simple_class_generates_the_same(lm, questions):
+    simple = with_docs(SimpleVamba(pretrained=lm.chat.model.config._name_or_path, device="cpu"), questions)
     arguments = (doc_of(lm, 1)["text"], {"max_new_tokens": 6}, Task().to_visual, 1, "task", "test")
     asked = Instance("generate_until", arguments, 0, {"task": "task", "doc_id": 1, "repeats": 1})
     assert simple.generate_until([asked]) == lm.generate_until([request(1)])

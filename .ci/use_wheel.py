@@ -28,10 +28,12 @@ with tempfile.TemporaryDirectory() as folder:
     processor = AutoProcessor.from_pretrained(converted)
     assert type(model).__module__ == "vamba.modeling.modeling_vamba", type(model).__module__
     assert type(processor).__name__ == "VambaProcessor", type(processor)
+from vamba.evaluation import tasks  # noqa: E402
 from vamba.training import load_recipe, shipped_recipes  # noqa: E402
 
 
 assert "vamba_stage1" in shipped_recipes(), "the recipes are missing"
 assert all(load_recipe(name) for name in shipped_recipes())
+assert list(Path(tasks.__file__).parent.glob("*.yaml")), "the tasks for lmms-eval are missing"
 vamba_command = Path(sys.executable).with_name("vamba")
 assert "ask" in subprocess.run([vamba_command, "--help"], capture_output=True, text=True, check=True).stdout

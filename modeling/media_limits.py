@@ -24,7 +24,7 @@ _LIMITS = {
     **dict.fromkeys(("fps", "source_fps", "raw_fps"), (1e-9, 1e12, False)),
     **dict.fromkeys(("num_frames", "min_frames", "max_frames", "chunk_frames"), (1, 2**31 - 1, True)),
     **dict.fromkeys(("max_pixels", "total_pixels"), (1, math.inf, False)),
-    **dict.fromkeys(("resized_height", "resized_width", "factor"), (1, MAX_SIDE, True)),
+    **dict.fromkeys(("resized_height", "resized_width", "min_side", "max_side", "factor"), (1, MAX_SIDE, True)),
     "start": (0, 1e9, False),
     "end": (0, math.inf, False),
     "min_pixels": (0, 2**24, False),

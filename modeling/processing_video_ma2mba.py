@@ -35,7 +35,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if not begun.value %}{{ header }}{% endif %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_SIZES = {"min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "factor"}
+_SIZES = {
+    "min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "min_side", "max_side", "factor",
+}  # fmt: skip
 
 
 class VideoMa2mbaProcessor(VambaProcessor):

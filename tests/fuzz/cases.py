@@ -319,8 +319,8 @@ def arguments(rng: random.Random, materials: Path, folder: Path) -> Callable:
     chat = load_chat(str(materials / name), device="cpu")
     chat.memory = MEMORIES[name].load(materials / f"{name}.memory.safetensors")
     reading = (
-        "fps num_frames start end min_pixels max_pixels total_pixels resized_height resized_width factor chunk_frames "
-        "backend threads source_fps"
+        "fps num_frames centered start end min_pixels max_pixels total_pixels resized_height resized_width min_side "
+        "max_side factor chunk_frames backend threads source_fps"
     ).split()
     asking = "max_new_tokens min_new_tokens temperature top_k top_p num_beams repetition_penalty".split()
     options = {rng.choice(reading): wrong}

@@ -30,7 +30,7 @@ from .pictures import (
     is_still_png,
     stills_of_list,
 )
-from .selection import SampleTimes, check_sizes, check_times, number, target_size
+from .selection import SampleTimes, check_centered, check_sizes, check_times, number, target_size
 
 
 DEFAULT_FPS = 1.0
@@ -54,9 +54,10 @@ class VideoChunk:
 
 
 def read_video(
-    source, *, fps=None, num_frames=None, start=None, end=None,
+    source, *, fps=None, num_frames=None, centered=False, start=None, end=None,
     min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28, total_pixels=None, resized_height=None, resized_width=None,
-    factor=28, resize=True, chunk_frames=64, backend="pyav", allow_urls=False, threads=0, source_fps=None,
+    min_side=None, max_side=None, factor=28, resize=True, chunk_frames=64, backend="pyav", allow_urls=False, threads=0,
+    source_fps=None,
 ):  # fmt: skip
     """Open a video for reading in chunks; a `VideoReader` that can be iterated as often as wanted.
 
@@ -66,9 +67,12 @@ def read_video(
         fps: instants start, start + 1/fps, ... before the end; the default is 1.0. Excludes `num_frames`.
         num_frames: instants spread evenly from start to end, both included. A frame is never given twice, so a clip
             with fewer frames (or one that holds a frame over several instants) gives fewer.
+        centered: take the middles of `num_frames` equal parts instead, as Vamba was evaluated.
         start, end: seconds from the first frame; `end` is clipped to the video's own.
         min_pixels, max_pixels, total_pixels, resized_height, resized_width, factor: as in qwen-vl-utils, `factor`
             being patch_size * merge_size. `resize=False` keeps the native size.
+        min_side, max_side: pixels; the longer side is first shrunk to `max_side`, then each side stretched to at least
+            `min_side`, as Vamba was evaluated.
         chunk_frames: the most frames in one chunk.
         backend: "pyav" or "torchcodec".
         threads: decoding threads, 0 = as many as FFmpeg thinks right.
@@ -80,11 +84,14 @@ def read_video(
     name = describe(source)
     with _naming(name):
         times = check_times(fps, num_frames, start, end)
-        sizes = check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, resized_width)
+        sizes = check_sizes(
+            factor, min_pixels, max_pixels, total_pixels, resized_height, resized_width, min_side, max_side
+        )
+        check_centered(centered)
         chunk_frames, threads = number("chunk_frames", chunk_frames), number("threads", threads)
         source_fps = number("source_fps", source_fps) or times[0] or 1.0
         clip = _open_source(source, name, backend, allow_urls, threads or 0, source_fps)
-        return VideoReader(clip, times, sizes if resize else None, chunk_frames or 64)
+        return VideoReader(clip, times, sizes if resize else None, chunk_frames or 64, centered)
 
 
 @contextmanager
@@ -163,7 +170,7 @@ class VideoReader:
     known at once; `lost_packets`, `damaged_frames` and `read_packets` count the latest pass.
     """
 
-    def __init__(self, clip, times, sizes, chunk_frames):
+    def __init__(self, clip, times, sizes, chunk_frames, centered=False):
         self.metadata = clip.info
         self.lost_packets = self.damaged_frames = self.read_packets = 0
         self._clip = clip
@@ -178,6 +185,9 @@ class VideoReader:
             raise VideoReadError(f"start={start:g} is past the end of the video ({span:.3f} s)")
         if num_frames is None:
             self._times = SampleTimes.at_rate(fps or DEFAULT_FPS, start, end)
+        elif centered:
+            final = last + 1 / (clip.info.fps or 1.0)
+            self._times = SampleTimes.centers(num_frames, start, final if end is None else min(end, final))
         else:
             final = last if end is None else min(end, last)
             self._times = SampleTimes.spread(num_frames, start, final)

@@ -8,6 +8,7 @@ transformers (`smart_resize`, `total_pixels`).
 
 import math
 from dataclasses import dataclass
+from inspect import signature
 
 from vamba.errors import VideoReadError
 from vamba.modeling import media_limits
@@ -35,6 +36,12 @@ class SampleTimes:
     def spread(cls, num_frames, start, last):
         """`num_frames` instants over [start, last], both ends included, as torch.linspace spreads them."""
         return cls(start, max(last - start, 0.0) / max(num_frames - 1, 1), num_frames)
+
+    @classmethod
+    def centers(cls, num_frames, start, end):
+        """The middles of `num_frames` equal parts of [start, end]."""
+        step = max(end - start, 0.0) / num_frames
+        return cls(start + step / 2, step, num_frames)
 
     def at_or_after(self, time):
         """The first instant >= `time`, or None when all are before it. Constant time, however far the jump."""
@@ -109,7 +116,7 @@ def check_times(fps, num_frames, start, end):
     return fps, num_frames, start, None if end == math.inf else end
 
 
-def check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, resized_width):
+def check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, resized_width, min_side, max_side):
     """The arguments of `read_video` as those of `target_size`."""
     if (resized_height is None) != (resized_width is None):
         raise VideoReadError("resized_height and resized_width belong together: give both or neither")
@@ -120,28 +127,41 @@ def check_sizes(factor, min_pixels, max_pixels, total_pixels, resized_height, re
         "total_pixels": number("total_pixels", total_pixels),
         "resized_height": number("resized_height", resized_height),
         "resized_width": number("resized_width", resized_width),
+        "min_side": number("min_side", min_side) or 1,
+        "max_side": number("max_side", max_side) or math.inf,
     }
 
 
-def check_reading(fps=None, num_frames=None, start=None, end=None, **sizes):
+def check_reading(fps=None, num_frames=None, start=None, end=None, **others):
     """Raises VideoReadError for options of `read_video` that no video can be read with."""
     check_times(fps, num_frames, start, end)
-    names = ("factor", "min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
-    check_sizes(*(sizes.get(name) for name in names))
+    check_centered(others.get("centered", False))
+    check_sizes(**{name: others.get(name) for name in signature(check_sizes).parameters})
+
+
+def check_centered(centered):
+    if type(centered) is not bool:
+        raise VideoReadError(f"centered={centered!r:.40} must be True or False")
 
 
 def target_size(
     height, width, *, factor, min_pixels, max_pixels, total_pixels=None, num_frames=1,
-    resized_height=None, resized_width=None,
+    resized_height=None, resized_width=None, min_side=1, max_side=math.inf,
 ):  # fmt: skip
     """(height, width) that a frame is brought to: multiples of `factor` within the pixel bounds, nearly the same shape.
 
-    `total_pixels` bounds all `num_frames` frames together, as in qwen-vl-utils.
+    `total_pixels` bounds all `num_frames` frames together, as in qwen-vl-utils. `min_side` and `max_side` bound the
+    sides before all else, as `get_resize_output_image_size` of Vamba's original does: a side below `min_side` is
+    stretched to it by itself, whatever becomes of the shape.
 
     Raises VideoReadError for an aspect ratio above 200 and for bounds that exclude each other.
     """
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+    if max(height, width) > max_side:
+        shape = width / height
+        height, width = (int(max_side / shape), max_side) if width >= height else (max_side, int(max_side * shape))
+    height, width = max(height, min_side), max(width, min_side)
     if total_pixels is not None:
         max_pixels = max(min(max_pixels, total_pixels / max(num_frames, 1) * 2), int(min_pixels * 1.05))
     if resized_height is not None:

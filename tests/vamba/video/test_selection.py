@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from vamba.video import VideoReadError, load_video, read_video
 from vamba.video.selection import PresentationClock, SampleTimes
@@ -76,6 +77,37 @@ def test_sizes_follow_smart_resize_and_the_pixel_budget():
     assert read_video(array, resize=False).frame_size == (360, 640)
 
 
+@pytest.mark.parametrize(
+    "size", [(360, 640), (720, 1280), (1280, 720), (240, 320), (1080, 1920), (480, 480), (90, 160)]
+)
+@pytest.mark.parametrize("longest", [360, 480, 560])
+def test_sides_are_bounded_as_by_vambas_scripts(size, longest):
+    """`get_resize_output_image_size` of the original's train/data.py, then the image processor's `smart_resize`."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    height, width = size
+    ratio = width / height
+    if width >= height and width > longest:
+        height, width = int(longest / ratio), longest
+    elif height > width and height > longest:
+        height, width = longest, int(longest * ratio)
+    expected = smart_resize(max(height, 256), max(width, 256), 28, 56 * 56, 12845056)
+    bounds = {"min_side": 256, "max_side": longest, "min_pixels": 56 * 56, "max_pixels": 12845056}
+    assert read_video(np.zeros((2, *size, 3), np.uint8), **bounds).frame_size == expected
+
+
+@pytest.mark.parametrize("asked", [1, 2, 7, 19, 20, 50])
+def test_centered_frames_are_those_of_vambas_scripts(clip, asked):
+    """`uniform_indices` of the original's eval/utils_*.py, which rounds the parts and then their middles."""
+    total = 20
+    splits = torch.linspace(0, total, asked + 1, dtype=int)
+    expected = ((splits[:-1] + splits[1:]) // 2).tolist() if asked < total else list(range(total))
+    chosen, _ = indices(clip, num_frames=asked, centered=True)
+    assert len(chosen) == len(expected) and np.abs(np.subtract(chosen, expected)).max() <= 1
+    half, _ = indices(clip, num_frames=2, centered=True, start=1.0, end=2.0)
+    assert half == [12, 17]
+
+
 def test_long_thin_pictures(clip):
     array = np.zeros((1, 2, 500, 3), np.uint8)
     with pytest.raises(VideoReadError, match="aspect ratio"):
@@ -128,6 +160,8 @@ def test_long_thin_pictures(clip):
         ({"resized_height": 100}, "both or neither"),
         ({"resized_height": 1, "resized_width": 5000}, "aspect ratio"),
         ({"backend": "decord"}, "decord"),
+        ({"centered": 1}, "centered"),
+        ({"max_side": 0}, "max_side"),
         ({"backend": ["pyav"]}, "backend"),
     ],
 )

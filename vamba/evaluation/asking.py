@@ -4,14 +4,16 @@ What is unusual: each question is asked on a fork of the same memory, so a furth
 text and answer only. A video that cannot be read costs its own questions and nothing else.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from vamba.chat import VideoChat
 from vamba.errors import UserError
+from vamba.video import frames_asked_for
 
 from .choices import is_right, parse_choice, rotations
 from .protocols import Protocol
@@ -102,6 +104,13 @@ def watch(
     for video in videos:
         chat.watch(video, append=True, progress=False, **{**protocol.reading, **span, **options})
     return None if chat.memory is None else chat.memory.seconds
+
+
+def check_reading_by(chat: VideoChat, reading: Mapping[str, Any]) -> None:
+    """Raises VideoReadError for options that this model's processor reads no video with, before each video is told of
+    as if it were broken."""
+    black = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    frames_asked_for(black, reading, chat.processor.video_reader)
 
 
 def _ask(

@@ -27,6 +27,7 @@ from vamba.errors import UserError
 from vamba.modeling.processing_vamba import plain_item
 from vamba.video.reading import frames_asked_for
 
+from .asking import check_reading_by
 from .protocols import PROTOCOLS
 from .sharing import Sharing, meet
 
@@ -99,8 +100,7 @@ class Vamba(lmms):
         loading = {name: options[name] for name in LOADING if name in options}
         self.chat = load_chat(pretrained, device=device, **loading)
         self.device = self.chat.model.device
-        black = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)  # or each video would be told of as if it were broken
-        frames_asked_for(black, self.reading, self.chat.processor.video_reader)
+        check_reading_by(self.chat, self.reading)
         self.sharing = Sharing(self._rank, self._world_size, meet(self._rank, self._world_size))
         self.watched: list[dict] | None = None
         self.encoded = 0

@@ -21,7 +21,7 @@ from vamba.checkpoint_folder import base_of, check_kind, checkpoint_folder
 from vamba.errors import UserError
 from vamba.video import check_reading
 
-from .asking import Answer, answer_questions, group
+from .asking import Answer, answer_questions, check_reading_by, group
 from .protocols import PROTOCOLS, Protocol
 from .questions import Question, read_questions
 from .report import write_report
@@ -92,6 +92,7 @@ def evaluate(
         new: list[Answer] = []
         if left:
             chat = model if isinstance(model, VideoChat) else load_chat(model, **_placed(state, loading))
+            check_reading_by(chat, protocol.reading)
             options = {"circular": circular, "likelihood": likelihood, "answered": answered, "allow_urls": allow_urls}
             asked = answer_questions(
                 chat, mine, protocol, **options, progress=progress and state.is_main_process, **GREEDY

@@ -112,6 +112,11 @@ def test_a_folder_holds_one_run_only(finished, checkpoint, asked, options, told)
         run(checkpoint, asked, finished[0], **options)
 
 
+def test_what_the_processor_cannot_read_is_told_once(ma2mba, asked, tmp_path):
+    with pytest.raises(UserError, match="max_side"):
+        run(ma2mba, asked, tmp_path / "run", protocol="vamba-videomme")
+
+
 def test_other_folders_are_left_alone(checkpoint, asked, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something that is no evaluation"):

@@ -28,22 +28,23 @@ from vamba.evaluation.harness import SimpleVamba, Vamba  # noqa: E402
 
 TASKS = str(Path(tasks.__file__).parent)
 COMMAND = ("--model", "vamba", "--device", "cpu", "--include_path", TASKS, "--log_samples")
+COMMAND += ("--gen_kwargs", "max_new_tokens=1")
 VIDEOS, KINDS = 3, 3
 
 
 @pytest.fixture(scope="module")
 def lettered(checkpoint, tmp_path_factory):
-    """A checkpoint that answers with one letter, which one depending on the video."""
+    """A checkpoint that answers with letters, which ones depending on the video."""
     folder = tmp_path_factory.mktemp("lettered") / "model"
     shutil.copytree(checkpoint, folder)
     torch.manual_seed(0)
     model = spread(load_model(str(folder), dtype=torch.float32), kept=("norm", "A_log", "dt_bias"))
     words = load_processor(str(folder), load_config(str(folder))).tokenizer.get_vocab()
-    letters, mark = [words[letter] for letter in "ABCD"], torch.nn.functional.normalize(torch.randn(64), dim=0)
+    one, other = 10 * torch.randn(2, model.config.text_config.hidden_size)
     with torch.no_grad():
-        model.lm_head.weight[letters] *= 12
-        model.get_input_embeddings().weight[letters] += 40 * mark  # by which the end is found after a letter
-        model.lm_head.weight[words["<|im_end|>"]] = 100 * mark
+        model.lm_head.weight.zero_()
+        for letter, row in zip("ABCD", (one, -one, other, -other)):  # one of which is above zero, whatever is seen
+            model.lm_head.weight[words[letter]] = row
     model.save_pretrained(folder)
     return str(folder)
 
@@ -98,7 +99,7 @@ def encoded(log):
 def expected(lettered, questions, tmp_path_factory):
     """Replies and accuracy of `vamba eval`."""
     folder = tmp_path_factory.mktemp("expected") / "run"
-    summary = evaluate(lettered, questions, folder, progress=False, device="cpu")
+    summary = evaluate(lettered, questions, folder, progress=False, device="cpu", max_new_tokens=1)
     replies = [json.loads(line)["reply"] for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert len(set(replies)) > 1 and 0 < summary["score"]["accuracy"] < 1  # or nothing would be compared
     return replies, summary["score"]["accuracy"]

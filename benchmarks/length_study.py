@@ -222,8 +222,8 @@ def learning(model: nn.Module, frames: tuple[int, ...], batch: int, steps: int, 
     for step in range(1, steps + 1):
         loss = loss_of(model, batch, lengths.choice(frames), generator)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        if nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():  # or all weights would be lost at once
+            optimizer.step()
         rate.step()
         optimizer.zero_grad(set_to_none=True)
         average.update_parameters(model)

@@ -34,7 +34,7 @@ def write_report(folder: Path, path: Path) -> None:
     text += ["\n## After equal FLOPs\n", _table(arms, equal_flops)]
     _draw_lengths(Path(f"{path}_length.png"), {arm: equal_steps[arm] for arm in names if arm in MAIN})
     _draw_lengths(Path(f"{path}_ablations.png"), {arm: equal_steps[arm] for arm in names if arm[:5] == "vamba"})
-    _draw_flops(Path(f"{path}_flops.png"), {arm: arms[arm] for arm in names if arm.partition("-")[0] in MAIN})
+    _draw_flops(Path(f"{path}_flops.png"), {arm: arms[arm] for arm in names if arm in MAIN})
     text += [f"\n![{what}]({path.name}_{what}.png)" for what in ("length", "ablations", "flops")]
     if prefill.exists():
         seconds = _read(prefill)["seconds"]

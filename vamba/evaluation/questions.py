@@ -5,6 +5,7 @@
 What is unusual: a file is checked as a whole before anything is watched, and every mistake names its line.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,6 +90,10 @@ def read_questions(path: str | Path, media_root: str | Path | None = None) -> li
 
 def make_question(row: Mapping[str, Any], default_id: str, root: Path) -> Question:
     """A question of the keys of one line. Raises UserError for what is wrong with it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # of half a pair of surrogates, which no tokenizer and no report takes
+        raise UserError(f"it holds {error.object[error.start]!r}, which is no character") from error
     videos = row.get("video")
     videos = tuple(videos) if isinstance(videos, list) else (videos,)
     if not videos or not all(isinstance(video, str) and video.strip() for video in videos):

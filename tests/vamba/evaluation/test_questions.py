@@ -76,6 +76,7 @@ def test_paths_are_relative_to_the_file_or_to_the_root(tmp_path):
         ({"video": "a.mp4", "question": "What?", "category": 3}, "category is 3"),
         ({"video": "a.mp4", "question": "What?", "id": None}, "id is None"),
         (["What?"], "it is a list"),
+        ({"video": "a.mp4", "question": "What?", "category": "\ud800"}, "no character"),
     ],
 )
 def test_a_mistake_names_the_line(tmp_path, row, told):

@@ -186,8 +186,8 @@ class VideoChat:
                 `max_new_tokens` is 256 and `min_new_tokens` 1, as no question is answered by nothing.
 
         Raises:
-            ValueError: nothing was watched yet; the question is no text, empty, not UTF-8 or too long; an argument that
-                `generate` does not know or cannot use.
+            ValueError: nothing was watched yet; the question is no text, empty, not UTF-8 or too long; the conversation
+                of a Video-Ma2mba does not begin with the user; an argument that `generate` does not know or cannot use.
         """
         self._check_watched()
         generate_kwargs = {name: value for name, value in generate_kwargs.items() if value is not None}
@@ -292,6 +292,11 @@ class VideoChat:
         """The question after one media item for each that was watched, as the model was trained."""
         assert self.memory is not None  # as `ask` has seen
         messages = conversation_of(question)
+        if isinstance(self.memory, StateMemory) and (role := messages[0]["role"]) != "user":
+            raise UserError(
+                f"The conversation begins with a turn of the {role}; this model has read the video before any turn: "
+                "let the user's come first, with what the other says."
+            )
         items = [{"type": kind} for kind, *_ in self.memory.media[0]]
         first = next(turn for turn in messages if turn["role"] == "user")
         messages = [turn | {"content": [*items, *turn["content"]]} if turn is first else turn for turn in messages]

@@ -256,6 +256,17 @@ def test_a_conversation_goes_on_where_its_last_turn_ends(chat, clip):
     assert chat.ask(messages, max_new_tokens=8, do_sample=False) == answer
 
 
+def test_a_state_takes_no_turn_before_the_users(ma2mba, clip):
+    model = AutoModelForImageTextToText.from_pretrained(ma2mba).eval()
+    chat = vamba.VideoChat(model, AutoProcessor.from_pretrained(ma2mba))
+    chat.watch(clip, num_frames=4, progress=False)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What happens?"}]
+    for ask in (chat.ask, lambda question: chat.log_likelihoods(question, ["It moves."])):
+        with pytest.raises(vamba.UserError, match="begins with a turn of the system.* let the user's come first"):
+            ask(messages)
+    assert chat.ask([*messages[1:], {"role": "assistant", "content": "It moves."}, *messages], max_new_tokens=2)
+
+
 @pytest.mark.parametrize(
     "question",
     [

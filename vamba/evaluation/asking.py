@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import ProcessorMixin
 
 from vamba.chat import VideoChat
 from vamba.errors import UserError
@@ -106,11 +107,11 @@ def watch(
     return None if chat.memory is None else chat.memory.seconds
 
 
-def check_reading_by(chat: VideoChat, reading: Mapping[str, Any]) -> None:
+def check_reading_by(processor: ProcessorMixin, reading: Mapping[str, Any]) -> None:
     """Raises VideoReadError for options that this model's processor reads no video with, before each video is told of
     as if it were broken."""
     black = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    frames_asked_for(black, reading, chat.processor.video_reader)
+    frames_asked_for(black, reading, processor.video_reader)
 
 
 def _ask(

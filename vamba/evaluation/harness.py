@@ -1,11 +1,11 @@
 """The models under lmms-eval (0.7.3 and newer): `lmms-eval --model vamba --model_args pretrained=...,num_frames=64`.
 
 Requests are grouped by what has to be watched for them, and each video is encoded once, whatever task or rank asks: see
-`sharing`. What is unusual: a conversation that does not begin with its videos (images, interleaved text) goes the way
-of every other model of transformers, one by one. What cannot be answered, as its video cannot be read or it is too
-long, gets an empty answer, which counts as wrong, is not cached, and is told of in the log; where likelihoods are
-compared it is an error, as no answer could be right by chance there. `SimpleVamba` is for `--force_simple`, which such
-tasks need.
+`sharing`. What is unusual: a conversation that does not begin with its videos (images, interleaved text; for a
+Video-Ma2mba also a turn of the system) goes the way of every other model of transformers, one by one. What cannot be
+answered, as its video cannot be read or it is too long, gets an empty answer, which counts as wrong, is not cached, and
+is told of in the log; where likelihoods are compared it is an error, as no answer could be right by chance there.
+`SimpleVamba` is for `--force_simple`, which such tasks need.
 """
 
 import os
@@ -22,8 +22,9 @@ from lmms_eval.protocol import ChatMessages
 from loguru import logger
 from tqdm.auto import tqdm
 
-from vamba.chat import IS_NAN, load_chat
+from vamba.chat import IS_NAN, MEMORIES, load_chat
 from vamba.errors import UserError
+from vamba.modeling import VideoMemory
 from vamba.modeling.processing_vamba import plain_item
 from vamba.video.reading import frames_asked_for
 
@@ -100,7 +101,9 @@ class Vamba(lmms):
         loading = {name: options[name] for name in LOADING if name in options}
         self.chat = load_chat(pretrained, device=device, **loading)
         self.device = self.chat.model.device
-        check_reading_by(self.chat, self.reading)
+        # a state has read what is before the video, too
+        self.watches_before_any_turn = MEMORIES[self.chat.model.config.model_type] is VideoMemory
+        check_reading_by(self.chat.processor, self.reading)
         self.sharing = Sharing(self._rank, self._world_size, meet(self._rank, self._world_size))
         self.watched: list[dict] | None = None
         self.encoded = 0
@@ -153,7 +156,24 @@ class Vamba(lmms):
         return self.task_dict[task][split][doc_id]
 
     def _asked(self, request: Instance) -> Asked:
-        return _as_asked(request.args[1](self._doc(request)))
+        return self._as_asked(request.args[1](self._doc(request)))
+
+    def _as_asked(self, given: Sequence[dict]) -> Asked:
+        """Messages of lmms-eval as those of our processor, and what of them can be watched first."""
+        messages: list[dict] = ChatMessages(messages=given).to_hf_messages()
+        for message in messages:
+            items = [plain_item(item) for item in message["content"]]
+            message["content"] = [item for item in items if item["type"] != "text" or item["text"].strip()]
+        first: dict = next((message for message in messages if message["role"] == "user"), {"content": []})
+        videos = []
+        for item in first["content"]:
+            if item["type"] != "video" or not isinstance(item["video"], str):
+                break
+            videos.append(item)
+        turns = [m | {"content": m["content"][len(videos) :] if m is first else m["content"]} for m in messages]
+        is_text = all(turn["content"] and all(item["type"] == "text" for item in turn["content"]) for turn in turns)
+        can_be_first = bool(videos) and is_text and (first is messages[0] or self.watches_before_any_turn)
+        return Asked(messages, videos if can_be_first else None, turns)
 
     def _rounds(self, request: Instance) -> list[str]:
         """One reply a round, until the task says that it was the last."""
@@ -165,7 +185,7 @@ class Vamba(lmms):
             )
             if not isinstance(payload, tuple) or len(payload) != 4 or payload[1]:
                 return replies
-            asked, info = _as_asked(payload[0]), payload[3]
+            asked, info = self._as_asked(payload[0]), payload[3]
 
     def _reply(self, asked: Asked, request: Instance) -> str:
         given = next(argument for argument in request.args if isinstance(argument, dict))
@@ -278,21 +298,4 @@ class SimpleVamba(Vamba):
         content = [
             {"type": "video" if isinstance(visual, (str, dict)) else "image", "url": visual} for visual in visuals
         ]
-        return _as_asked([{"role": "user", "content": [*content, {"type": "text", "text": request.args[0]}]}])
-
-
-def _as_asked(given: Sequence[dict]) -> Asked:
-    """Messages of lmms-eval as those of our processor, and what of them can be watched first."""
-    messages: list[dict] = ChatMessages(messages=given).to_hf_messages()
-    for message in messages:
-        items = [plain_item(item) for item in message["content"]]
-        message["content"] = [item for item in items if item["type"] != "text" or item["text"].strip()]
-    first: dict = next((message for message in messages if message["role"] == "user"), {"content": []})
-    videos = []
-    for item in first["content"]:
-        if item["type"] != "video" or not isinstance(item["video"], str):
-            break
-        videos.append(item)
-    turns = [m | {"content": m["content"][len(videos) :] if m is first else m["content"]} for m in messages]
-    is_text = all(turn["content"] and all(item["type"] == "text" for item in turn["content"]) for turn in turns)
-    return Asked(messages, videos if videos and is_text else None, turns)
+        return self._as_asked([{"role": "user", "content": [*content, {"type": "text", "text": request.args[0]}]}])

@@ -221,6 +221,22 @@ def test_images_and_text_anywhere_are_answered(lm):
     assert lm.encoded == before
 
 
+def test_a_turn_of_the_system_comes_before_the_video(lm):
+    before, index, system = lm.encoded, KINDS, {"role": "system", "content": [text("Be brief.")]}
+    asked = request(index)
+    asked.arguments = ("", lambda doc: [system, *Task().to_messages(doc)], *asked.args[2:])
+    (reply,) = lm.generate_until([asked])
+    assert lm.encoded - before == (lm.chat.model.config.model_type == "vamba") and not lm.failures
+    spoken = [{"type": "video", "video": doc_of(lm, index)["video"]}, text(doc_of(lm, index)["text"])]
+    inputs = lm.chat.processor.apply_chat_template(
+        [system, {"role": "user", "content": spoken}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    output = lm.chat.model.generate(**inputs, max_new_tokens=6, min_new_tokens=1, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    assert reply == lm.chat.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
 def test_several_videos_and_parts_of_them_are_watched_in_turn(lm):
     first, second = doc_of(lm, 0), doc_of(lm, KINDS)
     content = [video(first, start_time=0.5, end_time=1.5), video(second), text("Which?")]

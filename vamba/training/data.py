@@ -28,6 +28,7 @@ from vamba.data import (
 from vamba.data.encoding import tokens_of_pixels
 from vamba.data.stream import reason_to_skip
 from vamba.errors import UserError
+from vamba.evaluation.asking import check_reading_by
 from vamba.evaluation.protocols import PROTOCOLS
 from vamba.evaluation.questions import Question, read_questions
 
@@ -102,7 +103,7 @@ def open_evaluation(recipe: Recipe, config: PreTrainedConfig, processor) -> Eval
     """What is evaluated while training, within the limits of training; None for nothing.
 
     Raises:
-        RecipeError: data or questions cannot be opened or used.
+        RecipeError: data or questions cannot be opened or used, or no video can be read as the protocol says.
     """
     data, arguments = recipe.data, recipe.training
     if arguments.eval_strategy == "no":
@@ -131,7 +132,13 @@ def open_evaluation(recipe: Recipe, config: PreTrainedConfig, processor) -> Eval
     sampling = {name: value for name, value in sampling.items() if value is not None}
     protocol = PROTOCOLS[data.eval_protocol]
     protocol = replace(protocol, reading=protocol.reading or sampling)
-    return Evaluation(streams, agreed(lambda: _read_questions(data)), protocol, data.allow_urls)
+    questions = agreed(lambda: _read_questions(data))
+    if questions:
+        try:
+            check_reading_by(processor, protocol.reading)
+        except UserError as error:
+            raise RecipeError(f"eval_protocol is {protocol.name}: {error}") from error
+    return Evaluation(streams, questions, protocol, data.allow_urls)
 
 
 def _read_questions(data: DataArguments) -> list[Question]:

@@ -282,6 +282,15 @@ def test_questions_that_cannot_be_asked(values, held_out, tmp_path, rows, messag
         prepare(load_recipe(values))
 
 
+def test_a_protocol_that_the_models_videos_cannot_be_read_by(values, held_out, ma2mba, tmp_path):
+    values = evaluated(values, held_out, eval_questions=str(held_out / "questions.jsonl"))
+    values |= {"model_name_or_path": str(ma2mba), "eval_protocol": "vamba-lvbench"}
+    values = {name: value for name, value in values.items() if not name.endswith("_pixels")}
+    with pytest.raises(RecipeError, match="eval_protocol is vamba-lvbench: .* 32 x 32 pixels only"):
+        prepare(load_recipe(values))
+    assert prepare(load_recipe(values | {"eval_protocol": "video-ma2mba"})).evaluation.protocol.reading == {"fps": 1.0}
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 TWO = """

@@ -15,8 +15,10 @@ import json
 import math
 import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import permutations, product
 from pathlib import Path
@@ -27,6 +29,7 @@ from tqdm.auto import tqdm
 from vamba.demo.videos import COLOURS, write_video
 from vamba.errors import DiskFullError, OccupiedPathError, UserError, is_disk_full, opening
 from vamba.files import check_apart
+from vamba.modeling.memory_files import held
 
 from .needle_videos import FPS, LABELS, NEEDLE_FRAMES, Needle, footage_files, frames_of, read_shots
 
@@ -75,7 +78,7 @@ def make_needles(
     """Writes the suite; returns its questions.jsonl.
 
     A call that was interrupted goes on where it was, and one that was not makes nothing new. The same arguments give
-    the same bytes on the same machine. One process at a time: of several ranks, let one make it.
+    the same bytes on the same machine. One process at a time: a second is refused; of several ranks, let one make it.
 
     Args:
         lengths: of the videos, in seconds.
@@ -99,10 +102,12 @@ def make_needles(
     questions = folder / "questions.jsonl"
     try:
         with opening(folder):
-            _write_manifest(folder / MANIFEST, manifest)
-            _write_videos(folder / "videos", videos, files, seed, progress)
-            if not questions.exists():
-                _write(questions, "".join(f"{json.dumps(row)}\n" for row in rows))
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder):
+                _write_manifest(folder / MANIFEST, manifest)
+                _write_videos(folder / "videos", videos, files, seed, progress)
+                if not questions.exists():
+                    _write(questions, "".join(f"{json.dumps(row)}\n" for row in rows))
     except Exception as error:
         if is_disk_full(error, folder):
             raise DiskFullError(f"The disk of {folder} is full; make room and call again to go on.") from error
@@ -208,13 +213,19 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _locked(folder: Path) -> AbstractContextManager:
+    """Within, no other process makes the suite. Raises FileExistsError where one does."""
+    if sys.platform == "win32":  # where folders cannot be locked
+        return nullcontext()
+    return held(folder, lambda: os.open(folder, os.O_RDONLY))
+
+
 def _write_manifest(path: Path, manifest: str) -> None:
     folder = path.parent
     if path.exists():
         if path.read_text(encoding="utf-8") != manifest:
             raise OccupiedPathError(f"{folder} holds needles of other settings or footage; give another --suite-dir.")
         return
-    folder.mkdir(parents=True, exist_ok=True)
     if {child.name for child in folder.iterdir()} - {_partial(path).name}:
         raise OccupiedPathError(f"{folder} holds something that is no needle suite; give another --suite-dir.")
     _write(path, manifest)

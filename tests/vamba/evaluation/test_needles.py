@@ -1,6 +1,7 @@
 """The needle suite: that it can be solved by who sees the videos and by nobody else, and that it survives kills."""
 
 import json
+import os
 import re
 import resource
 from collections import Counter
@@ -15,6 +16,7 @@ from vamba.demo.videos import COLOURS
 from vamba.errors import DiskFullError, OccupiedPathError, UserError
 from vamba.evaluation.needles import FPS, NEEDLE_FRAMES, TASKS, make_needles, plan
 from vamba.evaluation.questions import read_questions
+from vamba.modeling.memory_files import held
 from vamba.video import load_video
 
 from grey_footage import write_footage
@@ -190,6 +192,16 @@ def test_what_is_there_is_not_made_again_and_what_is_missing_is(suite, footage):
     lost.unlink()
     make(suite, footage)
     assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {lost}
+
+
+def test_two_at_once_in_one_folder_are_refused(footage, tmp_path):
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    with held(folder, lambda: os.open(folder, os.O_RDONLY)):
+        with pytest.raises(UserError, match="suite is being written by another process"):
+            make(folder, footage)
+        assert not any(folder.iterdir())
+    make(folder, footage)
 
 
 def test_folders_of_other_needles_or_of_something_else_are_refused(suite, footage, tmp_path):

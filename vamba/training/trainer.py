@@ -292,6 +292,11 @@ class VambaTrainer(Trainer):
         self.state.best_model_checkpoint = self._best and self._best.name
         return result
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """As `Trainer` does, but not for tied weights, of which one is written and loaded for all."""
+        missing = [name for name in load_result.missing_keys if name not in self.model.all_tied_weights_keys]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial) -> str:

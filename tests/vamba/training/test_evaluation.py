@@ -167,6 +167,17 @@ def test_the_best_model_is_the_result(uninterrupted):
     assert again.eval_sources[0].path.endswith("train.jsonl") and not os.path.isabs(again.eval_sources[0].path)
 
 
+def test_tied_weights_are_not_missed_where_the_best_model_is_loaded(ma2mba, dataset, held_out, tmp_path, caplog):
+    values = evaluated(recipe_values(ma2mba, dataset, tmp_path / "out"), held_out, max_steps=2)
+    values = {name: value for name, value in values.items() if not name.startswith("lora_")} | {"trainable": "all"}
+    result = run(values)
+    best = json.loads((result.folder / "trainer_state.json").read_text())["best_model_checkpoint"]
+    best = load_file(tmp_path / "out" / best / "model.safetensors")
+    assert "lm_head.weight" not in best and "missing keys" not in caplog.text
+    tied = "model.language_model.embed_tokens.weight"
+    assert torch.equal(load_file(result.folder / "model.safetensors")[tied], best[tied])
+
+
 def test_an_evaluation_changes_nothing_of_the_training(uninterrupted, tmp_path):
     values, expected, _ = uninterrupted
     plain = {key: value for key, value in values.items() if not key.startswith(("eval_", "load_best", "greater_is"))}

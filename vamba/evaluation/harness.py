@@ -100,7 +100,7 @@ class Vamba(lmms):
         loading = {name: options[name] for name in LOADING if name in options}
         self.chat = load_chat(pretrained, device=device, **loading)
         self.device = self.chat.model.device
-        check_reading_by(self.chat, self.reading)
+        check_reading_by(self.chat.processor, self.reading)
         self.sharing = Sharing(self._rank, self._world_size, meet(self._rank, self._world_size))
         self.watched: list[dict] | None = None
         self.encoded = 0

@@ -92,7 +92,7 @@ def evaluate(
         new: list[Answer] = []
         if left:
             chat = model if isinstance(model, VideoChat) else load_chat(model, **_placed(state, loading))
-            check_reading_by(chat, protocol.reading)
+            check_reading_by(chat.processor, protocol.reading)
             options = {"circular": circular, "likelihood": likelihood, "answered": answered, "allow_urls": allow_urls}
             asked = answer_questions(
                 chat, mine, protocol, **options, progress=progress and state.is_main_process, **GREEDY

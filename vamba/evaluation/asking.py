@@ -4,6 +4,7 @@ What is unusual: each question is asked on a fork of the same memory, so a furth
 text and answer only. A video that cannot be read costs its own questions and nothing else.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -117,7 +118,7 @@ def check_reading_by(processor: ProcessorMixin, reading: Mapping[str, Any]) -> N
     try:
         frames_asked_for(black, options, processor.video_reader)
     except VideoReadError as error:
-        raise UserError(f"No video can be read so: {f'{error}'.partition('>: ')[2]}") from error
+        raise UserError(f"No video can be read so: {re.sub('^<array .*?>: ', '', f'{error}')}") from error
 
 
 def _ask(

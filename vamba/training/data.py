@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from vamba.agreement import agreed
 from vamba.data import (
     Collator,
     ConversationEncoder,
@@ -31,7 +32,6 @@ from vamba.errors import UserError
 from vamba.evaluation.protocols import PROTOCOLS
 from vamba.evaluation.questions import Question, read_questions
 
-from .agreement import agreed
 from .arguments import DataArguments, DatasetArguments, Recipe, RecipeError, VambaTrainingArguments
 from .checkpoints import read_position
 from .evaluation import Evaluation

@@ -210,12 +210,15 @@ class VideoChat:
         return self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
 
     @torch.no_grad()
-    def log_likelihoods(self, question: str | Sequence[dict], answers: Sequence[str]) -> list[LogLikelihood]:
+    def log_likelihoods(
+        self, question: str | Sequence[dict], answers: Sequence[str], *, ended: bool = False
+    ) -> list[LogLikelihood]:
         """How likely the model finds each of these answers to a question, which is read once for all of them.
 
         Args:
             question: as for `ask`.
-            answers: texts, taken as they are; their end is not counted.
+            answers: texts, taken as they are.
+            ended: count the end of the answer too. Without it, what begins as another answer does is never likelier.
 
         Raises:
             ValueError: as `ask`; an answer of no tokens; the model computes NaN.
@@ -233,6 +236,8 @@ class VideoChat:
             tokens = self.processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
             if not tokens.numel():
                 raise UserError(f"An answer is {answer!r:.80}, which makes no token; give a text.")
+            if ended:
+                tokens = torch.cat([tokens, torch.tensor([[self._end_of_answer()]])], 1)
             tokens, scores = tokens.to(first.device), first
             if tokens.shape[1] > 1:
                 rest = self._continue(tokens[:, :-1], memory.fork())
@@ -241,6 +246,12 @@ class VideoChat:
             is_greedy = bool((scores.argmax(-1) == tokens[0]).all())
             found.append(LogLikelihood(taken.double().sum().item(), is_greedy))
         return found
+
+    def _end_of_answer(self) -> int:
+        """The token that ends a turn: of several that `generate` stops at, the first."""
+        end = self.model.generation_config.eos_token_id
+        end = self.processor.tokenizer.eos_token_id if end is None else end
+        return int(end[0] if isinstance(end, (list, tuple)) else end)
 
     def _continue(self, tokens: torch.Tensor, memory: VideoMemory | StateMemory) -> torch.Tensor:
         """Logits after each of the tokens (1, N) of an answer, computed as `generate` does."""

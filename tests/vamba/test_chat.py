@@ -309,6 +309,10 @@ def test_likelihoods_of_answers_equal_a_full_forward_pass(kind, clip, request):
         expected = logits.gather(1, tokens[0][:, None]).sum().item()
         assert likelihood.total == pytest.approx(expected, rel=1e-4)
         assert likelihood.is_greedy == bool((logits.argmax(-1) == tokens[0]).all())
+    (ended,) = chat.log_likelihoods("What happens?", answers[1:2], ended=True)
+    end = model.generation_config.eos_token_id
+    text = chat.processor.tokenizer.decode(end[0] if isinstance(end, list) else end)
+    assert ended.total == pytest.approx(chat.log_likelihoods("What happens?", [answers[1] + text])[0].total)
     assert chat.memory.get_seq_length() == chat.memory.fork().get_seq_length()
     assert chat.ask("What happens?", max_new_tokens=4, do_sample=False) == greedy  # the memory is as it was
     with pytest.raises(vamba.UserError, match="makes no token"):

@@ -4,6 +4,7 @@ What is unusual: each question is asked on a fork of the same memory, so a furth
 text and answer only. A video that cannot be read costs its own questions and nothing else.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,12 +14,15 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
 from vamba.chat import VideoChat
-from vamba.errors import UserError
+from vamba.errors import UserError, VideoReadError
 from vamba.video import frames_asked_for
 
 from .choices import is_right, parse_choice, rotations
 from .protocols import Protocol
 from .questions import Question
+
+
+GREEDY = {"do_sample": False, "num_beams": 1}  # unless told otherwise, as an answer is to be the same again
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def answer_questions(
         likelihood: compare the likelihoods of the options instead of generating; open questions are generated.
         answered: (id, rotation) of what is not to be asked again; a video with nothing left to ask is not watched.
         progress: show a progress bar of videos, and one of the frames of a long one.
-        generate_kwargs: of `VideoChat.ask`.
+        generate_kwargs: of `VideoChat.ask`; by default answers are greedy.
     """
     groups = group(questions, answered, circular)
     bar = tqdm(groups.items(), desc="watching and asking", unit="video", disable=not progress)
@@ -108,10 +112,13 @@ def watch(
 
 
 def check_reading_by(processor: ProcessorMixin, reading: Mapping[str, Any]) -> None:
-    """Raises VideoReadError for options that this model's processor reads no video with, before each video is told of
-    as if it were broken."""
+    """Raises UserError for options that a model's processor reads no video with, or each would be told of as broken."""
     black = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    frames_asked_for(black, reading, processor.video_reader)
+    options = {name: value for name, value in reading.items() if name not in ("start", "end")}
+    try:
+        frames_asked_for(black, options, processor.video_reader)
+    except VideoReadError as error:
+        raise UserError(f"No video can be read so: {re.sub('^<array .*?>: ', '', f'{error}')}") from error
 
 
 def _ask(
@@ -128,11 +135,12 @@ def _ask(
     try:
         if likelihood and question.options:
             candidates = protocol.candidates(question, order)
-            log_likelihoods = tuple(found.total for found in chat.log_likelihoods(prompt, candidates))
+            found = chat.log_likelihoods(prompt, candidates, ended=not protocol.shows_options)
+            log_likelihoods = tuple(likelihood.total for likelihood in found)
             place = log_likelihoods.index(max(log_likelihoods))
             reply = candidates[place]
         else:
-            reply = chat.ask(prompt, **{"max_new_tokens": protocol.tokens(question), **generate_kwargs})
+            reply = chat.ask(prompt, **{**GREEDY, "max_new_tokens": protocol.tokens(question), **generate_kwargs})
             shown = [question.options[index] for index in order]
             place = parse_choice(reply, shown, lettered=protocol.shows_options) if order else None
     except UserError as error:

@@ -67,12 +67,17 @@ def run(args: argparse.Namespace) -> None:
     quiet_transformers()
     from accelerate import PartialState
 
+    from vamba.agreement import agreed
+
     from .report import headline
-    from .runner import evaluate, processes, shared
+    from .runner import evaluate, processes
 
     questions = args.questions
     if args.suite:
-        questions = shared(processes(args.device), lambda: _make_suite(args, suite_options))
+        if args.media_root is not None:
+            raise UserError("--media-root is given beside --suite, whose videos it does not hold; leave it out.")
+        processes(args.device)
+        questions = agreed(lambda: _make_suite(args, suite_options), decided_by_main=True)
     summary = evaluate(
         args.model,
         questions,
@@ -91,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
     if PartialState().is_main_process:
         print(headline(summary))
         print(f"the answers and the report are in {output}")
+    if summary["questions"] and sum(summary["unusable"].values()) == summary["questions"]:
+        raise UserError(f"None of the videos could be used, the first because of: {next(iter(summary['unusable']))}")
 
 
 def _make_suite(args: argparse.Namespace, options: dict[str, Any]) -> str:

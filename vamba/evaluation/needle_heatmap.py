@@ -23,14 +23,15 @@ def _has_depth(question: Question) -> bool:
     return type(question.extra.get("depth")) in (int, float) and None not in (question.category, question.duration)
 
 
-def heatmap_section(folder: Path, questions: Sequence[Question], right: Mapping[str, bool]) -> str:
-    """The table, and heatmap.png written into the folder; where matplotlib is missing, that it is.
+def heatmap_section(path: Path, questions: Sequence[Question], right: Mapping[str, bool]) -> str:
+    """The table, and the picture written to `path`, to be called heatmap.png; where matplotlib is missing, that it is.
 
     Args:
         right: see `scoring.outcomes`.
     """
     try:
-        picture = f"![heatmap]({draw_heatmap(folder / HEATMAP, questions, right).name})"
+        draw_heatmap(path, questions, right)
+        picture = f"![heatmap]({HEATMAP})"
     except UserError as error:
         picture = f"{error}."
     return f"\n## Depth and length\n\n{picture}\n\n{heatmap_table(questions, right)}\n"

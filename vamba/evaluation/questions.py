@@ -56,11 +56,19 @@ class Question:
         return self.videos, self.start, self.end
 
 
-def read_questions(path: str | Path, media_root: str | Path | None = None) -> list[Question]:
+def is_url(video: str) -> bool:
+    """Whether a video is no path."""
+    return _URL.match(video) is not None
+
+
+def read_questions(
+    path: str | Path, media_root: str | Path | None = None, *, has_letters: bool = True
+) -> list[Question]:
     """The questions of a file of JSON lines, or of one list.
 
     Args:
         media_root: what relative paths of videos are relative to; None for the folder of the file.
+        has_letters: take letters that stand before all options for those that they are shown with.
 
     Raises:
         UserError: the file cannot be read, holds no question, or some of its lines are none; names the first of them.
@@ -72,7 +80,7 @@ def read_questions(path: str | Path, media_root: str | Path | None = None) -> li
             raise UserError(f"{path} is no file; give a file with a question in each line.")
         for number, row in enumerate(walk([str(path)]), start=1):
             try:
-                questions.append(make_question(parse(**row), f"{number}", root))
+                questions.append(make_question(parse(**row), f"{number}", root, has_letters))
             except UserError as error:
                 mistakes.append(f"{error}" if f"{error}".startswith(row["name"]) else f"{row['name']}: {error}")
     ids: set[str] = set()
@@ -88,7 +96,7 @@ def read_questions(path: str | Path, media_root: str | Path | None = None) -> li
     return questions
 
 
-def make_question(row: Mapping[str, Any], default_id: str, root: Path) -> Question:
+def make_question(row: Mapping[str, Any], default_id: str, root: Path, has_letters: bool = True) -> Question:
     """A question of the keys of one line. Raises UserError for what is wrong with it."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
@@ -101,7 +109,7 @@ def make_question(row: Mapping[str, Any], default_id: str, root: Path) -> Questi
     text = row.get("question")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"question is {text!r:.80}; give a text")
-    options = _options(row.get("options"))
+    options = _options(row.get("options"), has_letters)
     numbers = {name: _seconds(name, row.get(name)) for name in ("start", "end", "duration")}
     if numbers["end"] is not None and numbers["end"] <= (numbers["start"] or 0):
         raise UserError(f"end is {numbers['end']:g}, which must be after start, {numbers['start'] or 0:g}")
@@ -113,7 +121,7 @@ def make_question(row: Mapping[str, Any], default_id: str, root: Path) -> Questi
         raise UserError(f"id is {name!r:.80}; give a text or a number")
     return Question(
         id=f"{name}",
-        videos=tuple(video if _URL.match(video) else str(root / video) for video in videos),
+        videos=tuple(video if is_url(video) else str(root / video) for video in videos),
         text=text.strip(),
         options=options,
         answer=_answer(row.get("answer"), options),
@@ -123,14 +131,15 @@ def make_question(row: Mapping[str, Any], default_id: str, root: Path) -> Questi
     )
 
 
-def _options(given: Any) -> tuple[str, ...]:
+def _options(given: Any, has_letters: bool) -> tuple[str, ...]:
     if given is None or given == []:
         return ()
     if isinstance(given, Mapping) and list(given) == letters(len(given)):  # {"A": "red", "B": "green"}
         given = list(given.values())
     if not isinstance(given, list) or not all(isinstance(option, str) and option.strip() for option in given):
         raise UserError(f"options is {given!r:.80}; give a list of texts")
-    options = strip_letters([option.strip() for option in given])
+    options = [option.strip() for option in given]
+    options = strip_letters(options) if has_letters else options
     if not 2 <= len(options) <= len(LETTERS):
         raise UserError(f"options has {len(options)} texts; give from 2 to {len(LETTERS)}")
     if len(set(options)) < len(options):
@@ -139,7 +148,7 @@ def _options(given: Any) -> tuple[str, ...]:
 
 
 def _answer(given: Any, options: tuple[str, ...]) -> int | str | tuple[str, ...] | None:
-    """An index where there are options; a letter counts before a text, as the options may be letters in other order."""
+    """An index where there are options; a text counts before a letter, as the options may be letters in other order."""
     if given is None:
         return None
     if not options:

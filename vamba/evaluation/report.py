@@ -1,6 +1,7 @@
 """The report of an evaluation, and of two compared: Markdown for people, JSON for programs, a picture for either."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from vamba.bench.report import table
 
 from .asking import Answer
-from .needle_heatmap import has_depths, heatmap_section
+from .needle_heatmap import HEATMAP, has_depths, heatmap_section
 from .questions import Question
 from .run_folder import SUMMARY, RunFolder
 from .scoring import Comparison, compare, outcomes
@@ -26,11 +27,13 @@ def write_report(
     """Writes summary.json, report.md and, where matplotlib is installed, report.png into a run's folder; for a needle
     suite heatmap.png as well."""
     run.write(SUMMARY, json.dumps(summary, indent=1) + "\n")
-    drawn = draw_accuracy(run.folder / PLOT, summary)
+    with run.replacing(PLOT) as path:
+        drawn = draw_accuracy(path, summary)
     text = markdown(run.settings(), summary, PLOT if drawn else None)
     if has_depths(questions):
         right = outcomes(questions, answers, run.settings()["circular"])
-        text += heatmap_section(run.folder, questions, right)
+        with run.replacing(HEATMAP) as path:
+            text += heatmap_section(path, questions, right)
     run.write(REPORT, text)
 
 
@@ -112,16 +115,24 @@ def compare_runs(first: RunFolder, second: RunFolder) -> tuple[Comparison, str]:
     """Two runs on the questions that both were asked, and the same in Markdown."""
     settings, answers = [run.settings() for run in (first, second)], [run.answers() for run in (first, second)]
     questions = {question.id: question for question in second.questions()}
-    known = [
-        question for question in first.questions() if _same(question, questions.get(question.id))
-    ]  # an id may stand for another question in another file
+    # an id may stand for another question in another file
+    known = [question for question in first.questions() if _same(question, questions.get(question.id))]
+    left_out = len(first.questions()) + len(questions) - 2 * len(known)
+    other = [name for name in ("model", *settings[1]) if settings[0].get(name) != settings[1].get(name)]
+    about = f"The runs differ in: {', '.join(dict.fromkeys(other)) or 'nothing'}. {left_out} questions are of one only."
     circular = settings[0]["circular"] and settings[1]["circular"]
     found = compare(*(outcomes(known, given, circular) for given in answers))
-    return found, _comparison(first, second, found, questions, answers, circular)
+    return found, _comparison(first, second, found, questions, answers, circular, about)
 
 
 def _same(one: Question, other: Question | None) -> bool:
-    return other is not None and (one.text, one.options, one.answer) == (other.text, other.options, other.answer)
+    """Whether they ask the same about videos of the same names, wherever these are."""
+    return other is not None and _asked(one) == _asked(other)
+
+
+def _asked(question: Question) -> tuple:
+    videos = tuple(os.path.basename(video) for video in question.videos)
+    return question.text, question.options, question.answer, videos, question.start, question.end
 
 
 def _comparison(
@@ -131,6 +142,7 @@ def _comparison(
     questions: Mapping[str, Question],
     answers: Sequence[Sequence[Answer]],
     circular: bool,
+    about: str,
 ) -> str:
     replies = [{answer.id: answer for answer in given if answer.rotation == 0} for given in answers]
     low, high = found.interval
@@ -143,6 +155,8 @@ def _comparison(
         "",
         f"Both right {found.both}, both wrong {found.neither}, only the first {len(found.lost)}, only the second "
         f"{len(found.gained)}.",
+        "",
+        about,
         "",
     ]
     for title, names in (("Only the first is right", found.lost), ("Only the second is right", found.gained)):

@@ -21,11 +21,12 @@ from vamba.errors import DiskFullError, OccupiedPathError, UserError, check_writ
 from vamba.modeling.memory_files import held
 
 from .asking import Answer
-from .questions import Question, read_questions
+from .questions import Question, is_url, read_questions
 
 
 SETTINGS, QUESTIONS, ANSWERS, SUMMARY = "run.json", "questions.jsonl", "answers.jsonl", "summary.json"
 PART = "answers.rank{rank}.jsonl"  # of one process
+_PARTIAL = "partial_"  # how a file begins to be called while it is written
 _NAMES = {field.name for field in fields(Answer)}
 
 
@@ -45,7 +46,9 @@ class RunFolder:
         check_writable(self.folder)
         with opening(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / SETTINGS).is_file() and any(self.folder.iterdir()):
+            ours = (SETTINGS, QUESTIONS)  # the latter where it was killed, or the disk full, as it began
+            names = {path.name for path in self.folder.iterdir() if not path.name.startswith(_PARTIAL)}
+            if SETTINGS not in names and names.difference(ours):
                 raise OccupiedPathError(f"{self.folder} holds something that is no evaluation; choose another folder.")
         if sys.platform == "win32":  # where folders cannot be locked
             yield
@@ -55,8 +58,8 @@ class RunFolder:
 
     def begin(self, settings: Mapping[str, Any], questions: Iterable[Question]) -> None:
         """Notes what is asked and how. Raises UserError where the folder holds the answers to something else."""
-        settings = json.loads(json.dumps(settings))
-        if (self.folder / SETTINGS).is_file():
+        settings, rows = json.loads(json.dumps(settings)), [json.dumps(row_of(question)) for question in questions]
+        if (self.folder / SETTINGS).is_file() and self.answers():
             earlier = self.settings()
             for name in {**earlier, **settings}:
                 if earlier.get(name) != settings.get(name):
@@ -64,15 +67,19 @@ class RunFolder:
                         f"{self.folder} holds the answers of another run: {name} was {earlier.get(name)!r:.200} and is "
                         f"{settings.get(name)!r:.200}; choose another folder."
                     )
+            with opening(self.folder / QUESTIONS):
+                asked = (self.folder / QUESTIONS).read_text(encoding="utf-8").splitlines()
+            if asked != rows:
+                raise UserError(f"{self.folder} holds the answers to other questions; choose another folder.")
             return
-        self.write(QUESTIONS, "".join(f"{json.dumps(row_of(question))}\n" for question in questions))
+        self.write(QUESTIONS, "".join(f"{row}\n" for row in rows))
         self.write(SETTINGS, json.dumps(settings, indent=1) + "\n")  # last, as it stands for both
 
     def settings(self) -> dict[str, Any]:
         return _read_json(self.folder / SETTINGS)
 
     def questions(self) -> list[Question]:
-        return read_questions(self.folder / QUESTIONS)
+        return read_questions(self.folder / QUESTIONS, has_letters=False)
 
     def answers(self) -> list[Answer]:
         """All answers so far, an error only where nothing better was found since."""
@@ -101,7 +108,7 @@ class RunFolder:
                 except OSError as error:
                     os.truncate(path, place)
                     if is_disk_full(error, self.folder):
-                        message = f"{path} cannot grow ({error.strerror}); the answers so far are whole."
+                        message = f"{path} cannot grow ({error.strerror}); what is answered is kept."
                         raise DiskFullError(message) from error
                     raise
 
@@ -115,16 +122,27 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """A file as a whole, or as it was before."""
-        path = self.folder / name
-        partial = path.with_name(f"{name}.partial")
+        with self.replacing(name) as path:
+            path.write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """Within, where to write what then becomes the file `name` as a whole, if anything was written.
+
+        Raises:
+            DiskFullError: there is no room. OccupiedPathError: something else is in the way.
+        """
+        path, partial = self.folder / name, self.folder / f"{_PARTIAL}{name}"
         try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
+            yield partial
+            if partial.exists():
+                os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
             if is_disk_full(error, self.folder):
-                message = f"{path} cannot be written ({error.strerror}); the answers so far are whole."
-                raise DiskFullError(message) from error
+                raise DiskFullError(
+                    f"{path} cannot be written ({error.strerror}); what is answered is kept."
+                ) from error
             raise OccupiedPathError(f"{path} cannot be written ({error.strerror}); move it away.") from error
 
 
@@ -140,7 +158,7 @@ def row_of(question: Question) -> dict[str, Any]:
     """A question as it is written in a file, its videos by their absolute paths."""
     row = asdict(question)
     row |= {"video": row.pop("videos"), "question": row.pop("text"), **row.pop("extra")}
-    row["video"] = [video if "://" in video else os.path.abspath(video) for video in row["video"]]
+    row["video"] = [video if is_url(video) else os.path.abspath(video) for video in row["video"]]
     return {name: value for name, value in row.items() if value is not None and value != ()}
 
 

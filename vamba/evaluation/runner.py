@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
+from vamba.agreement import agreed, ending_together
 from vamba.chat import VideoChat, load_chat
 from vamba.checkpoint_folder import base_of, check_kind, checkpoint_folder
 from vamba.errors import UserError
@@ -25,12 +25,13 @@ from .asking import Answer, answer_questions, check_reading_by, group
 from .protocols import PROTOCOLS, Protocol
 from .questions import Question, read_questions
 from .report import write_report
-from .run_folder import RunFolder, row_of
+from .run_folder import RunFolder
 from .scoring import summarize
 
 
 LONGEST_WAIT = timedelta(days=30)  # for the process with the longest videos
-GREEDY = {"do_sample": False, "num_beams": 1}
+_DEFAULTS = (None, False, "auto")  # of options of loading, which say nothing
+_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja")  # of what a checkpoint is loaded from
 
 
 def evaluate(
@@ -76,27 +77,26 @@ def evaluate(
     questions = questions[:limit]
     state, run = processes(loading.get("device")), RunFolder(output_dir)
     settings = {
-        "model": model if isinstance(model, str) else model.model.config._name_or_path,
-        "weights": _weights(model, loading.get("adapter")),
+        "model": _name_of(model),
+        "weights": _files_of(model, loading.get("adapter")),
         "protocol": asdict(protocol),
         "circular": circular,
         "likelihood": likelihood,
         "questions": len(questions),
-        **{name: f"{value}" for name, value in loading.items() if value is not None and name != "device"},
+        **{name: f"{value}" for name, value in loading.items() if name != "device" and value not in _DEFAULTS},
     }
-    with run.locked() if state.is_main_process else nullcontext():
-        earlier = shared(state, lambda: _begin(run, settings, questions))
+    with ending_together(), run.locked() if state.is_main_process else nullcontext():
+        earlier = agreed(lambda: _begin(run, settings, questions), decided_by_main=True)
         answered = {(answer.id, answer.rotation) for answer in earlier}
         left = list(group(questions, answered, circular))[state.process_index :: state.num_processes]
-        mine = [question for question in questions if question.watched in set(left)]
         new: list[Answer] = []
         if left:
             chat = model if isinstance(model, VideoChat) else load_chat(model, **_placed(state, loading))
             check_reading_by(chat.processor, protocol.reading)
+            watched = set(left)
+            mine = [question for question in questions if question.watched in watched]
             options = {"circular": circular, "likelihood": likelihood, "answered": answered, "allow_urls": allow_urls}
-            asked = answer_questions(
-                chat, mine, protocol, **options, progress=progress and state.is_main_process, **GREEDY
-            )
+            asked = answer_questions(chat, mine, protocol, **options, progress=progress and state.is_main_process)
             with run.adding(state.process_index) as add:
                 for answer in asked:
                     add(answer)
@@ -125,23 +125,7 @@ def in_order(questions: Sequence[Question], answers: Sequence[Answer]) -> list[A
 def _begin(run: RunFolder, settings: Mapping[str, Any], questions: Sequence[Question]) -> list[Answer]:
     """The answers of an earlier start, in which nothing was different; errors are asked again."""
     run.begin(settings, questions)
-    if [row_of(question) for question in run.questions()] != [row_of(question) for question in questions]:
-        raise UserError(f"{run.folder} holds the answers to other questions; choose another folder.")
     return [answer for answer in run.answers() if not answer.error]
-
-
-def shared(state: PartialState, function):
-    """What `function` returns on the main process, on all; a mistake is one of all."""
-    result, error = None, None
-    if state.is_main_process:
-        try:
-            result = function()
-        except UserError as raised:
-            error = raised
-    result, message = gather_object([(result, error and f"{error}")])[0]
-    if message is not None:
-        raise error or UserError(message)
-    return result
 
 
 def _protocol(protocol: str | Protocol, reading: Mapping[str, Any] | None, max_new_tokens: int | None) -> Protocol:
@@ -169,14 +153,18 @@ def _placed(state: PartialState, loading: Mapping[str, Any]) -> dict[str, Any]:
     return dict(loading)
 
 
-def _weights(model: str | VideoChat, adapter: str | None) -> list[list]:
+def _name_of(model: str | VideoChat) -> str:
+    name = model if isinstance(model, str) else model.model.config._name_or_path
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def _files_of(model: str | VideoChat, adapter: str | None) -> list[list]:
     """Name, size and time of the files that a model is loaded from: what changes when it is trained further."""
-    if isinstance(model, VideoChat):
-        model = model.model.config._name_or_path
-        if not Path(model).is_dir():
-            return []
-    base = base_of(model)
+    if isinstance(model, VideoChat) and not os.path.isdir(_name_of(model)):
+        return []
+    name = _name_of(model)
+    base = base_of(name)
     check_kind(base)
-    folders = [checkpoint_folder(name) for name in dict.fromkeys((base, model, adapter)) if name is not None]
-    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
+    folders = [checkpoint_folder(path) for path in dict.fromkeys((base, name, adapter)) if path is not None]
+    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in _SUFFIXES]
     return [[file.name, file.stat().st_size, int(file.stat().st_mtime)] for file in files]

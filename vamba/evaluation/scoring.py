@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .asking import Answer
-from .choices import rotations
+from .choices import LETTERS
 from .questions import Question
 
 
 Z = 1.959964  # of a normal distribution, for 95%
 DURATIONS = {"under 1 min": 60, "1 to 3 min": 180, "3 to 15 min": 900, "15 to 60 min": 3600, "over 1 h": math.inf}
+
+UNKNOWN = "not known"  # the duration of a video that could not be read
 
 
 class Score(NamedTuple):
@@ -61,9 +63,7 @@ def summarize(questions: Sequence[Question], answers: Sequence[Answer], circular
     known = [question for question in questions if question.id in right]
     unusable: Counter[str] = Counter(answer.error for answer in first.values() if answer.error)
     letters = Counter(
-        rotations(len(question.options))[0].index(answer.choice)
-        for question in questions
-        if (answer := first.get(question.id)) and answer.choice is not None
+        answer.choice for question in questions if (answer := first.get(question.id)) and answer.choice is not None
     )
     return {
         "questions": len(first),
@@ -72,14 +72,14 @@ def summarize(questions: Sequence[Question], answers: Sequence[Answer], circular
         "first_order": _score(known, outcomes(questions, answers)).row() if known and circular else None,
         "chance": _chance(known, circular),
         "by_category": _by(known, right, lambda question: question.category),
-        "by_duration": _by(known, right, lambda question: _bucket(question, first[question.id]), list(DURATIONS)),
+        "by_duration": _by(known, right, lambda question: _bucket(question, first[question.id]), [*DURATIONS, UNKNOWN]),
         "undecided": sum(
             bool(question.options) and first[question.id].choice is None and not first[question.id].error
             for question in questions
             if question.id in first
         ),
         "unusable": dict(unusable.most_common()),
-        "letters": {chr(ord("A") + place): count for place, count in sorted(letters.items())},
+        "letters": {LETTERS[place]: count for place, count in sorted(letters.items())},
     }
 
 
@@ -104,7 +104,9 @@ def _by(
 
 def _bucket(question: Question, answer: Answer) -> str | None:
     seconds = question.duration if question.duration is not None else answer.seconds
-    return None if seconds is None else next(name for name, most in DURATIONS.items() if seconds < most)
+    if seconds is None:
+        return UNKNOWN if answer.error else None
+    return next(name for name, most in DURATIONS.items() if seconds < most)
 
 
 def _chance(questions: Sequence[Question], circular: bool) -> float | None:
@@ -141,10 +143,12 @@ class Comparison(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of the difference (Wald's for paired proportions)."""
-        changed = len(self.gained) + len(self.lost)
-        spread = math.sqrt(max(0.0, changed / self.total - self.difference**2) / self.total)
-        return self.difference - Z * spread, self.difference + Z * spread
+        """95% interval of the difference, Agresti and Min's: Wald's for paired proportions with half a question more in
+        each of the four cells."""
+        total, gained, lost = self.total + 2, len(self.gained) + 0.5, len(self.lost) + 0.5
+        middle = (gained - lost) / total
+        half = Z * math.sqrt(gained + lost - (gained - lost) ** 2 / total) / total
+        return max(-1.0, middle - half), min(1.0, middle + half)
 
 
 def compare(first: Mapping[str, bool], second: Mapping[str, bool]) -> Comparison:

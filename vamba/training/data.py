@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from vamba.agreement import agreed
 from vamba.data import (
     Collator,
     ConversationEncoder,
@@ -32,7 +33,6 @@ from vamba.evaluation.asking import check_reading_by
 from vamba.evaluation.protocols import PROTOCOLS
 from vamba.evaluation.questions import Question, read_questions
 
-from .agreement import agreed
 from .arguments import DataArguments, DatasetArguments, Recipe, RecipeError, VambaTrainingArguments
 from .checkpoints import read_position
 from .evaluation import Evaluation

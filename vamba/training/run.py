@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, TrainerState
 
+from vamba.agreement import agreed, ending_together
 from vamba.data import TrainingStream
 
-from .agreement import agreed, ending_together
 from .arguments import Recipe, load_recipe
 from .checkpoints import FINAL, find_checkpoint, finished_state, remove_leftovers
 from .data import open_data, open_evaluation

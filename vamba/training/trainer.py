@@ -24,11 +24,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from vamba.agreement import agreed
 from vamba.data import ABOUT, About, ExampleError, Position, TrainingStream
 from vamba.errors import DiskFullError, is_disk_full
 from vamba.files import publish
 
-from .agreement import agreed
 from .checkpoints import POSITION_FILE, STAGING, check_best, rotate, write_manifest
 from .curves import Curves
 from .distillation import Distillation

@@ -117,6 +117,55 @@ def test_what_the_processor_cannot_read_is_told_once(ma2mba, asked, tmp_path):
         run(ma2mba, asked, tmp_path / "run", protocol="vamba-videomme")
 
 
+def test_a_part_of_each_video(checkpoint, asked, tmp_path):
+    reading = {"start": 0.5, "end": 1.5}  # which questions with a span of their own replace
+    assert run(checkpoint, asked, tmp_path / "run", reading=reading, limit=2)["score"]["total"] == 2
+    reading = {"start": 100.0}
+    summary = run(checkpoint, asked, tmp_path / "late", reading=reading, limit=2)
+    assert sum(summary["unusable"].values()) == 2 and "past the end" in [*summary["unusable"]][0]
+
+
+def test_what_was_refused_does_not_occupy_a_folder(finished, checkpoint, asked, tmp_path):
+    with pytest.raises(UserError, match="max_pixels=100"):
+        run(checkpoint, asked, tmp_path / "run", reading={"max_pixels": 100})
+    assert run(checkpoint, asked, tmp_path / "run") == finished[1]
+
+
+@pytest.mark.parametrize(
+    "left", [["questions.jsonl"], ["partial_questions.jsonl"], ["questions.jsonl", "partial_run.json"]]
+)
+def test_what_a_run_leaves_that_was_killed_as_it_began(finished, checkpoint, asked, tmp_path, left):
+    for name in left:
+        (tmp_path / name).write_text("{")
+    assert run(checkpoint, asked, tmp_path) == finished[1]
+    assert {path.name for path in tmp_path.iterdir()} - {path.name for path in finished[0].iterdir()} <= {*left}
+
+
+def test_the_same_run_may_be_spelt_in_other_words(finished, checkpoint, asked, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    assert evaluate(checkpoint.name, asked, finished[0], **OPTIONS, dtype="auto", load_in_4bit=False) == finished[1]
+
+
+def test_letters_are_taken_off_options_once(checkpoint, clip, tmp_path):
+    row = {"video": str(clip), "question": "Who?", "options": ["A. A. Smith", "B. B. Jones"], "answer": "B. Jones"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    for _ in range(2):
+        run(checkpoint, tmp_path / "data.jsonl", tmp_path / "run")
+    (question,) = runner.RunFolder(tmp_path / "run").questions()
+    assert question.options == ("A. Smith", "B. Jones") and question.answer == 1
+
+
+def test_runs_about_other_videos_are_not_compared(finished, checkpoint, asked, tmp_path, capsys):
+    rows = [json.loads(line) for line in asked.read_text().splitlines()]
+    moved = [row | {"video": str(asked.parent / row["video"])} for row in rows[:2]]
+    others = [rows[2] | {"video": str(asked.parent / "0.mp4")}]
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in [*moved, *others]))
+    run(checkpoint, tmp_path / "data.jsonl", tmp_path / "run")
+    assert main(["eval", "--compare", str(finished[0]), str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out
+    assert "2 questions in common" in told and "8 questions are of one only" in told and "differ in: questions" in told
+
+
 def test_other_folders_are_left_alone(checkpoint, asked, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something that is no evaluation"):
@@ -154,6 +203,8 @@ def test_the_command_line(finished, checkpoint, asked, tmp_path, capsys):
         (["{model}", "{data}", "--fps", "1", "--num-frames", "8"], "exclude each other"),
         (["--compare", "{data}", "{data}"], "holds no run.json"),
         (["{model}", "--compare", "a", "b"], "no model"),
+        (["{model}", "--suite", "needles", "--media-root", "."], "leave it out"),
+        (["{model}", "{data}", "--start", "100", "--quiet"], "None of the videos could be used"),
         (["{model}", "{data}", "--load-in-4bit", "--load-in-8bit"], "one of them"),
     ],
 )

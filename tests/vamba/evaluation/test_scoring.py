@@ -42,7 +42,7 @@ def test_parts_and_what_could_not_be_used():
     assert {name: (row["right"], row["total"]) for name, row in summary["by_category"].items()} == {
         "x": (1, 2), "y": (0, 1),
     }  # fmt: skip
-    assert list(summary["by_duration"]) == ["under 1 min", "1 to 3 min"]
+    assert list(summary["by_duration"]) == ["under 1 min", "1 to 3 min", "not known"]
     assert summary["unusable"] == {"c.mp4: it is empty": 1} and summary["undecided"] == 1
     assert summary["letters"] == {"A": 1, "B": 1}
 
@@ -54,7 +54,11 @@ def test_two_runs_compared():
     assert (found.both, found.neither, found.lost) == (4, 0, ["q4", "q5"])
     assert found.gained == ["q6", "q7", "q8", "q9"] and found.difference == pytest.approx(0.2)
     assert found.p_value == pytest.approx(0.6875)  # scipy.stats.binomtest(2, 6).pvalue
-    assert found.interval[0] < 0.2 < found.interval[1]
-    assert compare(first, first).p_value == 1
+    # by hand: (4.5 - 2.5) / 12, and 1.96 times the root of (7 - 2 ** 2 / 12) / 12
+    assert found.interval == (pytest.approx(-0.2550, abs=1e-4), pytest.approx(0.5884, abs=1e-4))
+    same = compare(first, first)
+    assert same.p_value == 1 and same.interval[0] < 0 < same.interval[1]
+    better = compare(dict.fromkeys(first, False), dict.fromkeys(first, True))
+    assert 0 < better.interval[0] < better.interval[1] <= 1
     with pytest.raises(ValueError, match="no question in common"):
         compare(first, {"other": True})

@@ -1,4 +1,4 @@
-"""What processes agree on before they train: the main one decides, and an error of one is an error of all.
+"""What processes agree on before they work: the main one decides, and an error of one is an error of all.
 
 A process that raised alone, or counted another number of steps than the others, would leave them waiting in their next
 collective. Through gloo they notice that it is gone; on GPUs they would wait until their launcher kills them.
@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.distributed import TCPStore
 
-from .arguments import RecipeError
+from .errors import UserError
 
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ def agreed(function: Callable[[], T], *, decided_by_main: bool = False) -> T:
     """`function()` on every process, or on the main one, whose result all return then.
 
     Raises:
-        Whatever it raises, on the process where it does; RecipeError with the same message on the others.
+        Whatever it raises, on the process where it does; UserError with the same message on the others.
     """
     result: Any = None
     error: Exception | None = None
@@ -43,7 +43,7 @@ def agreed(function: Callable[[], T], *, decided_by_main: bool = False) -> T:
         raise error
     for _, message in outcomes:
         if message is not None:
-            raise RecipeError(message)
+            raise UserError(message)
     return outcomes[0][0] if decided_by_main else result
 
 

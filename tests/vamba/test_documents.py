@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -100,10 +101,11 @@ def desk(checkpoint, clip, tmp_path_factory):
     desk = tmp_path_factory.mktemp("desk")
     (desk / "runs" / "stage1").mkdir(parents=True)
     (desk / "examples").symlink_to(ROOT / "examples")
-    for name in ("runs/demo", "runs/stage1/final", "MODEL", "PATH", "SRC", "OLD", "my-vamba"):
+    shutil.copytree(checkpoint, desk / "runs" / "demo")
+    for name in ("runs/stage1/final", "MODEL", "PATH", "SRC", "OLD", "my-vamba"):
         (desk / name).symlink_to(checkpoint)
     (desk / "Qwen2-VL-folder").symlink_to(checkpoint.parent / "qwen")
-    for name in ("a.mp4", "b.mp4", "talk.mp4", "VIDEO"):
+    for name in ("a.mp4", "b.mp4", "talk.mp4", "VIDEO", "runs/demo/a.mp4", "runs/demo/b.mp4"):
         (desk / name).symlink_to(clip)
     convert(checkpoint, desk / "TIGER-Lab-Vamba-folder", to="original", progress=False)
     make_tiny_mamba2(desk / "mamba2-folder", ["What happens?"])
@@ -113,7 +115,7 @@ def desk(checkpoint, clip, tmp_path_factory):
     for index in range(2):
         (desk / f"{index}.mp4").symlink_to(desk / "data" / f"{index}.mp4")
     questions = next(block for block in blocks("docs/evaluation.md", "") if block.startswith("{"))
-    for name in ("questions.jsonl", "DATA.jsonl"):
+    for name in ("questions.jsonl", "DATA.jsonl", "runs/demo/questions.jsonl"):
         (desk / name).write_text(questions)
     for name in ("before", "after"):
         options = {"progress": False, "max_new_tokens": 2, "device": "cpu"}

@@ -1,7 +1,8 @@
 """The demo from start to finish, in a staging folder that becomes the output folder at the very end.
 
 What is unusual: an interruption at any point leaves the output folder as it was. Training videos and intermediate
-checkpoints are in a subfolder that is gone by then; held-out videos stay, to be asked about with `vamba ask`.
+checkpoints are in a subfolder that is gone by then; held-out videos stay, to be asked about with `vamba ask` and
+`vamba eval`.
 """
 
 import json
@@ -36,6 +37,7 @@ CONVERSATIONS = 4  # about each training video
 TRAIN_FRAMES = (16, 24, 32)  # several, so that length is nothing that a model could rely on
 LONGER = 4  # times the longest of them, in half as many videos, the model is asked about as well
 WITHOUT_VIDEO = 1 / 8  # share of the conversations that come without their video
+QUESTIONS_FILE = "questions.jsonl"
 RESULTS_FILE = "demo.json"  # also what tells an earlier output, which may be replaced, from anything else
 KINDS = {
     "vamba": ("Vamba", "a tiny Qwen2-VL"),
@@ -64,8 +66,8 @@ def run(
     """Runs the demo and prints what it does; the last line says the accuracy.
 
     Args:
-        output_dir: gets the trained checkpoint, demo.png, demo.json and the held-out videos. An earlier demo's output
-            is replaced once the new one is complete.
+        output_dir: gets the trained checkpoint, demo.png, demo.json, the held-out videos and questions.jsonl, which
+            asks about them. An earlier demo's output is replaced once the new one is complete.
         model: "vamba" or "video-ma2mba".
         steps: of the training; None for the default.
 
@@ -77,7 +79,7 @@ def run(
         UserError: the output folder cannot be used. Nothing was done.
     """
     output = Path(output_dir).expanduser().resolve()
-    files = [*checkpoint_files(), RESULTS_FILE, "demo.png", "videos/*.mp4", "longer_videos/*.mp4"]
+    files = [*checkpoint_files(), RESULTS_FILE, QUESTIONS_FILE, "demo.png", "videos/*.mp4", "longer_videos/*.mp4"]
     check = partial(check_replaceable, output, "demo's output", RESULTS_FILE, files)
     check()
     check_writable(output)
@@ -104,6 +106,7 @@ def _run_in(folder: Path, settings: dict) -> dict:
         tests = write_videos(folder / "videos", settings["test_videos"], seed=2 * seed + 1)
         frames = (LONGER * max(TRAIN_FRAMES),)
         longer = write_videos(folder / "longer_videos", -(-settings["test_videos"] // 2), 2 * seed + 1, frames)
+        write_questions(folder / QUESTIONS_FILE, *(paths + more for paths, more in zip(tests, longer)))
     with _phase(seconds, "checkpoint", f"making {base} and converting to {name}"):
         checkpoint = make_checkpoint(work, seed, kind)
     with _phase(seconds, "training", "fine-tuning it on conversations about the videos, as `vamba finetune` does"):
@@ -162,6 +165,16 @@ def write_conversations(file: Path, paths: Sequence[Path], told: Sequence[Story]
                 turns[0]["content"].insert(0, {"type": "video", "video": path.name})
             lines.write(json.dumps({"messages": turns}) + "\n")
     return file
+
+
+def write_questions(file: Path, paths: Sequence[Path], told: Sequence[Story]) -> None:
+    """The same questions as multiple choice, for `vamba eval`; the videos are below the folder of the file."""
+    with open(file, "w", encoding="utf-8") as lines:
+        for path, story in zip(paths, told):
+            for kind, question in QUESTIONS.items():
+                row = {"video": path.relative_to(file.parent).as_posix(), "question": question, "category": kind}
+                row |= {"options": ANSWERS[kind], "answer": story.answer(kind)}
+                lines.write(json.dumps(row) + "\n")
 
 
 def make_checkpoint(folder: Path, seed: int, kind: str = "vamba") -> Path:

@@ -19,6 +19,7 @@ from vamba.demo.evaluation import Reply, accuracy, chance
 from vamba.demo.report import shown
 from vamba.demo.videos import QUESTIONS, stories
 from vamba.errors import UserError
+from vamba.evaluation import evaluate
 
 
 TINY = {"steps": 2, "train_videos": 8, "test_videos": 3, "batch_size": 4}
@@ -85,6 +86,19 @@ def test_a_short_run_leaves_checkpoint_picture_and_results(finished, capsys):
     assert type(model).__name__ == CLASSES[results["model"]]
     assert f"# {results['model']}-demo" in (output / "README.md").read_text()
     assert AutoProcessor.from_pretrained(output).video_processor.fps == pipeline.FPS
+
+
+def test_vamba_eval_asks_as_the_demo_did(finished, tmp_path):
+    output, results = finished
+    options = {"protocol": "plain", "max_new_tokens": 8, "device": "cpu", "progress": False}
+    summary = evaluate(str(output), output / "questions.jsonl", tmp_path / "run", **options)
+    assert set(summary["by_category"]) == set(QUESTIONS) and not summary["unusable"]
+    files = output / "questions.jsonl", tmp_path / "run" / "answers.jsonl"
+    rows, answers = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    told = stories(3, 2 + 1, pipeline.TRAIN_FRAMES) + stories(2, 2 + 1, [128])
+    assert [row["answer"] for row in rows] == [story.answer(kind) for story in told for kind in QUESTIONS]
+    right = [answer["reply"] == row["answer"] for row, answer in zip(rows, answers, strict=True)]  # to the letter
+    assert sum(right[:9]) / 9 == results["accuracy"] and sum(right[9:]) / 6 == results["longer_accuracy"]
 
 
 def test_the_last_lines_say_the_accuracy_and_a_second_run_replaces_the_first(tmp_path, capsys):

@@ -65,13 +65,13 @@ def answer_questions(
     allow_urls: bool = False,
     **generate_kwargs: Any,
 ) -> Iterator[Answer]:
-    """Answers questions, one video after the other.
+    """Answers questions, one video after the other; at the end `chat` has none in memory.
 
     Args:
         circular: ask each multiple-choice question once for every rotation of its options.
         likelihood: compare the likelihoods of the options instead of generating; open questions are generated.
         answered: (id, rotation) of what is not to be asked again; a video with nothing left to ask is not watched.
-        progress: show a progress bar of videos, and one of the frames of a long one.
+        progress: show a progress bar of videos.
         generate_kwargs: of `VideoChat.ask`; by default answers are greedy.
     """
     groups = group(questions, answered, circular)

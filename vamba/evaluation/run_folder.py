@@ -68,8 +68,8 @@ class RunFolder:
                         f"{settings.get(name)!r:.200}; choose another folder."
                     )
             with opening(self.folder / QUESTIONS):
-                asked = (self.folder / QUESTIONS).read_text(encoding="utf-8").splitlines()
-            if asked != rows:
+                asked = (self.folder / QUESTIONS).read_bytes().splitlines()
+            if asked != [row.encode() for row in rows]:
                 raise UserError(f"{self.folder} holds the answers to other questions; choose another folder.")
             return
         self.write(QUESTIONS, "".join(f"{row}\n" for row in rows))

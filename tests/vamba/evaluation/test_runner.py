@@ -125,6 +125,13 @@ def test_a_part_of_each_video(checkpoint, asked, tmp_path):
     assert sum(summary["unusable"].values()) == 2 and "past the end" in [*summary["unusable"]][0]
 
 
+def test_damaged_questions_of_a_run_are_other_questions(finished, checkpoint, asked, tmp_path):
+    for path in finished[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes().replace(b"colour", b"col\x80ur"))
+    with pytest.raises(UserError, match="damaged|other questions"):
+        run(checkpoint, asked, tmp_path)
+
+
 def test_what_was_refused_does_not_occupy_a_folder(finished, checkpoint, asked, tmp_path):
     with pytest.raises(UserError, match="max_pixels=100"):
         run(checkpoint, asked, tmp_path / "run", reading={"max_pixels": 100})

@@ -62,7 +62,7 @@ def one_by_one(chat: VideoChat, questions: list[Question], protocol: Protocol) -
 
 
 def grouped(chat: VideoChat, questions: list[Question], protocol: Protocol) -> list[str]:
-    answers = list(answer_questions(chat, questions, protocol, progress=False, do_sample=False))
+    answers = list(answer_questions(chat, questions, protocol, progress=False))
     assert not any(answer.error for answer in answers), answers
     return [answer.reply for answer in answers]
 

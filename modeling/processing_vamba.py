@@ -350,9 +350,14 @@ class VambaProcessor(Qwen2VLProcessor):
         return frames, VideoMetadata(**metadata)
 
     def video_reader(self, source, **options):
-        """Reads a video chunk by chunk: `vamba.read_video` with the frame sizes and the sampling of this processor."""
+        """Reads a video chunk by chunk: `vamba.read_video` with the frame sizes and the sampling of this processor.
+
+        `min_frames` and `max_frames` bound the frames that `fps` gives.
+        """
         if vamba_video() is None:
             raise ImportError("Reading a video chunk by chunk needs the package vamba; pip install vamba.")
+        if options.keys() & {"min_frames", "max_frames"}:
+            options, _, _ = vamba_video().frames_asked_for(source, options, self.video_reader)
         sampling = {} if options.keys() & {"fps", "num_frames"} else self._default_sampling(options)
         return vamba_video().read_video(source, **(self._frame_size({}) | sampling | options))
 

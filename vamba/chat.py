@@ -116,7 +116,7 @@ class VideoChat:
                 asks for it. A matter of speed and memory, not of result.
             progress: show a progress bar.
             options: of `read_video`: fps, num_frames (by default what the checkpoint was trained with), start, end,
-                min_pixels, max_pixels, …
+                min_pixels, max_pixels, …; min_frames and max_frames bound what fps gives.
 
         Raises:
             VideoReadError: the video cannot be read.

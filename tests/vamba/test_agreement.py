@@ -11,7 +11,7 @@ import yaml
 
 from vamba.training import finetune
 
-from training_data import free_port, recipe_values, start, write_dataset
+from training_data import free_port, recipe_values, run_together, start, write_dataset
 
 
 TWO = """
@@ -82,21 +82,7 @@ def two(checkpoint, tmp_path_factory):
     values = recipe_values(checkpoint, data, folder / "two", max_steps=3, save_strategy="steps", save_steps=3)
     values |= {"global_batch_size": 8}
     (folder / "r.yaml").write_text(yaml.safe_dump(values))
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = [str(folder / "r.yaml"), str(Path(__file__).resolve().parents[2])]
-    running = [
-        start(TWO, arguments, folder / f"rank{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **common)
-        for rank in range(2)
-    ]
-    try:
-        for process in running:
-            process.join(100)
-    finally:  # one may wait for the other for ever
-        for process in running:
-            process.kill()
-    printed = {path.name: path.read_text() for path in folder.glob("rank*")}
-    assert all(process.exitcode == 0 for process in running), printed
-    return values, printed["rank0.out"], printed["rank1.out"]
+    return values, *run_together(TWO, [str(folder / "r.yaml"), str(Path(__file__).resolve().parents[1])], folder)
 
 
 def test_two_processes_train_as_one(two):

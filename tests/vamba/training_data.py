@@ -46,6 +46,24 @@ def _run(code: str, arguments: list[str], output: Path, environment: dict[str, s
     sys.stdout.flush()
 
 
+def run_together(code: str, arguments: list[str], folder: Path, count: int = 2) -> list[str]:
+    """Runs `code` in processes that find each other, as a launcher starts them; what each has printed."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    running = [
+        start(code, arguments, folder / f"rank{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(count)
+    ]
+    try:
+        for process in running:
+            process.join(100)
+    finally:  # one may wait for the other for ever
+        for process in running:
+            process.kill()
+    printed = {path.name: path.read_text() for path in folder.glob("rank*")}
+    assert all(process.exitcode == 0 for process in running), printed
+    return [printed[f"rank{rank}.out"] for rank in range(count)]
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

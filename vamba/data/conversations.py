@@ -18,7 +18,7 @@ from vamba.modeling.images import image_of_base64
 ROLES = {"human": "user", "gpt": "assistant"} | {name: name for name in ("user", "assistant", "system", "tool")}
 MEDIA_KINDS = ("video", "image")
 _SOURCE_KEYS = ("{}", "bytes", "{}_url", "url", "path", "base64")  # of an image or a video, the first that is given
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", re.IGNORECASE)
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", re.IGNORECASE)
 _TAG = re.compile(r"<(video|image)>")
 
 
@@ -168,6 +168,6 @@ def _resolve(block: dict, media_root: str | os.PathLike | None) -> None:
 def _under(root: str | os.PathLike | None, source: Any) -> Any:
     if isinstance(source, (list, tuple)):  # the frames of a video as images
         return [_under(root, frame) for frame in source]
-    if root is None or not isinstance(source, str) or _URL.match(source):
+    if root is None or not isinstance(source, str) or URL.match(source):
         return source
     return os.path.join(root, source)

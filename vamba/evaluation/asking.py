@@ -15,7 +15,6 @@ from transformers import ProcessorMixin
 
 from vamba.chat import VideoChat
 from vamba.errors import UserError, VideoReadError
-from vamba.video import frames_asked_for
 
 from .choices import is_right, parse_choice, rotations
 from .protocols import Protocol
@@ -116,7 +115,7 @@ def check_reading_by(processor: ProcessorMixin, reading: Mapping[str, Any]) -> N
     black = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     options = {name: value for name, value in reading.items() if name not in ("start", "end")}
     try:
-        frames_asked_for(black, options, processor.video_reader)
+        processor.video_reader(black, **options).close()
     except VideoReadError as error:
         raise UserError(f"No video can be read so: {re.sub('^<array .*?>: ', '', f'{error}')}") from error
 

@@ -26,7 +26,6 @@ from vamba.chat import IS_NAN, MEMORIES, load_chat
 from vamba.errors import UserError
 from vamba.modeling import VideoMemory
 from vamba.modeling.processing_vamba import plain_item
-from vamba.video.reading import frames_asked_for
 
 from .asking import check_reading_by
 from .protocols import PROTOCOLS
@@ -87,9 +86,7 @@ class Vamba(lmms):
             raise UserError(f"protocol is {name!r:.80}; give one of {', '.join(PROTOCOLS)}.")
         self.max_new_tokens = PROTOCOLS[name].max_new_tokens if name else MAX_NEW_TOKENS
         asked = {name: options[name] for name in READING if name in options}
-        replaced = {"fps", "num_frames"} if asked.keys() & {"fps", "num_frames"} else set()
-        preset = PROTOCOLS[name].reading if name else {}
-        self.reading = {key: value for key, value in preset.items() if key not in replaced} | asked
+        self.reading = PROTOCOLS[name].reading_with(asked) if name else asked
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size != int(os.environ.get("WORLD_SIZE", 1)):
@@ -233,10 +230,8 @@ class Vamba(lmms):
         self.encoded += 1
 
     def _reading(self, item: dict) -> tuple[Any, dict]:
-        options = self.reading | {name: value for name, value in item.items() if name not in ("type", "video")}
-        if options.keys() & {"min_frames", "max_frames"}:
-            options, _, _ = frames_asked_for(item["video"], options, self.chat.processor.video_reader)
-        return item["video"], options
+        options = {name: value for name, value in item.items() if name not in ("type", "video")}
+        return item["video"], self.reading | options
 
     def _plain_inputs(self, messages: list[dict]) -> dict:
         """What the processor makes of a conversation as it is, its videos read as those that are watched."""

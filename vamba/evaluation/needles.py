@@ -15,21 +15,17 @@ import json
 import math
 import os
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import permutations, product
 from pathlib import Path
 
-import xxhash
 from tqdm.auto import tqdm
 
 from vamba.demo.videos import COLOURS, write_video
 from vamba.errors import DiskFullError, OccupiedPathError, UserError, is_disk_full, opening
-from vamba.files import check_apart
-from vamba.modeling.memory_files import held
+from vamba.files import PARTIAL, check_apart, locked_folder, size_and_digest, written_whole
 
 from .needle_videos import FPS, LABELS, NEEDLE_FRAMES, Needle, footage_files, frames_of, read_shots
 
@@ -96,18 +92,19 @@ def make_needles(
         check_apart(folder.resolve(), Path(footage).resolve())  # or its videos would be footage next time
     settings = {"seed": seed, "lengths": [*map(float, lengths)], "depths": [*map(float, depths)]}
     settings |= {"videos_per_cell": videos_per_cell, "fps": FPS, "frames_per_needle": NEEDLE_FRAMES}
-    settings["footage"] = [[path.name, _digest(path)] for path in files]
+    settings["footage"] = [[path.name, size_and_digest(path)[1]] for path in files]
     videos, rows = plan(settings["lengths"], settings["depths"], videos_per_cell, seed)
     manifest = json.dumps({"settings": settings, "videos": [asdict(video) for video in videos]}, indent=1)
     questions = folder / "questions.jsonl"
     try:
         with opening(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            with locked_folder(folder):
                 _write_manifest(folder / MANIFEST, manifest)
                 _write_videos(folder / "videos", videos, files, seed, progress)
                 if not questions.exists():
-                    _write(questions, "".join(f"{json.dumps(row)}\n" for row in rows))
+                    with written_whole(questions) as path:
+                        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     except Exception as error:
         if is_disk_full(error, folder):
             raise DiskFullError(f"The disk of {folder} is full; make room and call again to go on.") from error
@@ -205,30 +202,16 @@ def _counting(video: NeedleVideo) -> tuple[str, str, list[str]]:
     return f"How many such {THINGS[video.kind]} appear in all?", f"{count}", wrong
 
 
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with opening(path), path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _locked(folder: Path) -> AbstractContextManager:
-    """Within, no other process makes the suite. Raises FileExistsError where one does."""
-    if sys.platform == "win32":  # where folders cannot be locked
-        return nullcontext()
-    return held(folder, lambda: os.open(folder, os.O_RDONLY))
-
-
 def _write_manifest(path: Path, manifest: str) -> None:
     folder = path.parent
     if path.exists():
         if path.read_text(encoding="utf-8") != manifest:
             raise OccupiedPathError(f"{folder} holds needles of other settings or footage; give another --suite-dir.")
         return
-    if {child.name for child in folder.iterdir()} - {_partial(path).name}:
+    if any(not child.name.startswith(PARTIAL) for child in folder.iterdir()):
         raise OccupiedPathError(f"{folder} holds something that is no needle suite; give another --suite-dir.")
-    _write(path, manifest)
+    with written_whole(path) as partial:
+        partial.write_text(manifest, encoding="utf-8")
 
 
 def _write_videos(folder: Path, videos: list[NeedleVideo], files: list[Path], seed: int, progress: bool) -> None:
@@ -241,18 +224,10 @@ def _write_videos(folder: Path, videos: list[NeedleVideo], files: list[Path], se
     def make(video: NeedleVideo) -> None:
         path = folder / f"{video.name}.mp4"
         frames = frames_of(video.kind, video.needles, video.length, shots, f"{seed} {video.name}")
-        os.replace(write_video(_partial(path), frames, FPS, crf=28), path)
+        with written_whole(path) as partial:
+            write_video(partial, frames, FPS, crf=28)
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         bar = tqdm(pool.map(make, missing), "making videos", len(missing), unit="video", disable=not progress)
         for _ in bar:
             pass
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"partial_{path.name}")
-
-
-def _write(path: Path, text: str) -> None:
-    _partial(path).write_text(text, encoding="utf-8")
-    os.replace(_partial(path), path)

@@ -51,6 +51,11 @@ class Protocol:
         ]
         return self.choice_prompt.format(question=question.text, options=self.between.join(lines))
 
+    def reading_with(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Its options of `VideoChat.watch` where those given say nothing; of fps and num_frames only one holds."""
+        sampled = {"fps", "num_frames"} if given.keys() & {"fps", "num_frames"} else set()
+        return {name: value for name, value in self.reading.items() if name not in sampled} | dict(given)
+
     def candidates(self, question: Question, order: Sequence[int]) -> list[str]:
         """What multiple choice by likelihood compares: the letters where the options are shown, else their texts."""
         return letters(len(order)) if self.shows_options else [question.options[index] for index in order]

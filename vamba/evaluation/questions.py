@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vamba.data.conversations import URL
 from vamba.data.json_rows import parse, walk
 from vamba.errors import UserError, opening
 
@@ -20,7 +21,6 @@ from .choices import LETTERS, letters, strip_letters
 
 KEYS = ("id", "video", "question", "options", "answer", "category", "start", "end", "duration")
 MISTAKES_SHOWN = 5
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,6 @@ class Question:
     def watched(self) -> tuple:
         """What has to be watched for it: questions that agree in this share one encoding."""
         return self.videos, self.start, self.end
-
-
-def is_url(video: str) -> bool:
-    """Whether a video is no path."""
-    return _URL.match(video) is not None
 
 
 def read_questions(
@@ -121,7 +116,7 @@ def make_question(row: Mapping[str, Any], default_id: str, root: Path, has_lette
         raise UserError(f"id is {name!r:.80}; give a text or a number")
     return Question(
         id=f"{name}",
-        videos=tuple(video if is_url(video) else str(root / video) for video in videos),
+        videos=tuple(video if URL.match(video) else str(root / video) for video in videos),
         text=text.strip(),
         options=options,
         answer=_answer(row.get("answer"), options),

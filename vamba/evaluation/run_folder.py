@@ -10,23 +10,22 @@ asked again, as the video may be mended meanwhile.
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from vamba.data.conversations import URL
 from vamba.errors import DiskFullError, OccupiedPathError, UserError, check_writable, is_disk_full, opening
-from vamba.modeling.memory_files import held
+from vamba.files import PARTIAL, locked_folder, written_whole
 
 from .asking import Answer
-from .questions import Question, is_url, read_questions
+from .questions import Question, read_questions
 
 
 SETTINGS, QUESTIONS, ANSWERS, SUMMARY = "run.json", "questions.jsonl", "answers.jsonl", "summary.json"
 PART = "answers.rank{rank}.jsonl"  # of one process
-_PARTIAL = "partial_"  # how a file begins to be called while it is written
 _NAMES = {field.name for field in fields(Answer)}
 
 
@@ -47,13 +46,12 @@ class RunFolder:
         with opening(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             ours = (SETTINGS, QUESTIONS)  # the latter where it was killed, or the disk full, as it began
-            names = {path.name for path in self.folder.iterdir() if not path.name.startswith(_PARTIAL)}
+            names = {path.name for path in self.folder.iterdir() if not path.name.startswith(PARTIAL)}
             if SETTINGS not in names and names.difference(ours):
                 raise OccupiedPathError(f"{self.folder} holds something that is no evaluation; choose another folder.")
-        if sys.platform == "win32":  # where folders cannot be locked
-            yield
-            return
-        with opening(self.folder), held(self.folder, lambda: os.open(self.folder, os.O_RDONLY)):
+        with ExitStack() as stack:
+            with opening(self.folder):
+                stack.enter_context(locked_folder(self.folder))
             yield
 
     def begin(self, settings: Mapping[str, Any], questions: Iterable[Question]) -> None:
@@ -132,13 +130,11 @@ class RunFolder:
         Raises:
             DiskFullError: there is no room. OccupiedPathError: something else is in the way.
         """
-        path, partial = self.folder / name, self.folder / f"{_PARTIAL}{name}"
+        path = self.folder / name
         try:
-            yield partial
-            if partial.exists():
-                os.replace(partial, path)
+            with written_whole(path) as partial:
+                yield partial
         except OSError as error:
-            partial.unlink(missing_ok=True)
             if is_disk_full(error, self.folder):
                 raise DiskFullError(
                     f"{path} cannot be written ({error.strerror}); what is answered is kept."
@@ -158,7 +154,7 @@ def row_of(question: Question) -> dict[str, Any]:
     """A question as it is written in a file, its videos by their absolute paths."""
     row = asdict(question)
     row |= {"video": row.pop("videos"), "question": row.pop("text"), **row.pop("extra")}
-    row["video"] = [video if is_url(video) else os.path.abspath(video) for video in row["video"]]
+    row["video"] = [video if URL.match(video) else os.path.abspath(video) for video in row["video"]]
     return {name: value for name, value in row.items() if value is not None and value != ()}
 
 

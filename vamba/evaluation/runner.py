@@ -5,7 +5,7 @@ and meet only at the end: none waits for another in a collective while it works,
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -76,29 +76,20 @@ def evaluate(
         questions = read_questions(questions, media_root)
     questions = questions[:limit]
     state, run = processes(loading.get("device")), RunFolder(output_dir)
-    settings = {
-        "model": _name_of(model),
-        "weights": _files_of(model, loading.get("adapter")),
-        "protocol": asdict(protocol),
-        "circular": circular,
-        "likelihood": likelihood,
-        "questions": len(questions),
-        **{name: f"{value}" for name, value in loading.items() if name != "device" and value not in _DEFAULTS},
-    }
+    how = {"circular": circular, "likelihood": likelihood}
+    settings = {"model": _name_of(model), "weights": _files_of(model, loading.get("adapter"))}
+    settings |= {"protocol": asdict(protocol), **how, "questions": len(questions)}
+    settings |= {name: f"{value}" for name, value in loading.items() if name != "device" and value not in _DEFAULTS}
     with ending_together(), run.locked() if state.is_main_process else nullcontext():
         earlier = agreed(lambda: _begin(run, settings, questions), decided_by_main=True)
         answered = {(answer.id, answer.rotation) for answer in earlier}
-        left = list(group(questions, answered, circular))[state.process_index :: state.num_processes]
         new: list[Answer] = []
-        if left:
+        if mine := _share(state, questions, answered, circular):
             chat = model if isinstance(model, VideoChat) else load_chat(model, **_placed(state, loading))
             check_reading_by(chat.processor, protocol.reading)
-            watched = set(left)
-            mine = [question for question in questions if question.watched in watched]
-            options = {"circular": circular, "likelihood": likelihood, "answered": answered, "allow_urls": allow_urls}
-            asked = answer_questions(chat, mine, protocol, **options, progress=progress and state.is_main_process)
+            options = {"answered": answered, "allow_urls": allow_urls, "progress": progress and state.is_main_process}
             with run.adding(state.process_index) as add:
-                for answer in asked:
+                for answer in answer_questions(chat, mine, protocol, **how, **options):
                     add(answer)
                     new.append(answer)
         answers = in_order(questions, [*earlier, *gather_object(new)])
@@ -122,6 +113,14 @@ def in_order(questions: Sequence[Question], answers: Sequence[Answer]) -> list[A
     return sorted(answers, key=lambda answer: (places[answer.id], answer.rotation))
 
 
+def _share(
+    state: PartialState, questions: Sequence[Question], answered: Collection[tuple[str, int]], circular: bool
+) -> list[Question]:
+    """Every n-th of the videos that something is left to be asked about, for this process: the questions about them."""
+    mine = set(list(group(questions, answered, circular))[state.process_index :: state.num_processes])
+    return [question for question in questions if question.watched in mine]
+
+
 def _begin(run: RunFolder, settings: Mapping[str, Any], questions: Sequence[Question]) -> list[Answer]:
     """The answers of an earlier start, in which nothing was different; errors are asked again."""
     run.begin(settings, questions)
@@ -134,16 +133,11 @@ def _protocol(protocol: str | Protocol, reading: Mapping[str, Any] | None, max_n
             raise UserError(f"protocol is {protocol!r:.80}; give one of {', '.join(PROTOCOLS)}.")
         protocol = PROTOCOLS[protocol]
     given = {name: value for name, value in (reading or {}).items() if value is not None}
-    kept = {name: value for name, value in protocol.reading.items() if not _excludes(name, given)}
-    protocol = replace(protocol, reading={**kept, **given})
+    protocol = replace(protocol, reading=protocol.reading_with(given))
     check_reading(**protocol.reading)  # or each video would be told of as if it were broken
     if max_new_tokens is not None:
         protocol = replace(protocol, max_new_tokens=max_new_tokens, max_open_tokens=max_new_tokens)
     return protocol
-
-
-def _excludes(name: str, given: Mapping[str, Any]) -> bool:
-    return {"fps": "num_frames", "num_frames": "fps"}.get(name) in given
 
 
 def _placed(state: PartialState, loading: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from vamba.errors import UserError, check_writable
+from vamba.files import size_and_digest
 from vamba.loading import check_weights, load_config
 
 from .arguments import RecipeError
@@ -32,7 +32,6 @@ FINAL, UNFINISHED, STAGING = "final", "final.unfinished", ".saving"
 POSITION_FILE = "data_position_{rank}.json"
 MANIFEST = "files.json"
 RECIPE_FILE = "recipe.yaml"  # the last that is written of the trained model
-BLOCK = 2**24
 logger = logging.get_logger(__name__)
 
 
@@ -224,7 +223,7 @@ def _state(folder: Path) -> TrainerState | None:
 
 
 def _entries(paths: Iterable[Path]) -> list[list]:
-    """Size and digest of each file. Some 5 GB/s of what lies in memory, in threads as hashing needs no GIL."""
+    """Size and digest of each file; in threads, as hashing needs no GIL."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         return list(threads.map(_entry, paths))
 
@@ -236,9 +235,4 @@ def _check_is_file(path: Path) -> None:
 
 def _entry(path: Path) -> list:
     _check_is_file(path)
-    digest, size, block = xxhash.xxh3_128(), 0, memoryview(bytearray(BLOCK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-            size += count
-    return [size, digest.hexdigest()]
+    return [*size_and_digest(path)]

@@ -26,6 +26,7 @@ from vamba.data import (
     TrainingStream,
     check_layout,
 )
+from vamba.data.conversations import URL
 from vamba.data.encoding import tokens_of_pixels
 from vamba.data.stream import reason_to_skip
 from vamba.errors import UserError
@@ -151,7 +152,7 @@ def _read_questions(data: DataArguments) -> list[Question]:
     if all(question.answer is None for question in questions):
         raise RecipeError(f"eval_questions is {data.eval_questions}, where no answer is known; accepted: with answers")
     videos = [video for question in questions for video in question.videos]
-    if not any("://" in video or os.path.exists(video) for video in videos):
+    if not any(URL.match(video) or os.path.exists(video) for video in videos):
         raise RecipeError(
             f"eval_questions is {data.eval_questions}, none of whose videos is there (the first: {videos[0]}); "
             "accepted: absolute paths, or such as start from the folder of that file"

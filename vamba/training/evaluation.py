@@ -119,9 +119,7 @@ class Evaluation:
             questions = [question for asked in videos for question, _ in asked]
         protocol = replace(self.protocol, reading=reading)
         chat = VideoChat(model, processor)
-        answers = answer_questions(
-            chat, questions, protocol, progress=False, allow_urls=self.allow_urls, do_sample=False
-        )
+        answers = answer_questions(chat, questions, protocol, progress=False, allow_urls=self.allow_urls)
         mine = [answer for answer in in_step(answers, is_stopped) if answer is not None]
         everyone: list[Answer] = gather_object(mine if state.is_main_process or not shared else [])
         for answer in everyone:

@@ -83,6 +83,18 @@ def test_circular_asks_every_rotation_about_one_encoding(chat, asked):
         assert answer.reply == "ABCD"[scores.index(max(scores))]
 
 
+def test_bounds_of_the_number_of_frames(chat, asked):
+    """As recipes and model arguments of lmms-eval give them."""
+    question = read_questions(asked)[0]
+    for reading, frames in (({"fps": 8.0, "max_frames": 4}, 4), ({"fps": 1.0, "min_frames": 6}, 6)):
+        (answer,) = answer_questions(chat, [question], Protocol("bounded", "", reading), progress=False)
+        assert answer.error is None
+        chat.watch(question.videos[0], progress=False, **reading)
+        bounded = chat.memory.num_video_tokens
+        chat.watch(question.videos[0], progress=False, num_frames=frames)
+        assert bounded == chat.memory.num_video_tokens
+
+
 def test_what_is_answered_is_neither_watched_nor_asked(chat, asked):
     questions = read_questions(asked)
     answered = {(question.id, 0) for question in questions if question.id != "place2"}

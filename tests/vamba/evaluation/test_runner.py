@@ -11,7 +11,7 @@ from vamba.cli import main
 from vamba.evaluation import evaluate, read_questions
 
 from kill_points import kill_at, moments, run_to_the_end
-from training_data import free_port, start
+from training_data import run_together
 
 
 OPTIONS = {"progress": False, "max_new_tokens": 3, "device": "cpu"}
@@ -89,15 +89,7 @@ def test_two_processes_answer_as_one(finished, checkpoint, asked, tmp_path):
     folder, summary = finished
     code = "import sys; from vamba.cli import main; sys.exit(main(['eval', *sys.argv[1:]]))"
     words = [str(checkpoint), str(asked), "--output-dir", str(tmp_path / "run"), "--max-new-tokens=3", "--device=cpu"]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    running = [
-        start(code, words, tmp_path / f"rank{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in (0, 1)
-    ]
-    for process in running:
-        process.join(100)
-        process.kill()
-    told = [(tmp_path / f"rank{rank}.out").read_text() for rank in (0, 1)]
-    assert [process.exitcode for process in running] == [0, 0], [path.read_text() for path in tmp_path.glob("*.err")]
+    told = run_together(code, words, tmp_path)
     assert "accuracy" in told[0] and told[1] == ""
     assert read_answers(tmp_path / "run") == read_answers(folder)
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))

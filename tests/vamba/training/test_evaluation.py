@@ -21,7 +21,7 @@ from vamba.training import NonFiniteLossError, RecipeError, finetune, load_recip
 from vamba.training import evaluation as evaluation_module
 from vamba.training.evaluation import Evaluation
 
-from training_data import free_port, load, recipe_values, run, start, write_dataset, write_rows
+from training_data import load, recipe_values, run, run_together, write_dataset, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -348,21 +348,8 @@ def test_two_processes_evaluate_as_one(checkpoint, held_out, tmp_path):
     values |= {"eval_questions": str(write_rows(tmp_path / "q.jsonl", rows)), "eval_protocol": "plain"}
     values |= {"per_device_eval_batch_size": 1}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = [str(tmp_path / "r.yaml"), str(tmp_path / "other")]
-    running = [
-        start(TWO, arguments, tmp_path / f"rank{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **common)
-        for rank in range(2)
-    ]
-    try:
-        for process in running:
-            process.join(100)
-    finally:  # one may wait for the other for ever
-        for process in running:
-            process.kill()
-    printed = {path.name: path.read_text() for path in tmp_path.glob("rank*")}
-    assert all(process.exitcode == 0 for process in running), printed
-    shared = [json.loads(printed[f"rank{rank}.out"].splitlines()[-1]) for rank in range(2)]
+    printed = run_together(TWO, [str(tmp_path / "r.yaml"), str(tmp_path / "other")], tmp_path)
+    shared = [json.loads(text.splitlines()[-1]) for text in printed]
     expected = measured(values, model, output_dir=str(tmp_path / "one"))
     assert shared[0] == shared[1] == {**expected, "loss": pytest.approx(expected["loss"], rel=1e-5), "stopped": True}
     assert expected["skipped_samples"] == 1 and expected["accuracy"] == 2 / 3

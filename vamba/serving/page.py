@@ -170,7 +170,7 @@ class _Page:
         self.opener.upload(self.open_memory, self.opener, [*after_watching, self.player], api_name="open", **told)
         self.pick.input(lambda path: path, self.pick, self.player, **quiet)
         for button in (self.stop_button, self.halt_button):
-            button.click(self.stop, queue=False, **quiet)
+            button.click(self.stop, queue=False, api_name="stop", **told)
         self.save_button.click(self.save, None, [self.download, self.status], api_name="save", **told).success(
             None, js="() => document.querySelector('#download').click()", **quiet
         )
@@ -197,7 +197,6 @@ class _Page:
         yield from self._watch(path, fps, frames, request, append=True)
 
     def _watch(self, path: str | None, fps: float | None, frames: int | None, request: gr.Request, append: bool):
-        session = None
         yield {self.stop_button: gr.update(visible=True), self.status: _status("Opening the video …", 0)}
         try:
             if path is None:
@@ -225,11 +224,10 @@ class _Page:
                     continue
                 rate = f"{event[0] / event[2]:.0f} frames/s"
                 yield {self.status: self._progress(*event[:2], rate)}
-            yield self._watched(session, f"Watched {Path(path).name}, {rate}.")
+            shown = self._watched(session, f"Watched {Path(path).name}, {rate}.")
         except Exception as error:
-            yield {self.status: _status(escape(self._told(error, path)), kind="error")}
-        finally:
-            yield {self.stop_button: gr.update(visible=False)}
+            shown = {self.status: _status(escape(self._told(error, path)), kind="error")}
+        yield shown | {self.stop_button: gr.update(visible=False)}
 
     def _reading(self, chosen: dict, session: Session, append: bool) -> dict[str, Any]:
         """Options of `watch`: the page's, the visitor's, and no more frames than are left to the session."""
@@ -282,7 +280,7 @@ class _Page:
             yield {self.chatbot: shown, self.question: "", self.halt_button: gr.update(visible=True)}
             if not session.chat.history:
                 session.chat.system = (system or "").strip() or None
-            generation = {"max_new_tokens": max(1, min(int(new_tokens), self.limits.new_tokens))}
+            generation = {"max_new_tokens": new_tokens}
             generation |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
 
             def work(emit: Callable[[Any], None]) -> None:
@@ -305,9 +303,8 @@ class _Page:
             if shown[-1]["content"] == WAIT:
                 shown.pop()
             said = {"role": "assistant", "content": self._told(error), "metadata": {"title": "No answer"}}
-            yield {self.chatbot: [*shown, said]}
-        finally:
-            yield {self.halt_button: gr.update(visible=False)}
+            shown = [*shown, said]
+        yield {self.chatbot: shown, self.halt_button: gr.update(visible=False)}
 
     def _looked(self, session: Session, question: str) -> str:
         where = session.chat.where()

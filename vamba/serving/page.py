@@ -21,9 +21,10 @@ import torch
 from vamba.chat import MEMORIES, VideoChat
 from vamba.errors import UserError, opening
 from vamba.modeling import VideoMemory
+from vamba.where import clock
 
 from .sessions import Limits, Session, Sessions, Stopped, Turns, Waiting
-from .timeline import SEEK, clock, timeline_html
+from .timeline import SEEK, timeline_html
 
 
 try:
@@ -288,7 +289,7 @@ class _Page:
                     for piece in pieces:
                         emit(piece)
                 if look and self.can_look:
-                    emit({self.timeline: gr.update(visible=True, value=self._looked(session, question))})
+                    emit({self.timeline: gr.update(visible=True, value=timeline_html(session.chat.where()))})
 
             answer = ""
             for event in self.turns.run(session, work):
@@ -305,10 +306,6 @@ class _Page:
             said = {"role": "assistant", "content": self._told(error), "metadata": {"title": "No answer"}}
             shown = [*shown, said]
         yield {self.chatbot: shown, self.halt_button: gr.update(visible=False)}
-
-    def _looked(self, session: Session, question: str) -> str:
-        where = session.chat.where()
-        return timeline_html(where, question, has_pictures=None not in session.sources)
 
     def new_conversation(self, request: gr.Request) -> dict:
         """Forgets the conversation and keeps what was watched."""

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(run=command.run)
     for action in (action for command in commands.choices.values() for action in command._actions):
         if action.choices is None and isinstance(action.metavar, str) and action.metavar in FILES:
-            action.complete = shtab.FILE
+            vars(action).update(complete=shtab.FILE)
     parser.set_defaults(debug=False)
     for any_parser in (parser, *commands.choices.values()):  # before the command or after it
         any_parser.add_argument(

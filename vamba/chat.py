@@ -31,7 +31,7 @@ from .modeling import StateMemory, VideoMemory
 from .modeling.graphed_decoding import GraphedDecoding
 from .modeling.media import default_chunk_frames, load_ahead
 from .modeling.memory_files import checked_device
-from .video import read_ahead
+from .video import patch_times, read_ahead
 
 
 # What each kind of model remembers a video in.
@@ -128,6 +128,7 @@ class VideoChat:
             raise ValueError(f"{chunk_frames=} must be a positive multiple of the temporal patch size, {temporal}.")
         memory = self.memory.fork() if append and self.memory is not None else None
         seconds = 0.0 if memory is None else memory.seconds
+        stamps: list[torch.Tensor] = []  # when the frames are shown, as the thread reads them
         start_anew = True  # the first chunk opens a new video; the others continue it
         with contextlib.ExitStack() as stack:
             # a few frames at a time, as the thread that decodes can be stopped between them
@@ -139,8 +140,9 @@ class VideoChat:
             chunk_frames = chunk_frames or default_chunk_frames(self.model, (height // patch) * (width // patch))
             memory = self._with_room(memory, total or 0, height, width)
             device = self.model.device
+            timed = (stamps.append(chunk.timestamps) or chunk for chunk in reader)
             chunks = stack.enter_context(
-                contextlib.closing(read_ahead(reader, chunk_frames, pin_memory=device.type == "cuda"))
+                contextlib.closing(read_ahead(timed, chunk_frames, pin_memory=device.type == "cuda"))
             )
             for frames, (patches, grid) in load_ahead(chunks, self._patches, device):
                 memory = self.model.encode_video(
@@ -149,6 +151,7 @@ class VideoChat:
                 start_anew = False
                 seconds = None if seconds is None else seconds + len(frames) * reader.seconds_per_frame
                 bar.update(len(frames))
+        memory.note_times(patch_times(torch.cat(stamps), temporal, reader.seconds_per_frame))
         memory.seconds = seconds
         self.memory = memory
         return memory

@@ -24,4 +24,5 @@ with processor.video_reader(video, chunk_frames=8) as reader:
         ).to(model.device)
         with torch.no_grad():
             chat.memory = model.encode_video(**inputs, memory=chat.memory)
+        chat.reset()  # each time the same question, not a conversation
         print(f"{chunk.timestamps[-1]:6.1f} s: {chat.ask(question, max_new_tokens=32)}")

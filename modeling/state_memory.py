@@ -56,6 +56,7 @@ class StateMemory(Cache):
         is_written_into: whether the states are buffers that decoding may write into (`GraphedStateDecoding`).
         made_by: the fingerprint of the weights that read the media, see `WeightsFingerprint`; None if unknown.
         seconds: of video watched; None if unknown. Whoever reads the video sets it.
+        sources: where the media came from, as whoever reads them notes it; files do not keep it.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -69,6 +70,7 @@ class StateMemory(Cache):
         self.is_written_into = False
         self.made_by: str | None = None
         self.seconds: float | None = None
+        self.sources: list[Any] = []
 
     @classmethod
     def of(cls, cache: Cache | None, config: PreTrainedConfig) -> "StateMemory":
@@ -285,6 +287,7 @@ class StateMemory(Cache):
         self.media, self.times, self.is_open, self.text_length = [], [], [], 0
         self.text_tokens_B, self.is_ragged, self.is_written_into = None, False, False
         self.made_by = self.seconds = None
+        self.sources = []
 
     def __repr__(self) -> str:
         state = None if self.states[0] is None else self.states[0].ssm_BHPK

@@ -85,6 +85,7 @@ class VideoMemory(Cache):
         video_rows: for each text row the index of its video row; None if they coincide or there is only one.
         made_by: the fingerprint of the weights that encoded the video, see `WeightsFingerprint`; None if unknown.
         seconds: of video encoded; None if unknown. Whoever reads the video sets it.
+        sources: where the media came from, as whoever reads them notes it; files do not keep it.
         temporal_patch_size: frames in one of the `t` of a video in `media`.
     """
 
@@ -120,6 +121,7 @@ class VideoMemory(Cache):
         self.video_rows: list[int] | None = None
         self.made_by: str | None = None
         self.seconds: float | None = None
+        self.sources: list[Any] = []
         self.temporal_patch_size = 2
 
     @classmethod
@@ -452,6 +454,7 @@ class VideoMemory(Cache):
         self._fetched.clear()
         self._valid, self._mask, self.media, self.times, self.video_rows = [], None, [], [], None
         self.made_by = self.seconds = None
+        self.sources = []
         self.states = [None] * len(self.states)
 
     def __repr__(self) -> str:

@@ -138,7 +138,7 @@ def _over_heads(weights_HAC: Tensor, heads: Heads) -> Tensor:
 def layer_weights(
     layer: nn.Module, queries_AHP: Tensor, level: VideoLevel, mask_M: Tensor | None, by: str
 ) -> Iterator[Tensor]:
-    """Attention weights (H, A, C) of one layer, a part of the video after the other, without padding; see `by` above."""
+    """Attention weights (H, A, C) of one layer, a part of the video after the other, without padding; `by` as above."""
     A, H, P = queries_AHP.shape
     K = level.keys_BHMP.shape[1]
     attention, exact = layer.cross_attn, torch.promote_types(queries_AHP.dtype, torch.float32)
@@ -149,9 +149,10 @@ def layer_weights(
 
     def parts() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         for start in range(0, level.length, size):
-            of_part = level.map(lambda t: t[:, :, start : start + size].to(queries.device))
+            tokens = slice(start, start + size)
+            of_part = VideoLevel(*(None if t is None else t[:, :, tokens].to(queries.device) for t in level))
             keys, values = (t[0].to(exact) for t in of_part.stored_as(queries_AHP.dtype)[:2])
-            mask_C = None if mask_M is None else mask_M[start : start + size].to(queries.device)
+            mask_C = None if mask_M is None else mask_M[tokens].to(queries.device)
             if mask_C is not None:
                 keys, values = keys[:, mask_C], values[:, mask_C]
             yield (queries @ keys.mT).unflatten(1, (H // K, A)).flatten(0, 1), values, mask_C  # (H, A, C)

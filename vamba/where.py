@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .attention_map import Heads, attention_map
 from .errors import UserError, VideoReadError
-from .modeling import VideoMemory
+from .modeling import StateMemory, VideoMemory
+from .modeling.images import open_image
 from .video import read_video
 
 
@@ -39,14 +40,14 @@ class Source(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What `where` needs of an answer: ids (1, N) of the prompt and (1, A) of the answer, on the CPU, and the media
-    that had been watched then."""
+    """What `where` needs of an answer: ids (1, N) of the prompt and (1, A) of the answer without what
+    ends it, on the CPU, and the media that had been watched then."""
 
     question: str
     text: str
     prompt: Tensor
     ids: Tensor
-    media: list[list]
+    media: list[list[list]]
 
 
 class Curve(NamedTuple):
@@ -68,13 +69,31 @@ class Curve(NamedTuple):
 
 class Moment(NamedTuple):
     """Where a curve peaks: from `start` to `end` in seconds (NaN where unknown), the share of what was looked at there,
-    the medium, and the temporal patch of the peak."""
+    the medium, and in it the temporal patches `patches.start` to `patches.stop`, of which `peak` is the highest."""
 
     start: float
     end: float
     share: float
     medium: int
-    patch: int
+    patches: tuple[int, int]
+    peak: int
+
+
+def source_of(
+    memory: VideoMemory | StateMemory, video: Any, options: dict, spans: Tensor | None = None, fps: float | None = None
+) -> Source:
+    """Of what was just watched into a memory: an image, or frames with these `spans` by their own clock.
+
+    Only paths, URLs and images are kept: an array would be held as long as the memory is, and a stream is gone.
+    """
+    medium, times = len(memory.media[0]) - 1, memory.times[0][-1]
+    first = 0 if spans is None else len(times) - len(spans)
+    shift = 0.0 if spans is None else float(times[first, 0] - spans[0, 0])
+    is_name = isinstance(video, (str, os.PathLike)) and not os.fspath(video).startswith("data:")
+    kept = {name: options[name] for name in ("allow_urls", "backend") if name in options}
+    source_fps = {"source_fps": fps} if fps else {}  # of a folder of images
+    video = video if is_name or isinstance(video, Image.Image) else None
+    return Source(medium, first, shift, video, kept | source_fps)
 
 
 class Where:
@@ -101,7 +120,7 @@ class Where:
         found: list[Moment] = []
         taken = [torch.zeros(len(curve.weights), dtype=torch.bool) for curve in self.curves]
         heights = [curve.heights for curve in self.curves]
-        peaks = [(float(of_medium[at]), medium, at) for medium, of_medium in enumerate(heights) for at in _peaks(of_medium)]
+        peaks = [(float(heights[i][at]), i, at) for i in range(len(heights)) for at in _peaks(heights[i])]
         for height, medium, at in sorted(peaks, key=lambda peak: -peak[0]):
             if len(found) == count:
                 break
@@ -112,7 +131,8 @@ class Where:
             taken[medium][start:stop] = True
             seconds, weights = self.curves[medium].seconds, self.curves[medium].weights
             share = float(weights[start:stop].sum())
-            found.append(Moment(float(seconds[start, 0]), float(seconds[stop - 1, 1]), share, medium, at))
+            span = float(seconds[start, 0]), float(seconds[stop - 1, 1])
+            found.append(Moment(*span, share, medium, (start, stop), at))
         return found
 
     def picture(self, moment: Moment, video: Any = None, width: int = WIDTH) -> Image.Image:
@@ -121,8 +141,8 @@ class Where:
         Args:
             video: where to read the frame instead, e.g. the path of the file that a loaded memory was made of.
         """
-        frame = self.frame(moment.medium, moment.patch, video, width)
-        return overlaid(frame, self.curves[moment.medium].heat[moment.patch])
+        frame = self.frame(moment.medium, moment.peak, video, width)
+        return overlaid(frame, self.curves[moment.medium].heat[moment.peak])
 
     def frame(self, medium: int, patch: int, video: Any = None, width: int = WIDTH) -> Image.Image:
         """The first frame of a temporal patch, RGB; a grey tile with its time where it cannot be read again."""
@@ -132,19 +152,18 @@ class Where:
         if video is not None:
             found = [Source(medium, 0, 0.0, video, {})]
         if found and found[-1].video is not None:
-            *_, shift, source, options = found[-1]
-            at = {} if curve.kind == "image" else {"start": max(0.0, start - shift)}
             try:
-                with read_video(source, fps=1.0, resize=False, chunk_frames=1, **at, **options) as reader:
-                    frame = Image.fromarray(next(iter(reader)).frames[0].permute(1, 2, 0).numpy())
-                return frame.resize((width, max(1, round(width * frame.height / frame.width))), Image.Resampling.LANCZOS)
-            except VideoReadError:
+                frame = _read_again(curve.kind, start, found[-1])
+                size = width, max(1, round(width * frame.height / frame.width))
+                return frame.resize(size, Image.Resampling.LANCZOS)
+            except ValueError:
                 if video is not None:
                     raise
         h, w = curve.heat.shape[1:]
         tile = Image.new("RGB", (width, max(1, round(width * h / w))), (128, 128, 128))
         text = "image" if curve.kind == "image" else clock(start)
-        ImageDraw.Draw(tile).text((width / 2, tile.height / 2), text, "white", anchor="mm", font_size=max(10, width // 8))
+        middle = width / 2, tile.height / 2
+        ImageDraw.Draw(tile).text(middle, text, "white", anchor="mm", font_size=max(10, width // 8))
         return tile
 
     @property
@@ -180,14 +199,13 @@ def look(
     except (IndexError, TypeError) as error:
         raise UserError(f"answer={answer!r:.40}: {len(chat.answers)} answers are known; ask first.") from error
     row = memory.video_rows[0] if memory.video_rows else 0
-    if told.media != memory.media[row]:
+    if told.media != memory.media:
         raise UserError("What was watched has changed since this answer; ask again.")
     lengths = [t for _, t, _, _ in memory.media[row]]
     patches_M = _patch_of_tokens(memory, row)
-    device = chat.model.device
-    by_video, by_token = attention_map(
-        chat.model, memory.fork(), told.prompt.to(device), told.ids.to(device), patches_M, layers=layers, heads=heads, by=by
-    )
+    ids = [ids.to(chat.model.device) for ids in (told.prompt, told.ids)]
+    options: dict[str, Any] = {"layers": layers, "heads": heads, "by": by}
+    by_video, by_token = attention_map(chat.model, memory.fork(), *ids, patches_M, **options)
     of_media = by_video.split(torch.bincount(_media_of_patches(lengths)[patches_M], minlength=len(lengths)).tolist())
     curves = []
     for (kind, t, h, w), seconds, weights in zip(memory.media[row], memory.times[row], of_media):
@@ -196,6 +214,16 @@ def look(
         curves.append(Curve(kind, seconds, heat.sum((1, 2)), heat))
     sources = getattr(memory, "sources", [])
     return Where(told.question, told.text, _in_words(layers, heads, by), curves, by_token, sources)
+
+
+def _read_again(kind: str, start: float, source: Source) -> Image.Image:
+    if kind == "image":
+        return open_image(source.video, allow_urls=source.options.get("allow_urls", False))
+    if start != start:
+        raise VideoReadError("nobody knows when the frame was shown")
+    at = max(0.0, start - source.shift)
+    with read_video(source.video, fps=1.0, start=at, resize=False, chunk_frames=1, **source.options) as reader:
+        return Image.fromarray(next(iter(reader)).frames[0].permute(1, 2, 0).numpy())
 
 
 def _media_of_patches(lengths: list[int]) -> Tensor:
@@ -231,9 +259,12 @@ def _run(free: Tensor, at: int) -> tuple[int, int]:
     return int(before[-1]) + 1 if len(before) else 0, int(after[0]) if len(after) else len(free)
 
 
-def overlaid(frame: Image.Image, heat: Tensor) -> Image.Image:
-    """A frame darkened where nothing was looked at, and warm where most was; `heat` (h, w) is stretched over it."""
-    strength = (heat / heat.max().clamp(min=1e-12) * 255).byte().numpy()
+def overlaid(frame: Image.Image, heat: Tensor, most: Tensor | None = None) -> Image.Image:
+    """A frame darkened where nothing was looked at, and warm where most was; `heat` (h, w) is stretched over it.
+
+    `most` is the heat that counts as all; None for the frame's own.
+    """
+    strength = (heat / (heat.max() if most is None else most).clamp(min=1e-12) * 255).byte().numpy()
     mask = Image.fromarray(strength).resize(frame.size, Image.Resampling.BICUBIC)
     warm = Image.new("RGB", frame.size, (255, 96, 0))
     dark = Image.blend(frame, Image.new("RGB", frame.size, (0, 0, 0)), 0.35)
@@ -242,10 +273,9 @@ def overlaid(frame: Image.Image, heat: Tensor) -> Image.Image:
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss, or m:ss.t within a minute, where seconds are long; "?" where they are unknown."""
+    """h:mm:ss, with tenths within the first minute; "?" for NaN."""
     if seconds != seconds:
         return "?"
-    if seconds < 60:
-        return f"0:{seconds:04.1f}"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    minutes, rest = divmod(round(seconds, 1), 60)
+    shown = f"{rest:04.1f}" if minutes == 0 else f"{int(rest):02}"
+    return f"{int(minutes // 60)}:{int(minutes % 60):02}:{shown}"

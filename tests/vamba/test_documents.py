@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import vamba
 from vamba import cli
@@ -107,6 +108,7 @@ def desk(checkpoint, clip, tmp_path_factory):
     (desk / "Qwen2-VL-folder").symlink_to(checkpoint.parent / "qwen")
     for name in ("a.mp4", "b.mp4", "talk.mp4", "VIDEO", "runs/demo/a.mp4", "runs/demo/b.mp4"):
         (desk / name).symlink_to(clip)
+    Image.new("RGB", (64, 64)).save(desk / "slide.png")
     convert(checkpoint, desk / "TIGER-Lab-Vamba-folder", to="original", progress=False)
     make_tiny_mamba2(desk / "mamba2-folder", ["What happens?"])
     make_tiny_clip(desk / "clip-folder")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 WIDTH = 480  # pixels of the picture of a moment
 HALF = 0.5  # a moment reaches as far as the curve stays above this share of its peak
+LEAST = 0.05  # of the highest peak; a lower one is no moment
 
 
 class Source(NamedTuple):
@@ -115,14 +116,16 @@ class Where:
     def moments(self, count: int = 5) -> list[Moment]:
         """At most `count` peaks, the highest first, none within another.
 
-        A peak is no lower than its neighbours; it reaches to where the curve falls below half of it, or to another.
+        A peak is no lower than its neighbours, nor than a twentieth of the highest; its moment reaches to where the
+        curve falls below half of it, or to another moment.
         """
         found: list[Moment] = []
         taken = [torch.zeros(len(curve.weights), dtype=torch.bool) for curve in self.curves]
         heights = [curve.heights for curve in self.curves]
         peaks = [(float(heights[i][at]), i, at) for i in range(len(heights)) for at in _peaks(heights[i])]
+        highest = max(peaks, default=(0.0,))[0]
         for height, medium, at in sorted(peaks, key=lambda peak: -peak[0]):
-            if len(found) == count:
+            if len(found) == count or height < LEAST * highest:
                 break
             if taken[medium][at]:
                 continue

@@ -229,11 +229,12 @@ def _draw_medium(part: Any, where: Where, medium: int, moments: list[tuple[int, 
     for number, moment in moments:
         a, b = (places[patch] for patch in moment.patches)
         axes.axvspan(a, b, color="#e4572e", alpha=0.15)
-        axes.text((a + b) / 2, float(curve.heights.max()), number, ha="center", weight="bold")
+        axes.text((a + b) / 2, 1.04 * float(curve.heights.max()), number, ha="center", weight="bold")
     known = not curve.seconds.isnan().any()
     first, last = float(curve.seconds[0, 0]), float(curve.seconds[-1, 1])
     ticks = [part / 4 for part in range(5)]
     axes.set_xticks(ticks, [clock(first + (last - first) * tick) if known else f"{tick:.0%}" for tick in ticks])
     axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.2 * float(curve.heights.max()))
     axes.set_yticks([])
     axes.set_ylabel("looked at")

@@ -96,7 +96,8 @@ class VambaGenerationMixin(GenerationMixin):
         if input_ids is not None and input_ids.shape[1] != inputs_tensor.shape[1]:
             input_ids = None  # The prompt was given as `inputs_embeds` only.
         types = model_kwargs.get("mm_token_type_ids")
-        rows = self.model.media_rows(input_ids, inputs_tensor, types, pixels, grids)
+        times = model_kwargs.pop("video_times", None)
+        rows = self.model.media_rows(input_ids, inputs_tensor, types, pixels, grids, video_times=times)
         if cache is not None:
             starts_BN = self.model.media_starts(input_ids, inputs_tensor)
             rows = uncached_media(rows, starts_BN, types, cache.get_seq_length())
@@ -198,7 +199,8 @@ class VideoMa2mbaGenerationMixin(GenerationMixin):
         types = model_kwargs.get("mm_token_type_ids")
         if total == length:
             _check_prefix(memory, starts_BN & ~unread_BN, types)
-        images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in pixels)
+        images = list_media("image", pixels["image"], grids["image"])
+        videos = list_media("video", pixels["video"], grids["video"], model_kwargs.pop("video_times", None))
         if images or videos:
             rows, starts_BN = unread_media(images, videos, starts_BN, unread_BN, types)
             if starts_BN[:, -1].any():

@@ -36,19 +36,58 @@ class MediaItem(NamedTuple):
     w: int
     start: int  # index of its first patch among all patches of its kind
     first_frame: int = 0  # number of temporal patches of the same item that came before these
+    times: Tensor | None = None  # start and end of each temporal patch in seconds, float64 (t, 2); None: unknown
 
     @property
     def num_patches(self) -> int:
         return self.t * self.h * self.w
 
+    @property
+    def spans(self) -> Tensor:
+        """`times`, NaN where they are unknown."""
+        return unknown_times(self.t) if self.times is None else self.times
+
     def split(self, frames: int) -> "tuple[MediaItem, MediaItem]":
         """Returns the first `frames` temporal patches, and the rest."""
         start, first_frame = self.start + frames * self.h * self.w, self.first_frame + frames
-        return self._replace(t=frames), self._replace(t=self.t - frames, start=start, first_frame=first_frame)
+        times, rest = (None, None) if self.times is None else (self.times[:frames], self.times[frames:])
+        tail = self._replace(t=self.t - frames, start=start, first_frame=first_frame, times=rest)
+        return self._replace(t=frames, times=times), tail
 
 
-def list_media(kind: str, pixels: Tensor | None, grid_thw: Tensor | None) -> list[MediaItem]:
-    """Lists the items of `grid_thw`, (number of items, 3). Raises ValueError unless `pixels` are their patches."""
+def unknown_times(t: int) -> Tensor:
+    """Spans of `t` temporal patches of which nobody knows when they are."""
+    return torch.full((t, 2), torch.nan, dtype=torch.float64)
+
+
+def check_spans(name: str, times: Tensor) -> Tensor:
+    """`times` (t, 2). Raises ValueError where a span is neither finite nor unknown (NaN twice), or begins before
+    the one before it ends.
+    """
+    known = times[~times.isnan().all(1)].flatten()
+    if not known.isfinite().all() or bool((known.diff() < 0).any()):
+        raise ValueError(
+            f"{name} are {times.tolist()!s:.100}; give the start and end in seconds of one temporal patch after the "
+            "other, or NaN for both where they are unknown."
+        )
+    return times
+
+
+def continued(times: Tensor, spans: Tensor) -> Tensor:
+    """`times` (t, 2) with other `spans` for the last; where their clock starts anew they go on after those before."""
+    before = times[: len(times) - len(spans)]
+    ended = before[~before.isnan().all(1), 1][-1:]
+    shift = (ended - spans[:1, 0]).clamp(min=0) if len(ended) else 0
+    return check_spans("times", torch.cat([before, spans + shift]))
+
+
+def list_media(
+    kind: str, pixels: Tensor | None, grid_thw: Tensor | None, times: Tensor | None = None
+) -> list[MediaItem]:
+    """Lists the items of `grid_thw`, (number of items, 3), with their `times`, (sum of t, 2).
+
+    Raises ValueError unless `pixels` are their patches and `times` their spans.
+    """
     if pixels is None and grid_thw is None:
         return []
     names = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}[kind]
@@ -69,12 +108,24 @@ def list_media(kind: str, pixels: Tensor | None, grid_thw: Tensor | None) -> lis
         start += t * h * w
     if start != pixels.shape[0]:
         raise ValueError(f"{names[1]} announces {start} patches, {names[0]} holds {pixels.shape[0]}.")
-    return items
+    return items if times is None else _with_times(items, times)
 
 
-def list_with_rows(kind: str, pixels: Tensor, grid_thw: Tensor, rows: list[int] | None) -> list[tuple[MediaItem, int]]:
+def _with_times(videos: list[MediaItem], times: Tensor) -> list[MediaItem]:
+    lengths = [item.t for item in videos]
+    if not torch.is_tensor(times) or times.shape != (sum(lengths), 2) or not times.is_floating_point():
+        raise ValueError(
+            f"video_times is {times!s:.80}; give start and end of each temporal patch, floats {(sum(lengths), 2)}."
+        )
+    spans = times.detach().to("cpu", torch.float64, copy=True).split(lengths)
+    return [item._replace(times=check_spans("video_times", of_item)) for item, of_item in zip(videos, spans)]
+
+
+def list_with_rows(
+    kind: str, pixels: Tensor, grid_thw: Tensor, rows: list[int] | None, times: Tensor | None = None
+) -> list[tuple[MediaItem, int]]:
     """Lists items with the row of each, which is 0 if `rows` is None. Raises ValueError if `rows` does not fit."""
-    items = list_media(kind, pixels, grid_thw)
+    items = list_media(kind, pixels, grid_thw, times)
     rows = [0] * len(items) if rows is None else rows
     if len(rows) != len(items) or not all(isinstance(row, int) and row >= 0 for row in rows):
         raise ValueError(f"{rows=} for {len(items)} {kind}s; give one row for each {kind}, counted from 0.")

@@ -28,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .media import check_spans, unknown_times
+
 
 try:
     import fcntl
@@ -299,6 +301,22 @@ def check_states(states: Sequence[tuple[Tensor, Tensor] | None], rows: int | Non
 def require(name: str, value: Any, condition: bool) -> None:
     if not condition:
         raise ValueError(f"{name} is {str(value)[:100]}")
+
+
+def read_times(times: Tensor | None, media: list[list[list]]) -> list[list[Tensor]]:
+    """The spans of each row's items from those of all, (sum of t, 2), in a file; None where it has none."""
+    lengths = [item[1] for row in media for item in row]
+    if times is None:
+        return [[unknown_times(item[1]) for item in row] for row in media]
+    require("video.times", times, times.shape == (sum(lengths), 2) and times.dtype == torch.float64)
+    spans = iter(check_spans("video.times", of_item) for of_item in times.cpu().split(lengths))
+    return [[next(spans) for _ in row] for row in media]
+
+
+def written_times(times: list[list[Tensor]]) -> dict[str, Tensor]:
+    """What a file holds of the spans of each row's items: nothing where none is known."""
+    spans = torch.cat([unknown_times(0), *(of_item for row in times for of_item in row)])
+    return {} if spans.isnan().all() else {"video.times": spans}
 
 
 def is_count(value: Any) -> bool:

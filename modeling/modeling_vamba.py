@@ -596,6 +596,7 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
         video_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
         packed_lengths: list[int] | torch.LongTensor | None = None,
+        video_times: Tensor | None = None,
         unrotate_video_keys: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPastAndCrossAttentions:
@@ -605,6 +606,8 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
         packed_lengths (`list[int]` or `torch.LongTensor` of shape `(number of samples,)`, *optional*):
             One row of text consists of samples of these lengths, which see neither each other nor each other's media.
             If not given they are told by `cu_seq_lens_q` or by `position_ids` that start anew within the row.
+        video_times (`torch.Tensor` of shape `(sum of t, 2)`, *optional*):
+            Start and end of each temporal patch of the videos in seconds, which the memory keeps.
         unrotate_video_keys (`bool`, *optional*, defaults to `False`):
             Read the video without positions although `cross_attn_use_position_embeddings` is set; see
             `VambaForConditionalGeneration.prepare_inputs_for_generation`.
@@ -620,7 +623,8 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("Samples packed into one row go without a cache: pass no past_key_values.")
             packed_lengths = torch.as_tensor(packed_lengths).tolist()
-            rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids, packed_lengths)
+            of_samples = packed_lengths, video_times
+            rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids, *of_samples)
             videos = [(VideoMemory(self.config), [row]) for row in rows if row]
             stops = accumulate(packed_lengths)
             texts = [(stop - length, stop) for stop, length, row in zip(stops, packed_lengths, rows) if row]
@@ -629,7 +633,8 @@ class VambaModel(VideoEncodingMixin, VideoModelMixin, VambaPreTrainedModel):
             attention_mask = None  # there is no padding within
         else:
             given = any(given is not None for given in (*pixels.values(), *grids.values()))
-            rows = self.media_rows(input_ids, inputs_embeds, mm_token_type_ids, pixels, grids) if given else []
+            of_text = input_ids, inputs_embeds, mm_token_type_ids
+            rows = self.media_rows(*of_text, pixels, grids, video_times=video_times) if given else []
             videos, texts = ([(memory, rows)], [None]) if any(rows) else ([], [])
         if not videos:
             self.warn_of_unseen_media(input_ids, memory)

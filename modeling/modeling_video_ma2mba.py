@@ -355,6 +355,7 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         mm_token_type_ids: torch.IntTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         packed_lengths: list[int] | None = None,
+        video_times: Tensor | None = None,
         read_hidden_states: tuple[Tensor, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPast:
@@ -367,6 +368,8 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
             Not read, as a state knows of no positions; ValueError if they say that a row consists of several samples.
         packed_lengths (`list[int]`, *optional*):
             Of no more than one sample: ValueError otherwise.
+        video_times (`torch.Tensor` of shape `(sum of t, 2)`, *optional*):
+            Start and end of each temporal patch of the videos in seconds, which the memory keeps.
         read_hidden_states (`tuple` of `torch.FloatTensor`, *optional*):
             Those of the part of a prompt that `generate` has read before; they are put in front.
         """
@@ -388,7 +391,8 @@ class VideoMa2mbaModel(VideoModelMixin, VideoMa2mbaPreTrainedModel):
         memory.check(self.config.text_config, B)
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         grids = without_seen_grids(pixels, {"image": image_grid_thw, "video": video_grid_thw}, memory.media)
-        items = [list_media(kind, pixels[kind], grids[kind]) for kind in pixels]
+        times = {"image": None, "video": video_times}
+        items = [list_media(kind, pixels[kind], grids[kind], times[kind]) for kind in pixels]
         if not any(items):
             self.warn_of_unseen_media(input_ids, memory)
         at_once = torch.is_grad_enabled() or N <= self.pass_frames * self.config.tokens_per_frame

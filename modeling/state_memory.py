@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .mamba2 import Mamba2State
-from .media import Run
+from .media import Run, check_spans, continued, unknown_times
 from .memory_files import (
     check_header,
     check_states,
@@ -27,8 +27,10 @@ from .memory_files import (
     describe,
     is_count,
     load_memory,
+    read_times,
     require,
     write_memory,
+    written_times,
 )
 
 
@@ -45,6 +47,8 @@ class StateMemory(Cache):
     Attributes:
         states: one `Mamba2State` per layer, after the last token of each row; None before the first.
         media: for each row the items seen, `[kind, t, h, w]` in patches as in `grid_thw`, in order.
+        times: for each of these the seconds at which each frame starts and ends, float64 (t, 2) on the CPU, counted
+            from the start of its own file; NaN where they are unknown, as of images.
         is_open: for each row whether a video was the last that came, so that more of its frames may follow.
         text_length: tokens of text seen, padding included, as `get_seq_length` says; where rows differ, the fewest.
         text_tokens_B: tokens of text that each row has seen, padding not counted, int64 (B,); None before the first.
@@ -52,11 +56,13 @@ class StateMemory(Cache):
         is_written_into: whether the states are buffers that decoding may write into (`GraphedStateDecoding`).
         made_by: the fingerprint of the weights that read the media, see `WeightsFingerprint`; None if unknown.
         seconds: of video watched; None if unknown. Whoever reads the video sets it.
+        sources: where the media came from, as whoever reads them notes it; files do not keep it.
     """
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(layers=[None] * config.get_text_config().num_hidden_layers)
         self.media: list[list[list]] = []
+        self.times: list[list[Tensor]] = []
         self.is_open: list[bool] = []
         self.text_length = 0
         self.text_tokens_B: Tensor | None = None
@@ -64,6 +70,7 @@ class StateMemory(Cache):
         self.is_written_into = False
         self.made_by: str | None = None
         self.seconds: float | None = None
+        self.sources: list[Any] = []
 
     @classmethod
     def of(cls, cache: Cache | None, config: PreTrainedConfig) -> "StateMemory":
@@ -96,6 +103,17 @@ class StateMemory(Cache):
     def num_video_tokens(self) -> list[int]:
         """Tokens of images and videos that each row has seen."""
         return [sum(t * (h // 2) * (w // 2) for _, t, h, w in row) for row in self.media]
+
+    def note_times(self, spans: Tensor) -> None:
+        """Records the `times` of the last frames of row 0; see `continued`."""
+        self.times[0][-1] = continued(self.times[0][-1], spans)
+
+    def token_times(self, row: int = 0) -> Tensor:
+        """The seconds at which each token of a row's media starts and ends, float64 (M, 2) on the CPU; NaN where they
+        are unknown, as of images."""
+        sizes = [(h // 2) * (w // 2) for _, _, h, w in self.media[row]]
+        spans = [times.repeat_interleave(size, 0) for times, size in zip(self.times[row], sizes)]
+        return torch.cat([unknown_times(0), *spans])
 
     @property
     def video_length(self) -> int:
@@ -144,14 +162,17 @@ class StateMemory(Cache):
 
     def note_chunk(self, chunk: list[list[Run]]) -> None:
         """Records what a chunk of the stream was; frames that continue an item lengthen it."""
-        self.media = self.media or [[] for _ in chunk]
+        self.media, self.times = self.media or [[] for _ in chunk], self.times or [[] for _ in chunk]
         self.is_open = self.is_open or [False] * len(chunk)
         for row, stream in enumerate(chunk):
             for _, item in stream:
                 if item is not None and item.first_frame:
                     self.media[row][-1][1] += item.t
+                    spans = torch.cat([self.times[row][-1], item.spans])
+                    self.times[row][-1] = check_spans("video_times", spans)
                 elif item is not None:
                     self.media[row].append([item.kind, item.t, item.h, item.w])
+                    self.times[row].append(item.spans)
                 self.is_open[row] = item is not None
 
     def note_weights(self, made_by: str | None) -> None:
@@ -182,6 +203,7 @@ class StateMemory(Cache):
         fork.__dict__.update(vars(self))
         fork.states, fork.is_open = list(self.states), list(self.is_open)
         fork.media = [[list(item) for item in row] for row in self.media]
+        fork.times = [list(row) for row in self.times]
         if self.is_written_into:
             fork._replace(torch.clone)
         return fork
@@ -213,6 +235,7 @@ class StateMemory(Cache):
     def _select_media(self, rows: list[int]) -> None:
         if self.media:
             self.media = [[list(item) for item in self.media[row]] for row in rows]
+            self.times = [list(self.times[row]) for row in rows]
             self.is_open = [self.is_open[row] for row in rows]
 
     def expand_rows(self, batch_size: int, copies: int = 1) -> None:
@@ -261,9 +284,10 @@ class StateMemory(Cache):
     def reset(self) -> None:
         """Forgets everything; `fork()` beforehand to start a new conversation about the same video."""
         self.states = [None] * len(self.states)
-        self.media, self.is_open, self.text_length = [], [], 0
+        self.media, self.times, self.is_open, self.text_length = [], [], [], 0
         self.text_tokens_B, self.is_ragged, self.is_written_into = None, False, False
         self.made_by = self.seconds = None
+        self.sources = []
 
     def __repr__(self) -> str:
         state = None if self.states[0] is None else self.states[0].ssm_BHPK
@@ -283,6 +307,7 @@ class StateMemory(Cache):
         for index, state in enumerate(self.states):
             if state is not None:
                 tensors[f"state.{index}.conv"], tensors[f"state.{index}.ssm"] = state
+        tensors |= written_times(self.times)
         return tensors, {"layers": len(self.states)} | {name: getattr(self, name) for name in _IN_HEADER}
 
     @classmethod
@@ -302,6 +327,7 @@ class StateMemory(Cache):
         memory = cls(PreTrainedConfig(num_hidden_layers=header["layers"]))
         for name in _IN_HEADER:
             setattr(memory, name, header[name])
+        memory.times = read_times(tensors.get("video.times"), memory.media)
         for index in range(header["layers"] if tokens is not None else 0):
             memory.states[index] = Mamba2State(tensors[f"state.{index}.conv"], tensors[f"state.{index}.ssm"])
         check_states(memory.states, rows)

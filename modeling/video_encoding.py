@@ -177,10 +177,12 @@ class VideoEncodingMixin:
         pixels: dict[str, Tensor | None],
         grids: dict[str, Tensor | None],
         packed_lengths: list[int] | None = None,
+        video_times: Tensor | None = None,
     ) -> list[list[MediaItem]]:
         """Which media belong to which row of text, or sample packed into one, in order.
 
-        `pixels` and `grids` hold patches and `grid_thw` of all images and of all videos, by kind.
+        `pixels` and `grids` hold patches and `grid_thw` of all images and of all videos, by kind, and `video_times` the
+        spans of the videos' temporal patches.
 
         Raises:
             ValueError: samples in more than one row, or with lengths that do not add up to it; and see `assign_media`.
@@ -196,5 +198,6 @@ class VideoEncodingMixin:
                 None if t is None else nn.utils.rnn.pad_sequence(t[0].split(packed_lengths), batch_first=True)
                 for t in (starts_BN, types_BN)
             )
-        images, videos = (list_media(kind, pixels[kind], grids[kind]) for kind in ("image", "video"))
+        images = list_media("image", pixels["image"], grids["image"])
+        videos = list_media("video", pixels["video"], grids["video"], video_times)
         return assign_media(images, videos, starts_BN, types_BN)

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from .mamba2 import Mamba2State
-from .media import MediaItem, copy_to_gpu, free_bytes, side_stream
+from .media import MediaItem, check_spans, continued, copy_to_gpu, free_bytes, side_stream, unknown_times
 from .memory_files import (
     check_header,
     check_states,
@@ -30,8 +30,10 @@ from .memory_files import (
     describe,
     is_count,
     load_memory,
+    read_times,
     require,
     write_memory,
+    written_times,
 )
 from .video_levels import DTYPES, FP8, LevelStore, VideoLevel, check_level
 
@@ -78,9 +80,12 @@ class VideoMemory(Cache):
         expected_length: video tokens in all for which room is made, see `reserve`.
         states: one `Mamba2State` or None per Mamba-2 block, the state after the last video token of each video row.
         media: for each video row the items seen, `[kind, t, h, w]` in patches as in `grid_thw`, in order.
+        times: for each of these the seconds at which each temporal patch starts and ends, float64 (t, 2) on the CPU,
+            counted from the start of its own file; NaN where they are unknown, as of images.
         video_rows: for each text row the index of its video row; None if they coincide or there is only one.
         made_by: the fingerprint of the weights that encoded the video, see `WeightsFingerprint`; None if unknown.
         seconds: of video encoded; None if unknown. Whoever reads the video sets it.
+        sources: where the media came from, as whoever reads them notes it; files do not keep it.
         temporal_patch_size: frames in one of the `t` of a video in `media`.
     """
 
@@ -112,9 +117,11 @@ class VideoMemory(Cache):
         self._mask: Tensor | None = None
         self.states: list[Mamba2State | None] = [None] * (L - 1)
         self.media: list[list[list]] = []
+        self.times: list[list[Tensor]] = []
         self.video_rows: list[int] | None = None
         self.made_by: str | None = None
         self.seconds: float | None = None
+        self.sources: list[Any] = []
         self.temporal_patch_size = 2
 
     @classmethod
@@ -225,13 +232,34 @@ class VideoMemory(Cache):
 
     def note_media(self, rows: list[list[MediaItem]]) -> None:
         """Records what the video rows have seen; frames that continue an item lengthen it."""
-        self.media = self.media or [[] for _ in rows]
-        for seen, items in zip(self.media, rows):
+        self.media, self.times = self.media or [[] for _ in rows], self.times or [[] for _ in rows]
+        for seen, times, items in zip(self.media, self.times, rows):
             for item in items:
                 if item.first_frame and seen:
                     seen[-1][1] += item.t
+                    times[-1] = check_spans("video_times", torch.cat([times[-1], item.spans]))
                 else:
                     seen.append([item.kind, item.t, item.h, item.w])
+                    times.append(item.spans)
+
+    def note_times(self, spans: Tensor) -> None:
+        """Records the `times` of the last temporal patches of row 0; see `continued`."""
+        self.times[0][-1] = continued(self.times[0][-1], spans)
+
+    def token_times(self, row: int = 0) -> Tensor:
+        """The seconds at which each token of a video row starts and ends, float64 (M, 2) on the CPU; NaN at padding,
+        images and what is unknown. Raises ValueError where tokens and `media` do not belong together."""
+        mask_BM, tokens = self.video_mask(), self.num_video_tokens[row]
+        patches = sum(t * h * w for _, t, h, w in self.media[row])
+        merged = patches // max(1, tokens)  # patches in a token
+        if tokens * merged != patches:
+            raise ValueError(f"Row {row} has {tokens} video tokens, which are not those of its media.")
+        sizes = [h * w // max(1, merged) for _, _, h, w in self.media[row]]
+        spans = [times.repeat_interleave(size, 0) for times, size in zip(self.times[row], sizes)]
+        valid_M = torch.ones(self.video_length, dtype=torch.bool) if mask_BM is None else mask_BM[row].cpu()
+        found_M2 = unknown_times(self.video_length)
+        found_M2[valid_M] = torch.cat([unknown_times(0), *spans])
+        return found_M2
 
     def note_weights(self, made_by: str | None, temporal_patch_size: int) -> None:
         """Records which weights encode what follows, unless those of what came before are unknown."""
@@ -324,6 +352,7 @@ class VideoMemory(Cache):
         fork._levels = [store.fork() for store in self._levels]
         fork._valid, fork.states = list(self._valid), list(self.states)
         fork.media, fork.video_rows = copy.deepcopy(self.media), copy.copy(self.video_rows)
+        fork.times = [list(row) for row in self.times]
         return fork
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "VideoMemory":
@@ -407,7 +436,8 @@ class VideoMemory(Cache):
     def unchanged_on_error(self):
         """Within, the video may be extended; if anything is raised it is as it was before."""
         kept = vars(self) | {"_valid": list(self._valid), "states": list(self.states)}
-        kept |= {"media": copy.deepcopy(self.media), "_mask": None, "_fetched": {}}
+        kept |= {"media": copy.deepcopy(self.media), "times": [list(row) for row in self.times]}
+        kept |= {"_mask": None, "_fetched": {}}
         length = self.video_length
         try:
             yield
@@ -422,8 +452,9 @@ class VideoMemory(Cache):
         super().reset()
         self._levels, self.expected_length = [LevelStore() for _ in self._levels], 0
         self._fetched.clear()
-        self._valid, self._mask, self.media, self.video_rows = [], None, [], None
+        self._valid, self._mask, self.media, self.times, self.video_rows = [], None, [], [], None
         self.made_by = self.seconds = None
+        self.sources = []
         self.states = [None] * len(self.states)
 
     def __repr__(self) -> str:
@@ -454,6 +485,7 @@ class VideoMemory(Cache):
                 tensors[f"state.{i}.conv"], tensors[f"state.{i}.ssm"] = state
         if self.video_mask() is not None:
             tensors["video.mask"] = self.video_mask()
+        tensors |= written_times(self.times)
         for i, layer in enumerate(self.layers if self.get_seq_length() else []):
             if not isinstance(layer, DynamicLayer):
                 raise ValueError(f"Only a growing text cache can be saved, not {layer}; save before generating.")
@@ -515,6 +547,7 @@ class VideoMemory(Cache):
         require("video_rows", rows, rows is None or are_rows)
         require("temporal_patch_size", patch, is_count(patch) and patch > 0)
         memory.media, memory.video_rows = header["media"], rows
+        memory.times = read_times(tensors.get("video.times"), memory.media)
         for name in _IN_HEADER:
             setattr(memory, name, header[name])
         return memory

@@ -130,6 +130,7 @@ class VideoModelMixin:
         rows: list[int] | None = None,
         continue_video: bool | None = None,
         chunk_frames: int | None = None,
+        video_times: Tensor | None = None,
     ) -> Cache:
         """Encodes video into a new memory, or appends it to one; any split of the frames gives the same result.
 
@@ -149,13 +150,15 @@ class VideoModelMixin:
                 was the last it saw.
             chunk_frames: frames that go through the model at once, which bounds the activations; None means 128, or
                 fewer where the GPU's free memory asks for it, or all while gradients are recorded.
+            video_times: the seconds at which each temporal patch starts and ends, (sum of t, 2) for all videos in
+                order, which the memory keeps as float64 (`times`, `token_times`); None, or NaN: unknown.
 
         Raises:
-            ValueError: patches, grid, rows and memory that do not fit each other.
+            ValueError: patches, grid, rows, times and memory that do not fit each other; times that run backwards.
         """
         if chunk_frames is not None and (type(chunk_frames) is not int or chunk_frames < 1):
             raise ValueError(f"{chunk_frames=!r:.80} must be a number of frames from 1 on, or None.")
-        videos = list_with_rows("video", pixel_values_videos, video_grid_thw, rows)
+        videos = list_with_rows("video", pixel_values_videos, video_grid_thw, rows, video_times)
         return self._encode_videos(memory, videos, {"video": pixel_values_videos}, continue_video, chunk_frames)
 
     def encode_images(
@@ -328,6 +331,7 @@ class VideoHeadMixin:
         video_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.IntTensor | None = None,
         packed_lengths: list[int] | torch.LongTensor | None = None,
+        video_times: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -347,6 +351,7 @@ class VideoHeadMixin:
             packed_lengths: for Vamba, one row of text consists of samples of these lengths, which see neither each
                 other nor each other's media; the first label of each should be -100. Loss and gradients are those of
                 the samples in a batch.
+            video_times: see `encode_video`; kept by the memory that comes back as `past_key_values`.
             logits_to_keep: how many of the last positions get logits, or which; 0 for all.
             skip_logits: with `labels`, compute the loss in chunks of positions, whose logits are never all held, and
                 return none.
@@ -383,6 +388,7 @@ class VideoHeadMixin:
             video_grid_thw=video_grid_thw,
             mm_token_type_ids=mm_token_type_ids,
             packed_lengths=packed_lengths,
+            video_times=video_times,
             **kwargs,
         )
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
@@ -449,7 +455,7 @@ def check_labels(labels: Tensor, hidden_BND: Tensor, vocab_size: int) -> None:
 def check_patches(vision: PreTrainedConfig, chunks: list[list[MediaItem]], pixels: dict[str, Tensor]) -> None:
     """Raises ValueError unless patches and grids are such as the vision tower takes."""
     numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    for item in {item._replace(start=0, first_frame=0, t=1) for items in chunks for item in items}:
+    for item in {item._replace(start=0, first_frame=0, t=1, times=None) for items in chunks for item in items}:
         if (found := pixels[item.kind].shape[1:]) != (numbers,):
             raise ValueError(f"The patches of {item.kind}s are {list(found)} numbers; the model takes {numbers} each.")
         if item.h % vision.spatial_merge_size or item.w % vision.spatial_merge_size:

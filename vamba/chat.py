@@ -9,6 +9,7 @@ import contextlib
 import copy
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ from .modeling.graphed_decoding import GraphedDecoding
 from .modeling.images import is_image, open_image
 from .modeling.media import default_chunk_frames, load_ahead
 from .modeling.memory_files import checked_device
-from .video import read_ahead
+from .video import patch_times, read_ahead
+from .where import Answer, Where, look, source_of
 
 
 # What each kind of model remembers a video in.
@@ -79,6 +81,7 @@ class VideoChat:
 
     Attributes:
         history: the conversation so far, `{"role": "user" or "assistant", "content": text}` each; it may be changed.
+        answers: the last hundred, of any conversation, for `where`.
 
     Example:
         >>> chat = VideoChat(model, processor)
@@ -106,6 +109,7 @@ class VideoChat:
         self.model, self.processor, self.memory = model, processor, memory
         self.memory_options = memory_options
         self.system, self.history = system, list[dict]()
+        self.answers: deque[Answer] = deque(maxlen=100)
 
     def reset(self) -> None:
         """Forgets the conversation; what was watched stays."""
@@ -150,6 +154,7 @@ class VideoChat:
         self.memory = memory
         if not append:
             self.reset()
+            self.answers.clear()
         return memory
 
     def _look(self, image: Any, append: bool, options: dict) -> VideoMemory | StateMemory:
@@ -165,6 +170,7 @@ class VideoChat:
         if memory is None and MEMORIES[self.model.config.model_type] is VideoMemory:
             memory = VideoMemory(self.model.config, **self.memory_options)
         memory = self.model.encode_images(inputs["pixel_values"], inputs["image_grid_thw"], memory=memory)
+        memory.sources = [*memory.sources, source_of(memory, image, options)]
         memory.seconds = seconds
         return memory
 
@@ -183,6 +189,7 @@ class VideoChat:
             raise ValueError(f"{chunk_frames=} must be a positive multiple of the temporal patch size, {temporal}.")
         memory = self.memory.fork() if append and self.memory is not None else None
         seconds = 0.0 if memory is None else memory.seconds
+        stamps: list[torch.Tensor] = []  # when the frames are shown, as the thread reads them
         start_anew = not continue_video  # the first chunk opens a new video; the others continue it
         done = 0
         with contextlib.ExitStack() as stack:
@@ -197,8 +204,14 @@ class VideoChat:
             chunk_frames = chunk_frames or default_chunk_frames(self.model, (height // patch) * (width // patch))
             memory = self._with_room(memory, total or 0, height, width)
             device = self.model.device
+
+            def timed() -> Iterator:
+                for chunk in reader:
+                    stamps.append(chunk.timestamps)
+                    yield chunk
+
             chunks = stack.enter_context(
-                contextlib.closing(read_ahead(reader, chunk_frames, pin_memory=device.type == "cuda"))
+                contextlib.closing(read_ahead(timed(), chunk_frames, pin_memory=device.type == "cuda"))
             )
             for frames, (patches, grid) in load_ahead(chunks, self._patches, device):
                 memory = self.model.encode_video(
@@ -210,6 +223,9 @@ class VideoChat:
                 done += len(frames)
                 if callable(progress):
                     progress(done, total)
+        spans = patch_times(torch.cat(stamps), temporal, reader.seconds_per_frame)
+        memory.note_times(spans)
+        memory.sources = [*memory.sources, source_of(memory, video, options, spans, reader.metadata.fps)]
         memory.seconds = seconds
         return memory
 
@@ -270,7 +286,7 @@ class VideoChat:
         output = self.model.generate(**inputs, past_key_values=self._fork(inputs, generate_kwargs), **generate_kwargs)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         answer = self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
-        self._remember(question, answer)
+        self._remember(question, answer, inputs, output)
         return answer
 
     def _continued(self, question: str | Sequence[dict]) -> str | Sequence[dict]:
@@ -281,10 +297,41 @@ class VideoChat:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, *self.history, {"role": "user", "content": question}]
 
-    def _remember(self, question: str | Sequence[dict], answer: str) -> None:
+    def _remember(self, question: str | Sequence[dict], answer: str, inputs: dict, output: torch.Tensor | None) -> None:
+        assert self.memory is not None  # as was asked
+        if output is not None:
+            prompt, ids = inputs["input_ids"].cpu(), output[:1, inputs["input_ids"].shape[1] :].cpu()
+            is_text = ~torch.isin(ids[0], torch.tensor(self.processor.tokenizer.all_special_ids))
+            ids = ids[:, : len(ids[0]) - int(is_text.flip(0).byte().argmax())]  # without what ends it
+            text = question if isinstance(question, str) else conversation_of(question)[-1]["content"][0]["text"]
+            self.answers.append(Answer(text, answer, prompt, ids, copy.deepcopy(self.memory.media)))
         if isinstance(question, str):
             turns = (("user", question), ("assistant", answer))
             self.history = [*self.history, *({"role": role, "content": text} for role, text in turns)]
+
+    def where(
+        self,
+        answer: int = -1,
+        layers: Sequence[int] | None = None,
+        heads: str | Sequence[int] = "mean",
+        by: str = "contribution",
+    ) -> Where:
+        """Where an answer looked: how much each moment and each part of a frame gave to it, by the cross-attention.
+
+        The prompt and the answer pass the model once more for it; see `attention_map` for what is measured.
+
+        Args:
+            answer: which of `answers`; -1 is the last.
+            layers: those that count, from 0 on; None for all.
+            heads: "mean" or "max" over the heads of a layer, or a list of heads.
+            by: "contribution", what the attention brings into the text: its weight times the norm of the value after
+                the output projection, times 1 - alpha; or "weights" alone.
+
+        Raises:
+            UserError: there is no such answer, layer or head; what is watched now is not what was asked about; a
+                Video-Ma2mba, which has no attention.
+        """
+        return look(self, answer, layers, heads, by)
 
     @torch.no_grad()
     def log_likelihoods(
@@ -398,6 +445,7 @@ class VideoChat:
     def _stream(self, question: str | Sequence[dict], inputs: dict, generate_kwargs: dict) -> Iterator[str]:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
+        outputs: list[torch.Tensor] = []
         abandoned = threading.Event()
 
         def is_abandoned(input_ids, scores, **kwargs):
@@ -408,9 +456,10 @@ class VideoChat:
         def generate():
             try:
                 memory = self._fork(inputs, generate_kwargs)
-                self.model.generate(
+                output = self.model.generate(
                     **inputs, past_key_values=memory, streamer=streamer, stopping_criteria=stop, **generate_kwargs
                 )
+                outputs.append(output)
             except BaseException as error:  # handed to the reader of the stream, which would wait for ever otherwise
                 failure.append(error)
                 streamer.end()
@@ -426,7 +475,7 @@ class VideoChat:
             abandoned.set()
             thread.join()
             if pieces and not failure:
-                self._remember(question, "".join(pieces).strip())
+                self._remember(question, "".join(pieces).strip(), inputs, *outputs)
         if failure:
             raise failure[0]
 

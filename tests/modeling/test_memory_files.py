@@ -23,15 +23,21 @@ import tiny_video_ma2mba
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.int8]
 
 
+def times(t):
+    """Spans of temporal patches, half a second each."""
+    return torch.arange(t, dtype=torch.float64)[:, None] / 2 + torch.tensor([0, 0.5])
+
+
 @pytest.fixture(scope="module", params=["vamba", "fp8", "video-ma2mba"])
 def saved(request, tmp_path_factory):
     """The file of a small memory with padding and text, and its class."""
     path = tmp_path_factory.mktemp("saved") / "talk"
     if request.param == "video-ma2mba":
-        memory = tiny_video_ma2mba.tiny_model().encode_video(**tiny_video_ma2mba.video(2, 3), rows=[0, 1])
+        videos = tiny_video_ma2mba.video(2, 3)
+        memory = tiny_video_ma2mba.tiny_model().encode_video(**videos, rows=[0, 1], video_times=times(5))
     else:
         model = tiny_vamba.tiny_model()
-        memory = model.encode_video(*tiny_vamba.media((2, 4, 4), (1, 4, 4)), rows=[0, 1])
+        memory = model.encode_video(*tiny_vamba.media((2, 4, 4), (1, 4, 4)), rows=[0, 1], video_times=times(3))
         model.generate(tiny_vamba.prompt(3).repeat(2, 1), past_key_values=memory, max_new_tokens=2, do_sample=False)
         if request.param == "fp8":
             memory.to(dtype=torch.float8_e4m3fn)
@@ -145,7 +151,7 @@ def test_tensors_that_make_no_memory(saved, tmp_path):
         rest = {other: tensor for other, tensor in tensors.items() if other != name}
         changed = [rest, {**tensors, f"{name}x": t}, {**rest, f"{name}x": t}, {**tensors, name: t[..., :0]}]
         changed += [{**tensors, name: t.to(torch.uint8)}, {**tensors, name: t.unsqueeze(0)}, {**tensors, name: t[:1]}]
-        for other in changed[name == "video.mask" :]:  # without it, nothing is padding
+        for other in changed[name in ("video.mask", "video.times") :]:  # without them, nothing is padding, or known
             write_memory(tmp_path / "talk", form, other, header)
             with pytest.raises(ValueError, match=f"{tmp_path}"):
                 kind.load(tmp_path / "talk")

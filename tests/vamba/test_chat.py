@@ -54,6 +54,18 @@ def test_watching_ahead_changes_nothing(chat, clip, chunk_frames):
         assert torch.equal(a.ssm_BHPK, b.ssm_BHPK) and torch.equal(a.conv_BTC, b.conv_BTC)
 
 
+def test_a_memory_knows_when_its_frames_were_shown(chat, clip, tmp_path):
+    """Two frames to a span, which ends where the next begins; a second video counts by its own clock."""
+    eighths = [[index / 4, index / 4 + 0.25] for index in range(8)]
+    assert chat.watch(clip, fps=8, chunk_frames=6, progress=False).times[0][0].tolist() == eighths
+    assert chat.watch(clip, fps=4, start=0.5, progress=False).times[0][0].tolist() == [[0.5, 1], [1, 1.5], [1.5, 2]]
+    chat.watch(clip, num_frames=3, end=1.0, append=True, progress=False)  # an odd last frame
+    assert chat.memory.times[0][1].tolist() == [[0, 1.0], [1.0, 1.5]] and len(chat.memory.times[0]) == 2
+    assert chat.memory.token_times().shape == (chat.memory.video_length, 2)
+    chat.memory.save(tmp_path / "m.safetensors")
+    assert torch.equal(type(chat.memory).load(tmp_path / "m.safetensors").token_times(), chat.memory.token_times())
+
+
 def said(*turns):
     return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(turns), turns)]
 

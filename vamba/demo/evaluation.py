@@ -11,8 +11,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from vamba.chat import VideoChat
+from vamba.where import Where
 
-from .videos import QUESTIONS, Story
+from .videos import FPS, QUESTIONS, Story
 
 
 MAX_NEW_TOKENS = 8
@@ -54,6 +55,18 @@ def ask_without_video(model, processor, paths: Sequence[Path], told: Sequence[St
         answer = processor.tokenizer.decode(output, skip_special_tokens=True).strip()
         replies.extend(Reply(path, kind, answer, story.answer(kind)) for path, story in zip(paths, told))
     return replies
+
+
+def looked_at_event(where: Where, story: Story, kind: str, patches: int = 0) -> bool:
+    """Whether the curve of an answer peaks while what was asked about happens: the first flash, or the shape's visit.
+
+    `patches` that many temporal patches before or after count as well.
+    """
+    curve = where.curves[0]
+    peak = int(curve.heights.argmax())
+    first, last = (min(max(peak + by, 0), len(curve.seconds) - 1) for by in (-patches, patches))
+    start, stop = (frame / FPS for frame in (story.flashes[0] if kind == "first" else story.visit))
+    return float(curve.seconds[first, 0]) < stop and float(curve.seconds[last, 1]) > start
 
 
 def accuracy(replies: Sequence[Reply]) -> float:

@@ -12,7 +12,7 @@ from vamba.errors import VideoReadError
 
 from .reading import VideoChunk, VideoReader, frames_asked_for, load_video, load_with_metadata, read_video
 from .selection import check_reading
-from .streaming import read_ahead
+from .streaming import patch_times, read_ahead
 
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "frames_asked_for",
     "load_video",
     "load_with_metadata",
+    "patch_times",
     "read_ahead",
     "read_video",
 ]

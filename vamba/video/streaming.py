@@ -53,6 +53,16 @@ def read_ahead(
             pool.shutdown(cancel_futures=True)
 
 
+def patch_times(timestamps: Tensor, temporal_patch_size: int, seconds_per_frame: float) -> Tensor:
+    """Start and end of each temporal patch of the frames shown from `timestamps` on, seconds, float64 (t, 2).
+
+    A patch ends where the next begins, whatever the frame rate between; the last one, which may have a frame less, when
+    a further frame would have been taken.
+    """
+    starts = timestamps[::temporal_patch_size]
+    return torch.stack([starts, torch.cat([starts[1:], timestamps[-1:] + seconds_per_frame])], dim=1)
+
+
 def _join(group: list[Tensor], pin_memory: bool) -> Tensor:
     shape = (sum(map(len, group)), *group[0].shape[1:])
     return torch.cat(group, out=torch.empty(shape, dtype=group[0].dtype, pin_memory=pin_memory))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vamba.video import VideoReadError, read_ahead, read_video
+from vamba.video import VideoReadError, patch_times, read_ahead, read_video
 
 
 class Reader:
@@ -120,3 +120,10 @@ def test_a_file_is_closed_with_the_iterator(nothing_left, clip, tmp_path):
         assert torch.equal(next(chunks), whole[:4])
         chunks.close()
     assert torch.equal(whole, torch.cat([chunk.frames for chunk in read_video(path, fps=8)]))
+
+
+def test_spans_of_temporal_patches_follow_the_frames():
+    """At a rate that changes; the last patch lacks a frame and ends when another would have been taken."""
+    shown = torch.tensor([3.0, 3.1, 4.0, 4.5, 9.0], dtype=torch.float64)
+    assert patch_times(shown, 2, 0.5).tolist() == [[3.0, 4.0], [4.0, 9.0], [9.0, 9.5]]
+    assert patch_times(shown[:1], 2, 0.5).tolist() == [[3.0, 3.5]] and len(patch_times(shown, 1, 0.5)) == 5

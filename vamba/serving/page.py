@@ -21,10 +21,10 @@ import torch
 from vamba.chat import MEMORIES, VideoChat
 from vamba.errors import UserError, opening
 from vamba.modeling import VideoMemory
-from vamba.where import clock
+from vamba.where import Where
 
 from .sessions import Limits, Session, Sessions, Stopped, Turns, Waiting
-from .timeline import SEEK, timeline_html
+from .timeline import SEEK, short, timeline_html
 
 
 try:
@@ -91,7 +91,7 @@ class _Page:
         submit = submit or ThreadPoolExecutor(1, thread_name_prefix="vamba-page").submit
         self.turns = Turns(submit)
         self.picks = [] if media_root is None else videos_below(media_root)
-        self.can_look = MEMORIES[chat.model.config.model_type] is VideoMemory and hasattr(chat, "where")
+        self.can_look = MEMORIES[chat.model.config.model_type] is VideoMemory
 
     # ---- what it looks like
 
@@ -216,7 +216,7 @@ class _Page:
                 chunk = None if self.model.device.type == "cuda" else CHUNK_ON_CPU
                 session.chat.watch(path, append=append, progress=progress, chunk_frames=chunk, **reading)
                 session.sources = [*(session.sources if append else ()), path]
-                session.shown = session.shown if append else []
+                session.shown, session.strips = session.shown if append else [], {}
 
             rate = ""
             for event in self.turns.run(session, work):
@@ -260,7 +260,7 @@ class _Page:
         return sum(t * (step if kind == "video" else 1) for kind, t, _, _ in memory.media[0])
 
     def _about(self, memory: Any) -> str:
-        duration = "" if memory.seconds is None else f" of {clock(memory.seconds)}"
+        duration = "" if memory.seconds is None else f" of {short(memory.seconds)}"
         tokens, frames = memory.video_length, self._frames(memory)
         return f"In memory: {frames:,} frames{duration}, {tokens:,} tokens, {_size(memory.video_nbytes)}."
 
@@ -289,22 +289,22 @@ class _Page:
                     for piece in pieces:
                         emit(piece)
                 if look and self.can_look:
-                    emit({self.timeline: gr.update(visible=True, value=timeline_html(session.chat.where()))})
+                    emit(session.chat.where())
 
             answer = ""
             for event in self.turns.run(session, work):
-                if isinstance(event, dict):
-                    yield event
+                if isinstance(event, Where):
+                    yield {self.timeline: gr.update(visible=True, value=timeline_html(event, session.strips))}
                     continue
                 answer += event if isinstance(event, str) else ""
                 shown[-1]["content"] = answer.strip() or (_waiting(event) if isinstance(event, Waiting) else WAIT)
                 session.shown = shown if answer else session.shown
                 yield {self.chatbot: shown}
         except Exception as error:
+            title = "Not finished"
             if shown[-1]["content"] == WAIT:
-                shown.pop()
-            said = {"role": "assistant", "content": self._told(error), "metadata": {"title": "No answer"}}
-            shown = [*shown, said]
+                shown, title = shown[:-1], "No answer"
+            shown = [*shown, {"role": "assistant", "content": self._told(error), "metadata": {"title": title}}]
         yield {self.chatbot: shown, self.halt_button: gr.update(visible=False)}
 
     def new_conversation(self, request: gr.Request) -> dict:
@@ -345,7 +345,8 @@ class _Page:
 
             def work(emit: Callable[[Any], None]) -> None:
                 session.chat = VideoChat(self.model, self.processor, self._opened(path))
-                session.sources, session.shown = [None] * len(session.chat.memory.media[0]), []
+                session.sources, session.strips = [None] * len(session.chat.memory.media[0]), {}
+                session.shown = []
 
             for event in self.turns.run(session, work):
                 yield {self.status: _status(_waiting(event), 0)}

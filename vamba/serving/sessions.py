@@ -52,11 +52,13 @@ class Waiting(NamedTuple):
 
 @dataclass(eq=False)
 class Session:
-    """One visitor: a conversation, the files that were watched (None where only a memory was opened), what is shown."""
+    """One visitor: a conversation, the files that were watched (None where only a memory was opened), what is shown of
+    the conversation, and for each file a strip of its frames in HTML."""
 
     chat: VideoChat
     sources: list[str | None] = field(default_factory=list)
     shown: list[dict] = field(default_factory=list)
+    strips: dict[int, str] = field(default_factory=dict)
     folder: tempfile.TemporaryDirectory = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="vamba-"))
     running: set[threading.Event] = field(default_factory=set)
     used: float = field(default_factory=time.monotonic)

@@ -16,6 +16,7 @@ from vamba.where import Moment, Where, clock
 
 
 MOMENTS = 6
+FRAMES = 12  # of a strip
 THUMBNAIL = (192, 144)  # pixels at most
 WIDTH, HEIGHT = 1000, 100  # of a curve, in units of its drawing
 
@@ -32,11 +33,22 @@ element.addEventListener('click', event => {
 """
 
 
-def timeline_html(where: Where) -> str:
-    """Where the model looked: a curve for each video or image, in the time of that video, and the top moments."""
-    moments = sorted(where.moments(MOMENTS), key=lambda moment: (moment.medium, moment.patch))
+def short(seconds: float) -> str:
+    """A time without hours where there are none: mm:ss, with tenths within the first minute."""
+    return clock(seconds).removeprefix("0:")
+
+
+def timeline_html(where: Where, strips: dict[int, str]) -> str:
+    """Where the model looked: for each video a curve over its time and its frames, and the top moments of all.
+
+    Args:
+        strips: the frames of each medium in HTML, which this fills, to be used again for the next answer.
+    """
+    moments = sorted(where.moments(MOMENTS), key=lambda moment: (moment.medium, moment.peak))
     strongest = max((moment.share for moment in moments), default=0.0)
-    curves = [_curve(where, medium, moments) for medium in range(len(where.curves))]
+    for medium in range(len(where.curves)):
+        strips[medium] = strips.get(medium) or _strip(where, medium)
+    curves = [_curve(where, medium, moments, strips[medium]) for medium in range(len(where.curves))]
     buttons = [_button(where, moment, moment.share == strongest) for moment in moments]
     return (
         f'<div class="where"><p>Where it looked for “{escape(where.question)}”</p>{"".join(curves)}'
@@ -54,7 +66,15 @@ def _name(where: Where, medium: int) -> str:
     return f"{where.curves[medium].kind} {medium + 1}: " if len(where.curves) > 1 else ""
 
 
-def _curve(where: Where, medium: int, moments: list[Moment]) -> str:
+def _strip(where: Where, medium: int) -> str:
+    """Frames spread over a video, each in its place; nothing where it cannot be read."""
+    count = 0 if where.unread else min(FRAMES, len(where.curves[medium].weights))
+    patches = [int((place + 0.5) / count * len(where.curves[medium].weights)) for place in range(count)]
+    urls = (_data_url(where.frame(medium, patch, width=THUMBNAIL[0])) for patch in patches)
+    return "".join(f'<img alt="" src="{url}"/>' for url in urls)
+
+
+def _curve(where: Where, medium: int, moments: list[Moment], strip: str) -> str:
     """How much was looked at each time of one video, as steps, the top moments behind it; nothing for an image."""
     curve, begin = where.curves[medium], _begin(where, medium)
     length = float(curve.seconds[-1, 1]) - begin
@@ -74,10 +94,11 @@ def _curve(where: Where, medium: int, moments: list[Moment]) -> str:
         for moment in moments
         if moment.medium == medium
     )
-    ticks = "".join(f"<span>{clock(length * part / 4)}</span>" for part in range(5))
+    ticks = "".join(f"<span>{short(length * part / 4)}</span>" for part in range(5))
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="attention over time" '
-        f'data-medium="{medium}" data-span="{length:.3f}">{marks}<path d="M0 {HEIGHT}{steps}L{WIDTH} {HEIGHT}Z"/></svg>'
+        f'<div class="curve" data-medium="{medium}" data-span="{length:.3f}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="attention over time">'
+        f'{marks}<path d="M0 {HEIGHT}{steps}L{WIDTH} {HEIGHT}Z"/></svg><div class="strip">{strip}</div></div>'
         f'<div class="ticks">{ticks}</div>'
     )
 
@@ -86,9 +107,10 @@ def _button(where: Where, moment: Moment, is_strongest: bool) -> str:
     begin = _begin(where, moment.medium)
     label = _name(where, moment.medium)
     if where.curves[moment.medium].kind == "video":
-        label += f"{clock(moment.start - begin)} – {clock(moment.end - begin)}"
+        label += f"{short(moment.start - begin)} – {short(moment.end - begin)}"
     picture = "" if where.unread else f'<img alt="" src="{_data_url(where.picture(moment))}"/>'
-    seconds = "" if math.isnan(moment.start) else f'data-seconds="{moment.start - begin:.3f}"'
+    peak = float(where.curves[moment.medium].seconds[moment.peak, 0])
+    seconds = "" if math.isnan(peak) else f'data-seconds="{peak - begin:.3f}"'
     return (
         f'<button type="button" class="{"strongest" if is_strongest else ""}" data-medium="{moment.medium}" {seconds}>'
         f"{picture}<b>{label}</b><span>{moment.share:.0%}</span></button>"

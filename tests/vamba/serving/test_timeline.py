@@ -1,55 +1,64 @@
 """The strip of moments as HTML."""
 
-import re
-from types import SimpleNamespace
+from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
-from PIL import Image
+import torch
 
-from vamba.serving.timeline import clock, timeline_html
-
-
-@pytest.mark.parametrize(
-    "seconds, tenths, text",
-    [(0, True, "0:00.0"), (12.34, True, "0:12.3"), (59.96, True, "1:00.0"), (59.6, False, "1:00"), (754, False, "12:34"),
-     (3723.4, False, "1:02:03"), (np.float64(5), False, "0:05")],
-)  # fmt: skip
-def test_clock(seconds, tenths, text):
-    assert clock(seconds, tenths) == text
+from vamba.demo.videos import render, stories, write_video
+from vamba.serving.timeline import short, timeline_html
+from vamba.where import Curve, Source, Where
 
 
-def looked():
-    """Two videos of four moments; the strongest is the third of the second."""
-    seconds = np.array([[0, 1], [1, 2], [2, 3], [3, 4]], float)
-    weights = [np.array([0.1, 0.0, 0.1, 0.0]), np.array([0.1, 0.1, 0.6, 0.0])]
-    moments = [
-        SimpleNamespace(start=2.0, end=3.0, share=0.6, medium=1),
-        SimpleNamespace(start=0.0, end=1.0, share=0.1, medium=0),
+@pytest.fixture(scope="module")
+def video(tmp_path_factory) -> Path:
+    return write_video(tmp_path_factory.mktemp("video") / "video.mp4", render(stories(1, seed=0)[0]), fps=4)
+
+
+def looked(video: Path | None) -> Where:
+    """Two videos of four seconds, one after the other, of four moments each; the strongest is the third of the second."""
+    weights = [torch.tensor([0.1, 0.0, 0.1, 0.0]), torch.tensor([0.05, 0.1, 0.6, 0.05])]
+    starts = [torch.arange(4.0, dtype=torch.float64) + begin for begin in (0, 4)]
+    curves = [
+        Curve("video", torch.stack([start, start + 1], 1), weight, weight[:, None, None].expand(4, 2, 2) / 4)
+        for start, weight in zip(starts, weights)
     ]
-    return SimpleNamespace(
-        curves=[SimpleNamespace(seconds=seconds, weights=w) for w in weights],
-        moments=lambda count: moments[:count],
-        picture=lambda moment: Image.new("RGBA", (640, 360), "red"),
-    )
+    sources = [Source(medium, 0, 4.0 * medium, video, {}) for medium in (0, 1)]
+    return Where("<script>alert(1)</script>?", "yes", "the mean", curves, torch.cat(weights)[None], sources)
 
 
-def test_everything_that_can_be_clicked_names_a_medium_and_a_time_and_the_question_is_text():
-    html = timeline_html(looked(), "<script>alert(1)</script>?")
-    page = ElementTree.fromstring(re.sub(r"(<img [^>]*)>", r"\1/>", html))  # well-formed
+def test_everything_that_can_be_clicked_names_a_medium_and_a_time_and_the_question_is_text(video):
+    strips: dict[int, str] = {}
+    html = timeline_html(looked(video), strips)
+    page = ElementTree.fromstring(html)
     assert page.find(".//script") is None and "&lt;script&gt;" in html
-    curves = page.findall("svg")
-    assert [curve.get("data-medium") for curve in curves] == ["0", "1"]
-    assert float(curves[1].get("data-start")) == 0 and float(curves[1].get("data-span")) == 4
-    buttons = page.findall(".//button")
-    assert [(b.get("data-medium"), float(b.get("data-seconds"))) for b in buttons] == [("0", 0.0), ("1", 2.0)]
-    assert [b.get("class") for b in buttons] == ["", "strongest"]
-    assert all(b.find("img").get("src").startswith("data:image/jpeg;base64,") for b in buttons)
-    assert "60%" in html and "0:02.0 – 0:03.0" in html
-    marks = curves[1].findall("rect")
-    assert [(float(m.get("x")), float(m.get("width"))) for m in marks] == [(500, 250)]
+    curves = page.findall("./div[@class='curve']")
+    assert [(curve.get("data-medium"), float(curve.get("data-span"))) for curve in curves] == [("0", 4), ("1", 4)]
+    assert [len(curve.findall("./div/img")) for curve in curves] == [4, 4]
+    marks = [mark.get("d") for mark in curves[1].findall(".//*[@class='mark']")]
+    assert marks == ["M500.0 0V100H750.0V0Z"]  # the third quarter
+    buttons = page.findall(".//button")  # in the time of each video
+    assert [(b.get("data-medium"), b.get("data-seconds")) for b in buttons] == [("0", "0.000"), ("0", "2.000"), ("1", "2.000")]
+    assert [b.get("class") for b in buttons] == ["", "", "strongest"]
+    assert "".join(buttons[-1].itertext()) == "video 2: 00:02.0 – 00:03.060%"
+    assert all(image.get("src").startswith("data:image/jpeg;base64,") for image in page.iter("img"))
+    strips[0] = "<i>kept</i>"
+    assert "<i>kept</i>" in timeline_html(looked(video), strips)
 
 
-def test_a_memory_from_a_file_has_no_pictures():
-    assert "<img" not in timeline_html(looked(), "?", has_pictures=False)
+def test_what_cannot_be_read_again_has_no_pictures():
+    page = ElementTree.fromstring(timeline_html(looked(None), {}))
+    assert page.find(".//img") is None and len(page.findall(".//button")) == 3
+
+
+def test_a_video_whose_times_are_unknown_has_no_curve(video):
+    where = looked(video)
+    where.curves[1].seconds[:] = torch.nan
+    page = ElementTree.fromstring(timeline_html(where, {}))
+    assert len(page.findall("./div[@class='curve']")) == 1
+    assert page.findall(".//button")[-1].get("data-seconds") is None
+
+
+def test_short():
+    assert [short(seconds) for seconds in (12.34, 754, 3723.4)] == ["00:12.3", "12:34", "1:02:03"]

@@ -117,7 +117,7 @@ class _Page:
             label="Video", sources=["upload"], height=270, elem_id="player", interactive=True, show_label=False
         )
         self.pick = gr.Dropdown(
-            self.picks, value=None, label="Or pick one of these", visible=bool(self.picks), filterable=True
+            self.picks, value=None, label="Or pick one of these", visible=bool(self.picks), elem_id="pick"
         )
         with gr.Row(elem_classes="buttons"):
             self.watch_button = gr.Button("Watch", variant="primary", size="md", min_width=90, elem_id="watch")
@@ -316,12 +316,12 @@ class _Page:
         return {self.chatbot: [], self.timeline: gr.update(visible=False)}
 
     def seek(self, event: gr.EventData, request: gr.Request) -> Any:
-        """Shows the moment of a video that was clicked."""
+        """Shows the video of which a moment was clicked; the click itself seeks."""
         sources = self.sessions.of(request.session_hash).sources
-        medium, seconds = event.medium, event.seconds
+        medium = event.medium
         if type(medium) is not int or not 0 <= medium < len(sources) or sources[medium] is None:
             return gr.skip()
-        return gr.update(value=sources[medium], playback_position=seconds)
+        return sources[medium]
 
     def save(self, request: gr.Request) -> tuple:
         """Writes what was watched to a file, to be downloaded."""

@@ -20,15 +20,19 @@ FRAMES = 12  # of a strip
 THUMBNAIL = (192, 144)  # pixels at most
 WIDTH, HEIGHT = 1000, 100  # of a curve, in units of its drawing
 
-# Tells the page what was clicked.
+# Tells the page which medium was clicked, which then shows it, and seeks in it: now, and if it has to be loaded, then.
 SEEK = """
 element.addEventListener('click', event => {
   const target = event.target.closest('[data-medium]');
   if (!target) return;
-  const {medium, seconds, span} = target.dataset;
   const box = target.getBoundingClientRect();
-  const share = (event.clientX - box.left) / box.width;
-  trigger('click', {medium: +medium, seconds: seconds ? +seconds : share * (+span || 0)});
+  const {medium, seconds, span} = target.dataset;
+  const second = +(seconds ?? span * (event.clientX - box.left) / box.width);
+  const player = document.querySelector('#player'), video = player.querySelector('video');
+  player.addEventListener('loadedmetadata', loaded => { loaded.target.currentTime = second; },
+    {capture: true, once: true, signal: AbortSignal.timeout(5000)});
+  if (video) video.currentTime = second;
+  trigger('click', {medium: +medium});
 });
 """
 
@@ -110,9 +114,9 @@ def _button(where: Where, moment: Moment, is_strongest: bool) -> str:
         label += f"{short(moment.start - begin)} – {short(moment.end - begin)}"
     picture = "" if where.unread else f'<img alt="" src="{_data_url(where.picture(moment))}"/>'
     peak = float(where.curves[moment.medium].seconds[moment.peak, 0])
-    seconds = "" if math.isnan(peak) else f'data-seconds="{peak - begin:.3f}"'
+    seconds = 0.0 if math.isnan(peak) else peak - begin
     return (
-        f'<button type="button" class="{"strongest" if is_strongest else ""}" data-medium="{moment.medium}" {seconds}>'
+        f'<button type="button" class="{"strongest" if is_strongest else ""}" data-medium="{moment.medium}" data-seconds="{seconds:.3f}">'
         f"{picture}<b>{label}</b><span>{moment.share:.0%}</span></button>"
     )
 

@@ -1,7 +1,9 @@
 """The page, asked by its clients: from upload to answer, sessions apart, and what nobody may do."""
 
+import gc
 import json
 import runpy
+import sys
 import threading
 import time
 import urllib.request
@@ -261,3 +263,34 @@ def test_the_space_runs_and_its_header_is_what_the_hub_takes(checkpoint, monkeyp
         time.sleep(0.05)
     assert '"title":"Vamba"' in urllib.request.urlopen(pages[0].local_url, timeout=5).read().decode()
     pages[0].close()
+
+
+def test_the_memory_of_a_visitor_who_left_is_freed_and_makes_room(chats, clip, monkeypatch):
+    monkeypatch.setenv("GRADIO_IS_E2E_TEST", "1")  # who has left is noticed within 0.25 s instead of 15
+
+    def memories() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), vamba.VideoMemory) for one in gc.get_objects())
+
+    page, address = launched(chats["vamba"], limits=Limits(sessions=1, grace_seconds=0.2))
+    try:
+        before = memories()
+        first = Client(address, verbose=False)
+        watch(first, clip)
+        ask(first)
+        assert memories() == before + 1 and "try again" in watch(Client(address, verbose=False), clip)
+        with httpx.stream("GET", f"{address}gradio_api/heartbeat/{first.session_hash}") as tab:
+            next(tab.iter_lines())  # and it is closed
+        deadline = time.monotonic() + 20
+        while memories() > before:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert "Watched" in watch(Client(address, verbose=False), clip)
+    finally:
+        page.close()
+
+
+def test_without_gradio_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r"pip install 'vamba\[ui\]'"):
+        runpy.run_module("vamba.serving.page")

@@ -73,7 +73,9 @@ def page_options(page: gr.Blocks) -> dict[str, Any]:
     Its look, the files that it shows, the bound on uploads, and no link or script to anywhere else.
     """
     font = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=font, font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Default(
+        primary_hue="indigo", neutral_hue="slate", font=font, font_mono=["ui-monospace", "monospace"]
+    )
     return page.vamba_options | {
         "theme": theme,
         "css": STYLE,
@@ -98,7 +100,11 @@ class _Page:
     def build(self) -> gr.Blocks:
         name = escape(Path(self.model.name_or_path or "a model").name)
         with gr.Blocks(title="Vamba", analytics_enabled=False, fill_width=True, delete_cache=(600, 6 * 3600)) as page:
-            gr.HTML(f"<h1>Vamba</h1><p>Watch once, ask as often as you like <span>{name}</span></p>", elem_id="head", padding=False)
+            gr.HTML(
+                f"<h1>Vamba</h1><p>Watch once, ask as often as you like <span>{name}</span></p>",
+                elem_id="head",
+                padding=False,
+            )
             with gr.Row(equal_height=False):
                 with gr.Column(min_width=320):
                     self._lay_out_video()
@@ -121,7 +127,9 @@ class _Page:
         )
         with gr.Row(elem_classes="buttons"):
             self.watch_button = gr.Button("Watch", variant="primary", size="md", min_width=90, elem_id="watch")
-            self.append_button = gr.Button("Watch as well", size="md", min_width=120, interactive=False, elem_id="append")
+            self.append_button = gr.Button(
+                "Watch as well", size="md", min_width=120, interactive=False, elem_id="append"
+            )
             self.stop_button = gr.Button("Stop", size="md", variant="stop", min_width=80, visible=False, elem_id="stop")
         self.status = gr.HTML(_status(EMPTY), elem_id="status", padding=False)
         with gr.Row(elem_classes="buttons"):

@@ -115,8 +115,9 @@ def _button(where: Where, moment: Moment, is_strongest: bool) -> str:
     picture = "" if where.unread else f'<img alt="" src="{_data_url(where.picture(moment))}"/>'
     peak = float(where.curves[moment.medium].seconds[moment.peak, 0])
     seconds = 0.0 if math.isnan(peak) else peak - begin
+    kind = "strongest" if is_strongest else ""
     return (
-        f'<button type="button" class="{"strongest" if is_strongest else ""}" data-medium="{moment.medium}" data-seconds="{seconds:.3f}">'
+        f'<button type="button" class="{kind}" data-medium="{moment.medium}" data-seconds="{seconds:.3f}">'
         f"{picture}<b>{label}</b><span>{moment.share:.0%}</span></button>"
     )
 

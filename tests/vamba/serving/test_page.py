@@ -122,8 +122,7 @@ def test_sessions_at_once_see_their_own_video_and_how_many_are_before_them(chats
             visitors = [Client(address, verbose=False) for _ in videos]
             executor.submit(gate.wait)
             jobs = [
-                one.submit(handle_file(video), None, None, api_name="/watch")
-                for one, video in zip(visitors, videos)
+                one.submit(handle_file(video), None, None, api_name="/watch") for one, video in zip(visitors, videos)
             ]
             while not any("Waiting for 1 other" in said for job in jobs for said, *_ in job.outputs()):
                 assert not all(job.done() for job in jobs)
@@ -272,7 +271,9 @@ def test_the_memory_of_a_visitor_who_left_is_freed_and_makes_room(chats, clip, m
         """Of this model, however they are kept."""
         gc.collect()
         keepers = gc.get_referrers(chats["vamba"].model)
-        return sum("memory_options" in (one if isinstance(one, dict) else getattr(one, "__dict__", ())) for one in keepers)
+        return sum(
+            "memory_options" in (one if isinstance(one, dict) else getattr(one, "__dict__", ())) for one in keepers
+        )
 
     page, address = launched(chats["vamba"], limits=Limits(sessions=1, grace_seconds=0.2))
     try:

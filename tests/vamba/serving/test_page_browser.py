@@ -1,4 +1,4 @@
-"""The page in headless Chromium, on a laptop and on a phone: from upload to answer, what is clicked, what is fetched."""
+"""The page in headless Chromium, on a laptop and a phone: from upload to answer, what is clicked, what is fetched."""
 
 import json
 import shutil
@@ -97,7 +97,9 @@ def test_from_upload_to_answer(screen, address, clip, tmp_path):
     assert screen.fits()
     for count in (1, 2):
         screen.one("#question textarea").send_keys("What happens in the video?\n")
-        WebDriverWait(screen.driver, 20).until(lambda d: len(screen.answers()) == count and not screen.is_answering())
+        WebDriverWait(screen.driver, 20).until(
+            lambda d, count=count: len(screen.answers()) == count and not screen.is_answering()
+        )
     assert "No answer" not in screen.one("#chat").text and screen.fits()
 
     screen.says("#timeline", "Where it looked")
@@ -106,15 +108,13 @@ def test_from_upload_to_answer(screen, address, clip, tmp_path):
         button = screen.driver.find_elements("css selector", "#timeline button[data-seconds]")[-1]
         screen.driver.execute_script("arguments[0].click()", button)
         sought = float(button.get_attribute("data-seconds"))
-        WebDriverWait(screen.driver, 5).until(lambda d: abs(screen.second() - sought) < 0.3)
+        WebDriverWait(screen.driver, 5).until(lambda d, sought=sought: abs(screen.second() - sought) < 0.3)
     assert screen.fits()
 
     screen.click("#save")
     screen.says("#status", "Saved the memory as clip.safetensors")
     WebDriverWait(screen.driver, 10).until(lambda d: (tmp_path / "clip.safetensors").is_file())
-    screen.one("input[data-testid^='Open a memory']").send_keys(
-        str(tmp_path / "clip.safetensors")
-    )
+    screen.one("input[data-testid^='Open a memory']").send_keys(str(tmp_path / "clip.safetensors"))
     screen.says("#status", "Opened clip.safetensors")
 
     elsewhere = [url for url in screen.fetched() if not url.startswith((address, "data:", "blob:", "chrome"))]

@@ -17,7 +17,7 @@ def video(tmp_path_factory) -> Path:
 
 
 def looked(video: Path | None) -> Where:
-    """Two videos of four seconds, one after the other, of four moments each; the strongest is the third of the second."""
+    """Two videos of four seconds, one after the other, four moments in each; the seventh of all counts most."""
     weights = [torch.tensor([0.1, 0.0, 0.1, 0.0]), torch.tensor([0.05, 0.1, 0.6, 0.05])]
     starts = [torch.arange(4.0, dtype=torch.float64) + begin for begin in (0, 4)]
     curves = [
@@ -39,7 +39,11 @@ def test_everything_that_can_be_clicked_names_a_medium_and_a_time_and_the_questi
     marks = [mark.get("d") for mark in curves[1].findall(".//*[@class='mark']")]
     assert marks == ["M500.0 0V100H750.0V0Z"]  # the third quarter
     buttons = page.findall(".//button")  # in the time of each video
-    assert [(b.get("data-medium"), b.get("data-seconds")) for b in buttons] == [("0", "0.000"), ("0", "2.000"), ("1", "2.000")]
+    assert [(b.get("data-medium"), b.get("data-seconds")) for b in buttons] == [
+        ("0", "0.000"),
+        ("0", "2.000"),
+        ("1", "2.000"),
+    ]
     assert [b.get("class") for b in buttons] == ["", "", "strongest"]
     assert "".join(buttons[-1].itertext()) == "video 2: 00:02.0 – 00:03.060%"
     assert all(image.get("src").startswith("data:image/jpeg;base64,") for image in page.iter("img"))

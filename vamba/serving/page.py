@@ -183,7 +183,7 @@ class _Page:
         self.save_button.click(self.save, None, [self.download, self.status], api_name="save", **told).success(
             None, js="() => document.querySelector('#download').click()", **quiet
         )
-        self.question.submit(
+        asking = self.question.submit(
             self.ask,
             [self.question, self.system, self.new_tokens, self.temperature, self.look],
             [self.chatbot, self.question, self.timeline, self.halt_button],
@@ -191,7 +191,8 @@ class _Page:
             **told,
         )
         for forget in (self.new_button.click, self.chatbot.clear):
-            forget(self.new_conversation, None, [self.chatbot, self.timeline], api_name="new", **told)
+            shown = [self.chatbot, self.timeline, self.halt_button]
+            forget(self.new_conversation, None, shown, api_name="new", cancels=[asking], **told)
         self.timeline.click(self.seek, None, self.player, queue=False, **quiet)
         page.unload(self.leave)
 
@@ -211,29 +212,29 @@ class _Page:
             if path is None:
                 raise UserError("There is no video; upload one first.")
             session = self.sessions.of(request.session_hash)
-            append = append and session.chat.memory is not None
-            chosen = {"fps": fps or None, "num_frames": frames or None}
-            reading = self._reading({name: value for name, value in chosen.items() if value}, session, append)
+            chosen = {name: value for name, value in (("fps", fps), ("num_frames", frames)) if value}
 
             def work(emit: Callable[[Any], None]) -> None:
                 began = monotonic()
+                goes_on = append and session.chat.memory is not None
+                reading = self._reading(chosen, session, goes_on)
 
                 def progress(done: int, total: int | None) -> None:
                     emit((done, total, monotonic() - began))
 
                 chunk = None if self.model.device.type == "cuda" else CHUNK_ON_CPU
-                session.chat.watch(path, append=append, progress=progress, chunk_frames=chunk, **reading)
-                session.sources = [*(session.sources if append else ()), path]
-                session.shown, session.strips = session.shown if append else [], {}
+                session.chat.watch(path, append=goes_on, progress=progress, chunk_frames=chunk, **reading)
+                session.sources = [*(session.sources if goes_on else ()), path]
+                session.shown, session.strips = session.shown if goes_on else [], {}
 
             rate = ""
             for event in self.turns.run(session, work):
                 if isinstance(event, Waiting):
                     yield {self.status: _status(_waiting(event), 0)}
                     continue
-                rate = f"{event[0] / event[2]:.0f} frames/s"
+                rate = f", {event[0] / event[2]:.0f} frames/s"
                 yield {self.status: self._progress(*event[:2], rate)}
-            shown = self._watched(session, f"Watched {Path(path).name}, {rate}.")
+            shown = self._watched(session, f"Watched {Path(path).name}{rate}.")
         except Exception as error:
             shown = {self.status: _status(escape(self._told(error, path)), kind="error")}
         yield shown | {self.stop_button: gr.update(visible=False)}
@@ -250,7 +251,7 @@ class _Page:
 
     def _progress(self, done: int, total: int | None, rate: str) -> str:
         of = f" of {total}" if total else ""
-        text = f"Watching: {done}{of} frames, {rate}, {_memory_in_use(self.model.device)}"
+        text = f"Watching: {done}{of} frames{rate}, {_memory_in_use(self.model.device)}"
         return _status(text, min(done / total, 1) if total else 0)
 
     def _watched(self, session: Session, said: str) -> dict:
@@ -316,12 +317,17 @@ class _Page:
         yield {self.chatbot: shown, self.halt_button: gr.update(visible=False)}
 
     def new_conversation(self, request: gr.Request) -> dict:
-        """Forgets the conversation and keeps what was watched."""
+        """Forgets the conversation, and an answer that is under way; keeps what was watched."""
         session = self.sessions.of(request.session_hash)
         session.stop()
-        session.chat.reset()
-        session.shown = []
-        return {self.chatbot: [], self.timeline: gr.update(visible=False)}
+
+        def work(emit: Callable[[Any], None]) -> None:  # in turn, as an answer is remembered when it ends
+            session.chat.reset()
+            session.shown = []
+
+        list(self.turns.run(session, work))
+        hidden = gr.update(visible=False)
+        return {self.chatbot: [], self.timeline: hidden, self.halt_button: hidden}
 
     def seek(self, event: gr.EventData, request: gr.Request) -> Any:
         """Shows the video of which a moment was clicked; the click itself seeks."""
@@ -352,7 +358,7 @@ class _Page:
             session = self.sessions.of(request.session_hash)
 
             def work(emit: Callable[[Any], None]) -> None:
-                session.chat = VideoChat(self.model, self.processor, self._opened(path))
+                session.chat = VideoChat(self.model, self.processor, self._opened(path), **session.chat.memory_options)
                 session.sources, session.strips = [None] * len(session.chat.memory.media[0]), {}
                 session.shown = []
 

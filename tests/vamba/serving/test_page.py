@@ -103,8 +103,12 @@ def test_answers_are_streamed_and_a_new_conversation_forgets(visitor, clip):
     turns = [shown[-1] for shown, *_ in job.outputs() if isinstance(shown, list)]
     shown = {turn["content"][0]["text"] for turn in turns} - {"…"}
     assert len(shown) > 2 and all(answer.startswith(piece) for piece in shown)
-    visitor.predict(api_name="/new")
-    assert ask(visitor) == first
+    for length in (1, 1000):  # also in the middle of an answer
+        job = visitor.submit(QUESTION, "", length, 0, True, api_name="/ask")
+        while not job.outputs():
+            time.sleep(0.01)
+        visitor.predict(api_name="/new")
+        assert ask(visitor) == first
 
 
 def test_a_second_video_is_watched_as_well(visitor, videos):

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -141,7 +142,8 @@ def test_python(document, desk, monkeypatch):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links(document):
-    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text_of(document), flags=re.S)):
+    text = re.sub(r"```.*?```", "", text_of(document), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
@@ -287,6 +289,12 @@ def test_the_headline_figure_can_be_drawn(tmp_path):
     drawn, kept = (path.read_text() for path in (tmp_path / "new.svg", ROOT / "docs" / "headline.svg"))
     titles = re.findall(r">([^<>]+)</text>", drawn)
     assert titles and titles == re.findall(r">([^<>]+)</text>", kept)
+
+
+def test_the_architecture_figure_is_what_its_script_draws(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "architecture_figure.py"))
+    script["draw"](tmp_path / "new.svg")
+    assert (tmp_path / "new.svg").read_text("utf-8") == (ROOT / "docs" / "architecture.svg").read_text("utf-8")
 
 
 def test_the_package_is_a_program(desk):

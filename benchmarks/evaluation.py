@@ -57,7 +57,11 @@ def one_by_one(chat: VideoChat, questions: list[Question], protocol: Protocol) -
     replies = []
     for question in questions:
         chat.watch(question.videos[0], progress=False, **protocol.reading)
-        replies.append(chat.ask(question.text, max_new_tokens=protocol.max_open_tokens, do_sample=False))
+        replies.append(
+            chat.ask(
+                [{"role": "user", "content": question.text}], max_new_tokens=protocol.max_open_tokens, do_sample=False
+            )
+        )
     return replies
 
 

@@ -2,8 +2,8 @@
 
     python examples/quantized.py runs/demo clip.mp4 "What happens?" 4
 
-`vamba ask --load-in-4bit` and `--load-in-8bit` do the same. `from_pretrained` takes the quantisation as well; `load_model`
-also checks the weights, and leaves out layers that bitsandbytes does not take on a CPU.
+`vamba ask --load-in-4bit` and `--load-in-8bit` do the same. `from_pretrained` takes the quantisation as well;
+`load_model` also checks the weights, and leaves out layers that bitsandbytes does not take on a CPU.
 """
 
 import sys

@@ -47,6 +47,22 @@ _EXIF_BYTES = 2**16  # of metadata in which the orientation is looked for; that 
 _ORIENTATION, _TURNS = 274, {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # in EXIF: Pillow's transpositions
 
 
+def is_image(source: Any) -> bool:
+    """Whether this is a PIL image, or the name of a file, or a `data:` URL, that holds one picture and no animation."""
+    if not isinstance(source, (str, os.PathLike)):
+        return hasattr(source, "convert")
+    name = os.fsdecode(source).lower()
+    if not name.endswith(IMAGE_SUFFIXES) and not name.startswith("data:image/"):
+        return False
+    if is_url(name):
+        return not name.endswith(".gif")
+    try:
+        with _undecoded(source, False) as image:
+            return not getattr(image, "is_animated", False)
+    except ValueError:  # damaged, which whoever reads it tells, or no file
+        return False
+
+
 def open_image(source: Any, *, allow_urls: bool = False, over_white: bool = False):
     """Decodes an image: RGB, upright, transparency dropped as transformers does. Of an animation the first picture.
 

@@ -72,12 +72,12 @@ def list_media(kind: str, pixels: Tensor | None, grid_thw: Tensor | None) -> lis
     return items
 
 
-def list_videos(pixels: Tensor, grid_thw: Tensor, rows: list[int] | None) -> list[tuple[MediaItem, int]]:
-    """Lists videos with the row of each, which is 0 if `rows` is None. Raises ValueError if `rows` does not fit."""
-    items = list_media("video", pixels, grid_thw)
+def list_with_rows(kind: str, pixels: Tensor, grid_thw: Tensor, rows: list[int] | None) -> list[tuple[MediaItem, int]]:
+    """Lists items with the row of each, which is 0 if `rows` is None. Raises ValueError if `rows` does not fit."""
+    items = list_media(kind, pixels, grid_thw)
     rows = [0] * len(items) if rows is None else rows
     if len(rows) != len(items) or not all(isinstance(row, int) and row >= 0 for row in rows):
-        raise ValueError(f"{rows=} for {len(items)} videos; give one row for each video, counted from 0.")
+        raise ValueError(f"{rows=} for {len(items)} {kind}s; give one row for each {kind}, counted from 0.")
     return list(zip(items, rows))
 
 

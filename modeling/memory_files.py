@@ -107,7 +107,7 @@ def read_memory(
             # a copy, as the tensors of safetensors are the file itself, which someone may write into
             return {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}, header
     except SafetensorError as error:
-        raise ValueError(f"{path!r} is damaged or no safetensors file: {error}. {again}") from error
+        raise ValueError(f"{path!r} is damaged or no safetensors file: {str(error)[:200]}. {again}") from error
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from .media import (
     MAX_CHUNK_FRAMES,
     MediaItem,
     chunk_patches,
-    list_videos,
+    list_with_rows,
     load_ahead,
     normalized,
     split_frames,
@@ -155,8 +155,20 @@ class VideoModelMixin:
         """
         if chunk_frames is not None and (type(chunk_frames) is not int or chunk_frames < 1):
             raise ValueError(f"{chunk_frames=!r:.80} must be a number of frames from 1 on, or None.")
-        videos = list_videos(pixel_values_videos, video_grid_thw, rows)
+        videos = list_with_rows("video", pixel_values_videos, video_grid_thw, rows)
         return self._encode_videos(memory, videos, {"video": pixel_values_videos}, continue_video, chunk_frames)
+
+    def encode_images(
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: torch.LongTensor,
+        memory: Cache | None = None,
+        *,
+        rows: list[int] | None = None,
+    ) -> Cache:
+        """`encode_video` of images: patches as the image processor makes them, and (1, h, w) of each."""
+        images = list_with_rows("image", pixel_values, image_grid_thw, rows)
+        return self._encode_videos(memory, images, {"image": pixel_values}, False, None)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor, **kwargs):
@@ -280,6 +292,11 @@ class VideoHeadMixin:
     def encode_video(self, *args, **kwargs) -> Cache:
         """The model's `encode_video` without gradients."""
         return self.model.encode_video(*args, **kwargs)
+
+    @torch.no_grad()
+    def encode_images(self, *args, **kwargs) -> Cache:
+        """The model's `encode_images` without gradients."""
+        return self.model.encode_images(*args, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """GenerationMixin's. Raises ValueError for a prompt that is no batch of text."""

@@ -1,15 +1,15 @@
-"""A conversation with a video: watch once, ask as often as wanted.
+"""A conversation about videos and images: watch once, ask as often as wanted.
 
 What is unusual: `watch` streams (decode -> vision tower -> Mamba-2 -> video memory) in chunks, so neither frames nor
-activations pile up however long the video is, and decodes in a thread while the model computes; each `ask` starts fresh
-on a fork of the memory, which copies no video.
+activations pile up however long the video is, and decodes in a thread while the model computes; each `ask` reads the
+conversation so far on a fork of the memory, which copies no video.
 """
 
 import contextlib
 import copy
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,10 +25,12 @@ from transformers import (
 )
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
+from .conversation import check_question, conversation_of, with_media
 from .errors import UserError, VideoReadError, reason_of
 from .loading import check_generation, load_config, load_model, load_processor, merge_adapter, quantization
 from .modeling import StateMemory, VideoMemory
 from .modeling.graphed_decoding import GraphedDecoding
+from .modeling.images import is_image, open_image
 from .modeling.media import default_chunk_frames, load_ahead
 from .modeling.memory_files import checked_device
 from .video import read_ahead
@@ -36,7 +38,6 @@ from .video import read_ahead
 
 # What each kind of model remembers a video in.
 MEMORIES = {"vamba": VideoMemory, "video_ma2mba": StateMemory}
-MAX_QUESTION = 2**20  # characters
 IS_NAN = "The model computes NaN: its weights are damaged, or dtype is too narrow for them."
 
 
@@ -68,17 +69,22 @@ class FirstScoresAreNumbers(LogitsProcessor):
 
 
 class VideoChat:
-    """Watches videos and answers questions about them.
+    """Watches videos and images, and answers questions about them, which continue one conversation.
 
     Args:
         model: a `VambaForConditionalGeneration` or `VideoMa2mbaForConditionalGeneration`. processor: its processor.
         memory: a `VideoMemory` or `StateMemory` of such a model to start from, e.g. one loaded from a file.
+        system: what the conversation begins with, for the model only; a system prompt.
         memory_options: of the `VideoMemory` that a new video is watched into: video_dtype, video_device.
+
+    Attributes:
+        history: the conversation so far, `{"role": "user" or "assistant", "content": text}` each; it may be changed.
 
     Example:
         >>> chat = VideoChat(model, processor)
         >>> chat.watch("talk.mp4")
         >>> chat.ask("Who speaks third?")
+        >>> chat.ask("And what about?")
     """
 
     def __init__(
@@ -86,6 +92,8 @@ class VideoChat:
         model: PreTrainedModel,
         processor: ProcessorMixin,
         memory: VideoMemory | StateMemory | None = None,
+        *,
+        system: str | None = None,
         **memory_options: Any,
     ):
         kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -97,43 +105,93 @@ class VideoChat:
             raise ValueError(f"{sorted(memory_options)} are for models with a VideoMemory; leave them out.")
         self.model, self.processor, self.memory = model, processor, memory
         self.memory_options = memory_options
+        self.system, self.history = system, list[dict]()
+
+    def reset(self) -> None:
+        """Forgets the conversation; what was watched stays."""
+        self.history = []
 
     def watch(
         self,
         video: Any,
         *,
         append: bool = False,
+        continue_video: bool = False,
         chunk_frames: int | None = None,
-        progress: bool = True,
+        progress: bool | Callable[[int, int | None], None] = True,
         **options: Any,
     ) -> VideoMemory | StateMemory:
-        """Encodes a video into `self.memory`, chunk by chunk.
+        """Encodes a video into `self.memory`, chunk by chunk, or an image.
 
         Args:
-            video: whatever `read_video` takes: a path, images, an array …
-            append: continue the memory with this video instead of starting a new one.
+            video: whatever `read_video` takes: a path, images, an array …; or an image: a PIL image, or a file.
+            append: continue the memory with this video, and the conversation with it, instead of starting new ones.
+            continue_video: with `append`, these are further frames, of the same size, of the video watched last, such
+                as those of a live stream.
             chunk_frames: frames encoded at once, an even number; None means 128, or fewer where the GPU's free memory
                 asks for it. A matter of speed and memory, not of result.
-            progress: show a progress bar.
+            progress: show a progress bar; or a function to be told of frames encoded, and how many are expected (None
+                if that is not known), after each chunk. What it raises ends the watching.
             options: of `read_video`: fps, num_frames (by default what the checkpoint was trained with), start, end,
-                min_pixels, max_pixels, …; min_frames and max_frames bound what fps gives.
+                min_pixels, max_pixels, …; min_frames and max_frames bound what fps gives. Of an image allow_urls,
+                min_pixels and max_pixels count.
 
         Raises:
-            VideoReadError: the video cannot be read.
+            VideoReadError: the video or image cannot be read. ValueError: there is no video of its size to continue.
 
         Whatever is raised, KeyboardInterrupt too, `self.memory` then is as it was before.
         """
+        if continue_video and not append:
+            raise ValueError("continue_video=True continues what was watched: give append=True as well.")
+        if is_image(video):
+            memory = self._look(video, append, options)
+        else:
+            memory = self._watch(video, append, continue_video, chunk_frames, progress, options)
+        self.memory = memory
+        if not append:
+            self.reset()
+        return memory
+
+    def _look(self, image: Any, append: bool, options: dict) -> VideoMemory | StateMemory:
+        """Encodes an image after whatever is to be continued."""
+        memory = self.memory.fork() if append and self.memory is not None else None
+        seconds = 0.0 if memory is None else memory.seconds
+        item = {name: options[name] for name in ("min_pixels", "max_pixels") if name in options}
+        try:
+            picture = open_image(image, allow_urls=options.get("allow_urls", False))
+            inputs = self.processor(images=[item | {"image": picture}], return_tensors="pt")
+        except ValueError as error:
+            raise VideoReadError(f"{error}") from error
+        if memory is None and MEMORIES[self.model.config.model_type] is VideoMemory:
+            memory = VideoMemory(self.model.config, **self.memory_options)
+        memory = self.model.encode_images(inputs["pixel_values"], inputs["image_grid_thw"], memory=memory)
+        memory.seconds = seconds
+        return memory
+
+    def _watch(
+        self,
+        video: Any,
+        append: bool,
+        continue_video: bool,
+        chunk_frames: int | None,
+        progress: bool | Callable[[int, int | None], None],
+        options: dict,
+    ) -> VideoMemory | StateMemory:
+        """See `watch`; `self.memory` is left as it is."""
         temporal = self.processor.video_processor.temporal_patch_size
         if chunk_frames is not None and (type(chunk_frames) is not int or chunk_frames < 1 or chunk_frames % temporal):
             raise ValueError(f"{chunk_frames=} must be a positive multiple of the temporal patch size, {temporal}.")
         memory = self.memory.fork() if append and self.memory is not None else None
         seconds = 0.0 if memory is None else memory.seconds
-        start_anew = True  # the first chunk opens a new video; the others continue it
+        start_anew = not continue_video  # the first chunk opens a new video; the others continue it
+        done = 0
         with contextlib.ExitStack() as stack:
             # a few frames at a time, as the thread that decodes can be stopped between them
             reader = stack.enter_context(self.processor.video_reader(video, chunk_frames=temporal, **options))
             total = _plausible_frames(reader.num_frames_expected, video)
-            bar = stack.enter_context(tqdm(total=total, unit="frame", disable=not progress, desc="watching"))
+            bar = stack.enter_context(
+                tqdm(total=total, unit="frame", disable=not progress or callable(progress), desc="watching")
+            )
             height, width = reader.frame_size
             patch = self.processor.video_processor.patch_size
             chunk_frames = chunk_frames or default_chunk_frames(self.model, (height // patch) * (width // patch))
@@ -149,8 +207,10 @@ class VideoChat:
                 start_anew = False
                 seconds = None if seconds is None else seconds + len(frames) * reader.seconds_per_frame
                 bar.update(len(frames))
+                done += len(frames)
+                if callable(progress):
+                    progress(done, total)
         memory.seconds = seconds
-        self.memory = memory
         return memory
 
     def _with_room(self, memory: VideoMemory | StateMemory | None, frames: int, height: int, width: int):
@@ -176,12 +236,14 @@ class VideoChat:
     def ask(
         self, question: str | Sequence[dict], *, stream: bool = False, **generate_kwargs: Any
     ) -> str | Iterator[str]:
-        """Answers a question about what was watched; every question starts a new conversation.
+        """Answers a question about what was watched.
 
         Args:
-            question: plain text; or a conversation so far, `{"role": ..., "content": text}` each, the last turn of
-                which is to be answered. What was watched comes first in the first turn of the user.
-            stream: return an iterator over pieces of the answer as they are generated.
+            question: plain text, which continues the conversation in `history`; or a conversation of its own,
+                `{"role": ..., "content": text}` each, the last turn of which is to be answered: `history` and `system`
+                are neither read nor changed then. What was watched comes first in the first turn of the user.
+            stream: return an iterator over pieces of the answer as they are generated. Where it is not read to its end
+                the answer is what had been generated until then.
             generate_kwargs: passed to `generate`; where neither they nor a `generation_config` among them says so,
                 `max_new_tokens` is 256 and `min_new_tokens` 1, as no question is answered by nothing.
 
@@ -195,7 +257,7 @@ class VideoChat:
         if stream and "streamer" in generate_kwargs:
             raise UserError("A streamer is given beside stream=True; leave one of them out.")
         generate_kwargs["logits_processor"] = [*generate_kwargs.pop("logits_processor", ()), FirstScoresAreNumbers()]
-        inputs = self._prompt(question)
+        inputs = self._prompt(self._continued(question))
         if _setting(generate_kwargs, "max_new_tokens") is None and _setting(generate_kwargs, "max_length") is None:
             generate_kwargs["max_new_tokens"] = 256
         if _setting(generate_kwargs, "min_new_tokens") is None:
@@ -204,10 +266,25 @@ class VideoChat:
             config = copy.deepcopy(generate_kwargs.pop("generation_config"))
             generate_kwargs = {**config.update(**generate_kwargs), "generation_config": config}
         if stream:
-            return self._stream(inputs, generate_kwargs)
+            return self._stream(question, inputs, generate_kwargs)
         output = self.model.generate(**inputs, past_key_values=self._fork(inputs, generate_kwargs), **generate_kwargs)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        return self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
+        answer = self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
+        self._remember(question, answer)
+        return answer
+
+    def _continued(self, question: str | Sequence[dict]) -> str | Sequence[dict]:
+        """The conversation that ends with the question."""
+        if not isinstance(question, str):
+            return question
+        check_question(question)
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *self.history, {"role": "user", "content": question}]
+
+    def _remember(self, question: str | Sequence[dict], answer: str) -> None:
+        if isinstance(question, str):
+            turns = (("user", question), ("assistant", answer))
+            self.history = [*self.history, *({"role": role, "content": text} for role, text in turns)]
 
     @torch.no_grad()
     def log_likelihoods(
@@ -216,7 +293,7 @@ class VideoChat:
         """How likely the model finds each of these answers to a question, which is read once for all of them.
 
         Args:
-            question: as for `ask`.
+            question: as for `ask`, but a text too is a conversation of its own.
             answers: texts, taken as they are.
             ended: count the end of the answer too. Without it, what begins as another answer does is never likelier.
 
@@ -300,17 +377,11 @@ class VideoChat:
         return self.memory.fork(max_cache_len=-(-length // 64) * 64)
 
     def _prompt(self, question: str | Sequence[dict]) -> dict:
-        """The question after one media item for each that was watched, as the model was trained."""
+        """The conversation with one media item for each that was watched, as the model was trained."""
         assert self.memory is not None  # as `ask` has seen
         messages = conversation_of(question)
-        if isinstance(self.memory, StateMemory) and (role := messages[0]["role"]) != "user":
-            raise UserError(
-                f"The conversation begins with a turn of the {role}; this model has read the video before any turn: "
-                "let the user's come first, with what the other says."
-            )
-        items = [{"type": kind} for kind, *_ in self.memory.media[0]]
-        first = next(turn for turn in messages if turn["role"] == "user")
-        messages = [turn | {"content": [*items, *turn["content"]]} if turn is first else turn for turn in messages]
+        kinds = [kind for kind, *_ in self.memory.media[0]]
+        messages = with_media(messages, kinds, after_media=isinstance(self.memory, StateMemory))
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = self.processor.tokenizer(text, return_tensors="pt").to(self.model.device)
         length = inputs["input_ids"].shape[1]
@@ -320,10 +391,11 @@ class VideoChat:
                 "The chat template makes nothing of a question; copy the chat_template.jinja of its origin."
             )
         if most is not None and length > most:
-            raise UserError(f"The question takes {length} tokens, and the model {most} at most; ask a shorter one.")
+            remedy = "ask a shorter one" if len(messages) == 1 else "begin a new conversation, as reset() does"
+            raise UserError(f"The question takes {length} tokens, and the model {most} at most; {remedy}.")
         return inputs
 
-    def _stream(self, inputs: dict, generate_kwargs: dict) -> Iterator[str]:
+    def _stream(self, question: str | Sequence[dict], inputs: dict, generate_kwargs: dict) -> Iterator[str]:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
         abandoned = threading.Event()
@@ -345,11 +417,16 @@ class VideoChat:
 
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
+        pieces: list[str] = []
         try:
-            yield from streamer
+            for piece in streamer:
+                pieces.append(piece)
+                yield piece
         finally:  # also when the reader goes away in the middle of an answer
             abandoned.set()
             thread.join()
+            if pieces and not failure:
+                self._remember(question, "".join(pieces).strip())
         if failure:
             raise failure[0]
 
@@ -358,45 +435,6 @@ def _plausible_frames(expected: int | None, video: Any) -> int | None:
     """How many frames a reader expects; None, as it is not known, where a file says more than it has bytes."""
     is_file = isinstance(video, (str, os.PathLike)) and os.path.isfile(video)
     return None if is_file and expected is not None and expected > os.path.getsize(video) else expected
-
-
-def conversation_of(question: str | Sequence[dict]) -> list[dict]:
-    """A question, or turns of a conversation, as messages of text that a chat template takes.
-
-    Raises:
-        UserError: it is neither, nobody asks anything in it, or it holds images or videos, which are to be watched.
-    """
-    if not isinstance(question, (list, tuple)):
-        check_question(question)
-        question = [{"role": "user", "content": question}]
-    messages: list[dict] = []
-    for turn in question:
-        role, content = (turn.get(name) for name in ("role", "content")) if isinstance(turn, dict) else (None, None)
-        blocks: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        is_text = isinstance(blocks, list) and all(isinstance(b, dict) and b.get("type") == "text" for b in blocks)
-        if role not in ("system", "user", "assistant") or not is_text:
-            raise UserError(
-                f"A turn is {turn!r:.80}; give a role (system, user, assistant) and a content of text, and let videos "
-                "be watched first."
-            )
-        for block in blocks:
-            check_question(block.get("text"))
-        messages.append({"role": role, "content": blocks})
-    if not messages or messages[-1]["role"] != "user":
-        raise UserError("The conversation does not end with a turn of the user; give a question to answer.")
-    return messages
-
-
-def check_question(question: Any) -> None:
-    """Raises UserError unless the question is a text that can be asked."""
-    if not isinstance(question, str):
-        raise UserError(f"The question is {question!r:.80}; give a text.")
-    if not question.strip() or len(question) > MAX_QUESTION:
-        raise UserError(f"The question has {len(question)} characters; give from 1 to {MAX_QUESTION}, not spaces only.")
-    try:
-        question.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"The question is not UTF-8 at character {error.start}; give a text that is.") from error
 
 
 def _setting(generate_kwargs: dict, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""VideoChat: streamed watching equals watching at once; every question starts anew."""
+"""VideoChat: streamed watching equals watching at once; questions continue a conversation, or are one of their own."""
 
 import logging
 import os
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, StaticCache
 
 import vamba
@@ -53,30 +54,126 @@ def test_watching_ahead_changes_nothing(chat, clip, chunk_frames):
         assert torch.equal(a.ssm_BHPK, b.ssm_BHPK) and torch.equal(a.conv_BTC, b.conv_BTC)
 
 
-def test_questions_do_not_see_each_other(chat, clip):
+def said(*turns):
+    return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(turns), turns)]
+
+
+def test_a_second_question_continues_the_conversation(chat, clip):
     chat.watch(clip, progress=False)
-    first = chat.ask("What happens?", max_new_tokens=8, do_sample=False)
-    chat.ask("Something else entirely?", max_new_tokens=8, do_sample=False)
-    assert chat.ask("What happens?", max_new_tokens=8, do_sample=False) == first
+    options = {"max_new_tokens": 8, "do_sample": False}
+    first = chat.ask("What happens?", **options)
+    for stream in (False, True):
+        chat.history = said("What happens?", first)
+        answer = chat.ask("And then?", stream=stream, **options)
+        answer = "".join(answer).strip() if stream else answer
+        assert chat.history == said("What happens?", first, "And then?", answer)
+        assert answer == chat.ask(said("What happens?", first, "And then?"), **options)
+    kept = chat.history
+    with pytest.raises(vamba.UserError):
+        chat.ask("What?", max_new_tokens=-5)
+    assert chat.history == kept  # neither by what fails nor by a conversation of its own
+    chat.reset()
+    assert not chat.history and chat.ask("What happens?", **options) == first
+    chat.watch(clip, append=True, progress=False)
+    assert chat.history == said("What happens?", first)
+    chat.watch(clip, progress=False)
+    assert not chat.history
+
+
+def test_a_system_prompt_begins_the_conversation(chat, clip):
+    chat.watch(clip, progress=False)
+    chat.system = "Be brief."
+    try:
+        answer = chat.ask("What happens?", max_new_tokens=8, do_sample=False)
+    finally:
+        chat.system = None
+    messages = [{"role": "system", "content": "Be brief."}, *said("What happens?")]
+    assert answer == chat.ask(messages, max_new_tokens=8, do_sample=False) and chat.history == said(
+        "What happens?", answer
+    )
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "ma2mba"])
+def test_images_and_videos_in_one_memory(kind, clip, tmp_path, request):
+    """What was watched stands in the prompt as if all of it had been given at once."""
+    folder = request.getfixturevalue(kind)
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    chat = vamba.VideoChat(model, processor)
+    picture = Image.new("RGB", (56, 84), "red")
+    picture.save(tmp_path / "red.png")
+    chat.watch(tmp_path / "red.png")
+    chat.watch(clip, num_frames=4, append=True, progress=False)
+    chat.watch(picture, append=True)
+    assert [item[0] for item in chat.memory.media[0]] == ["image", "video", "image"] and chat.memory.seconds > 0
+    content = [
+        {"type": "image", "image": picture}, {"type": "video", "video": str(clip), "num_frames": 4},
+        {"type": "image", "image": picture}, {"type": "text", "text": "What happens?"},
+    ]  # fmt: skip
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert (
+        chat.ask("What happens?", max_new_tokens=8, do_sample=False)
+        == processor.tokenizer.decode(output, skip_special_tokens=True).strip()
+    )
+
+
+def test_a_broken_image_is_told_as_a_broken_video(chat, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(vamba.VideoReadError, match="broken.jpg"):
+        chat.watch(tmp_path / "broken.jpg", progress=False)
+
+
+def test_a_live_stream_goes_on_while_it_is_asked(chat, clip):
+    """Frames that are appended between two questions are those of one video."""
+    frames, _ = vamba.load_video(clip, fps=8)
+    expected = chat.watch(frames, source_fps=8, fps=8, progress=False)
+    chat.watch(frames[:4], source_fps=8, fps=8, progress=False)
+    chat.ask("What happens?", max_new_tokens=2)
+    for start in range(4, len(frames), 4):
+        part = frames[start : start + 4]
+        chat.watch(part, append=True, continue_video=True, source_fps=8, fps=8, progress=False)
+    assert chat.memory.media == expected.media and len(chat.history) == 2 and chat.memory.seconds == expected.seconds
+    for a, b in zip(chat.memory.states, expected.states):
+        torch.testing.assert_close(a.ssm_BHPK, b.ssm_BHPK)
+    with pytest.raises(ValueError, match="append=True"):
+        chat.watch(frames, continue_video=True)
+    with pytest.raises(ValueError, match="cannot continue"):
+        chat.watch(torch.zeros(2, 3, 112, 56, dtype=torch.uint8), append=True, continue_video=True, progress=False)
+
+
+def test_progress_is_told_to_a_function_which_may_end_it(chat, clip):
+    told = []
+    memory = chat.watch(clip, fps=8, chunk_frames=4, progress=lambda done, total: told.append((done, total)))
+    assert told == [(4, 16), (8, 16), (12, 16), (16, 16)]
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.watch(clip, fps=8, progress=stop)
+    assert chat.memory is memory
     assert chat.memory.get_seq_length() == 0
 
 
 def test_streamed_pieces_make_up_the_answer(chat, clip):
     chat.watch(clip, progress=False)
-    pieces = list(chat.ask("What happens?", stream=True, max_new_tokens=8, do_sample=False))
-    assert "".join(pieces).strip() == chat.ask("What happens?", max_new_tokens=8, do_sample=False)
+    pieces = list(chat.ask(said("What happens?"), stream=True, max_new_tokens=8, do_sample=False))
+    assert "".join(pieces).strip() == chat.ask(said("What happens?"), max_new_tokens=8, do_sample=False)
 
 
 def test_an_error_while_streaming_reaches_the_reader(chat, clip):
     chat.watch(clip, progress=False)
     with pytest.raises(ValueError, match="max_new_tokens"):
-        list(chat.ask("What happens?", stream=True, max_new_tokens=-5))
+        list(chat.ask(said("What happens?"), stream=True, max_new_tokens=-5))
 
 
 def test_an_abandoned_answer_ends_its_thread(chat, clip):
     chat.watch(clip, progress=False)
     before = threading.active_count()
-    pieces = chat.ask("What happens?", stream=True, max_new_tokens=100_000, min_new_tokens=100_000)
+    pieces = chat.ask(said("What happens?"), stream=True, max_new_tokens=100_000, min_new_tokens=100_000)
     next(pieces)
     pieces.close()
     assert threading.active_count() == before
@@ -85,8 +182,8 @@ def test_an_abandoned_answer_ends_its_thread(chat, clip):
 def test_no_answer_is_empty(chat, clip):
     """Even where the model would end at once."""
     chat.watch(clip, progress=False)
-    first = chat.processor.tokenizer(chat.ask("What?", max_new_tokens=1, do_sample=False)).input_ids[:1]
-    assert first and chat.ask("What?", max_new_tokens=3, do_sample=False, eos_token_id=first[0])
+    first = chat.processor.tokenizer(chat.ask(said("What?"), max_new_tokens=1, do_sample=False)).input_ids[:1]
+    assert first and chat.ask(said("What?"), max_new_tokens=3, do_sample=False, eos_token_id=first[0])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -94,18 +191,18 @@ def test_no_answer_is_empty(chat, clip):
 def test_a_generation_config_says_how_long_an_answer_is(chat, clip, monkeypatch, stream, graphs):
     chat.watch(clip, progress=False)
     monkeypatch.setattr(chat_module.GraphedDecoding, "suits", lambda model: graphs)
-    expected = chat.ask("What?", max_new_tokens=1, do_sample=False)
-    assert expected != chat.ask("What?", max_new_tokens=30, do_sample=False)
+    expected = chat.ask(said("What?"), max_new_tokens=1, do_sample=False)
+    assert expected != chat.ask(said("What?"), max_new_tokens=30, do_sample=False)
     prompt = chat._prompt("What?")["input_ids"].shape[1]
     for length in ({"max_new_tokens": 1}, {"max_length": prompt + 1}):
         config = GenerationConfig(**{**chat.model.generation_config.to_dict(), "do_sample": False, **length})
-        answer = chat.ask("What?", generation_config=config, stream=stream)
+        answer = chat.ask(said("What?"), generation_config=config, stream=stream)
         assert ("".join(answer).strip() if stream else answer) == expected
     config.max_new_tokens = 30
     generation_logger = logging.getLogger("transformers.generation.utils")
     warned = []
     monkeypatch.setattr(generation_logger, "warning_once", lambda message, *_: warned.append(message), raising=False)
-    assert chat.ask("What?", generation_config=config, max_new_tokens=1) == expected  # what is said outright wins
+    assert chat.ask(said("What?"), generation_config=config, max_new_tokens=1) == expected  # what is said outright wins
     assert warned == [] and config.max_new_tokens == 30 and config.min_new_tokens is None
 
 
@@ -143,7 +240,7 @@ def test_a_failed_watch_leaves_the_memory(chat, clip, tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_watch_leaves_the_memory_and_nothing_open(chat, clip, monkeypatch, append, error):
     before = chat.watch(clip, progress=False)
-    answer = chat.ask("What happens?", max_new_tokens=8, do_sample=False)
+    answer = chat.ask(said("What happens?"), max_new_tokens=8, do_sample=False)
     length, states = before.video_length, [state.ssm_BHPK.clone() for state in before.states]
     threads, files = threading.active_count(), _open_files()
     encode, encoded = chat.model.encode_video, []
@@ -160,7 +257,7 @@ def test_an_interrupted_watch_leaves_the_memory_and_nothing_open(chat, clip, mon
     assert (threading.active_count(), _open_files()) == (threads, files) and len(encoded) == 2
     assert chat.memory is before and before.video_length == length
     assert all(torch.equal(state.ssm_BHPK, old) for state, old in zip(before.states, states))
-    assert chat.ask("What happens?", max_new_tokens=8, do_sample=False) == answer
+    assert chat.ask(said("What happens?"), max_new_tokens=8, do_sample=False) == answer
 
 
 def _open_files() -> int:
@@ -186,11 +283,11 @@ def test_damage_further_in_reaches_the_caller(chat, clip, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 2}, {"num_beams": 2}])
 def test_room_for_the_answer_is_set_aside_where_graphs_can_be_used(chat, clip, monkeypatch, options):
     chat.watch(clip, progress=False)
-    expected = chat.ask("What happens?", max_new_tokens=8, do_sample=False, **options)
+    expected = chat.ask(said("What happens?"), max_new_tokens=8, do_sample=False, **options)
     monkeypatch.setattr(chat_module.GraphedDecoding, "suits", lambda model: True)
     fork = chat._fork(chat._prompt("What happens?"), {"max_new_tokens": 8, **options})
     assert isinstance(fork, StaticCache) == ("prompt_lookup_num_tokens" not in options)  # which takes tokens back
-    assert chat.ask("What happens?", max_new_tokens=8, do_sample=False, **options) == expected
+    assert chat.ask(said("What happens?"), max_new_tokens=8, do_sample=False, **options) == expected
 
 
 def test_options_of_a_memory_that_the_model_has_not_are_refused():
@@ -201,7 +298,7 @@ def test_options_of_a_memory_that_the_model_has_not_are_refused():
 
 def test_asking_before_watching_says_what_to_do(chat):
     with pytest.raises(ValueError, match=r"watch\(video\) before ask"):
-        chat.ask("What?")
+        chat.ask(said("What?"))
 
 
 def test_an_odd_chunk_is_refused(chat, clip):
@@ -225,7 +322,7 @@ def test_what_is_no_question_is_refused(chat, clip, question):
 def test_what_generate_cannot_use_is_refused(chat, clip, options):
     chat.watch(clip, progress=False)
     with pytest.raises(ValueError, match=next(iter(options))):
-        chat.ask("What?", **options)
+        chat.ask(said("What?"), **options)
 
 
 def test_weights_that_compute_nan_are_told(chat, clip):
@@ -236,7 +333,7 @@ def test_weights_that_compute_nan_are_told(chat, clip):
         norm.fill_(float("inf"))
     try:
         with pytest.raises(ValueError, match="weights have changed|computes NaN"):
-            chat.ask("What?")
+            chat.ask(said("What?"))
     finally:
         with torch.no_grad():
             norm.copy_(before)
@@ -256,15 +353,17 @@ def test_a_conversation_goes_on_where_its_last_turn_ends(chat, clip):
     assert chat.ask(messages, max_new_tokens=8, do_sample=False) == answer
 
 
-def test_a_state_takes_no_turn_before_the_users(ma2mba, clip):
+def test_a_state_reads_the_video_before_any_turn(ma2mba, clip):
     model = AutoModelForImageTextToText.from_pretrained(ma2mba).eval()
     chat = vamba.VideoChat(model, AutoProcessor.from_pretrained(ma2mba))
     chat.watch(clip, num_frames=4, progress=False)
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What happens?"}]
+    asked = {"role": "user", "content": "What happens?"}
     for ask in (chat.ask, lambda question: chat.log_likelihoods(question, ["It moves."])):
-        with pytest.raises(vamba.UserError, match="begins with a turn of the system.* let the user's come first"):
-            ask(messages)
-    assert chat.ask([*messages[1:], {"role": "assistant", "content": "It moves."}, *messages], max_new_tokens=2)
+        with pytest.raises(vamba.UserError, match="begins with a turn of the assistant.* let the user's come first"):
+            ask([{"role": "assistant", "content": "It moves."}, asked])
+    brief = chat.ask([{"role": "system", "content": "Be brief."}, asked], max_new_tokens=8, do_sample=False)
+    folded = [{"role": "user", "content": "Be brief.\n\nWhat happens?"}]
+    assert brief == chat.ask(folded, max_new_tokens=8, do_sample=False)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +390,7 @@ def test_likelihoods_of_answers_equal_a_full_forward_pass(kind, clip, request):
     chat = vamba.VideoChat(model, AutoProcessor.from_pretrained(folder))
     chat.watch(clip, num_frames=8, progress=False)
     answers = ["B", "It moves.", "A long story about nothing"]
-    greedy = chat.ask("What happens?", max_new_tokens=4, do_sample=False)
+    greedy = chat.ask(said("What happens?"), max_new_tokens=4, do_sample=False)
     found = chat.log_likelihoods("What happens?", answers)
     content = [{"type": "video", "video": str(clip), "num_frames": 8}, {"type": "text", "text": "What happens?"}]
     inputs = chat.processor.apply_chat_template(
@@ -314,6 +413,6 @@ def test_likelihoods_of_answers_equal_a_full_forward_pass(kind, clip, request):
     text = chat.processor.tokenizer.decode(end[0] if isinstance(end, list) else end)
     assert ended.total == pytest.approx(chat.log_likelihoods("What happens?", [answers[1] + text])[0].total)
     assert chat.memory.get_seq_length() == chat.memory.fork().get_seq_length()
-    assert chat.ask("What happens?", max_new_tokens=4, do_sample=False) == greedy  # the memory is as it was
+    assert chat.ask(said("What happens?"), max_new_tokens=4, do_sample=False) == greedy  # the memory is as it was
     with pytest.raises(vamba.UserError, match="makes no token"):
         chat.log_likelihoods("What happens?", [""])

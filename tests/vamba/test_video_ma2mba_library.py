@@ -27,6 +27,11 @@ from vamba.modeling import StateMemory, VideoMa2mbaForConditionalGeneration, Vid
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
+def said(question):
+    """A conversation of its own."""
+    return [{"role": "user", "content": question}]
+
+
 @pytest.fixture
 def chat(ma2mba):
     model = AutoModelForImageTextToText.from_pretrained(ma2mba).eval()
@@ -53,17 +58,17 @@ def test_watching_in_chunks_equals_the_processor_at_once(chat, clip, chunk_frame
     at_once = chat.model.encode_video(inputs["pixel_values_videos"], inputs["video_grid_thw"])
     for ours, theirs in zip(memory.states, at_once.states):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert chat.ask("What happens?", **GREEDY) == expected
-    assert "".join(chat.ask("What happens?", stream=True, **GREEDY)).strip() == expected
+    assert chat.ask(said("What happens?"), **GREEDY) == expected
+    assert "".join(chat.ask(said("What happens?"), stream=True, **GREEDY)).strip() == expected
 
 
 def test_questions_do_not_see_each_other_and_videos_add_up(chat, clip):
     chat.watch(clip, progress=False)
-    first = chat.ask("What happens?", **GREEDY)
-    chat.ask("Something else entirely?", **GREEDY)
-    assert chat.ask("What happens?", **GREEDY) == first and chat.memory.get_seq_length() == 1
+    first = chat.ask(said("What happens?"), **GREEDY)
+    chat.ask(said("Something else entirely?"), **GREEDY)
+    assert chat.ask(said("What happens?"), **GREEDY) == first and chat.memory.get_seq_length() == 1
     chat.watch(clip, append=True, progress=False)
-    assert chat.memory.media == [[["video", 2, 4, 4]] * 2] and isinstance(chat.ask("And now?", **GREEDY), str)
+    assert chat.memory.media == [[["video", 2, 4, 4]] * 2] and isinstance(chat.ask(said("And now?"), **GREEDY), str)
 
 
 def test_ask_on_the_command_line_from_a_file_and_from_a_memory(ma2mba, clip, tmp_path, capsys):

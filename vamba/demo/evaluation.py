@@ -38,7 +38,8 @@ def ask_about_videos(model, processor, paths: Sequence[Path], told: Sequence[Sto
     for path, story in zip(tqdm(paths, desc="watching and asking", unit="video"), told):
         chat.watch(str(path), progress=False)
         for kind, question in QUESTIONS.items():
-            replies.append(Reply(path, kind, chat.ask(question, max_new_tokens=MAX_NEW_TOKENS), story.answer(kind)))
+            answer = chat.ask([{"role": "user", "content": question}], max_new_tokens=MAX_NEW_TOKENS)
+            replies.append(Reply(path, kind, answer, story.answer(kind)))
     return replies
 
 

@@ -139,7 +139,8 @@ def _ask(
             place = log_likelihoods.index(max(log_likelihoods))
             reply = candidates[place]
         else:
-            reply = chat.ask(prompt, **{**GREEDY, "max_new_tokens": protocol.tokens(question), **generate_kwargs})
+            options = {**GREEDY, "max_new_tokens": protocol.tokens(question), **generate_kwargs}
+            reply = chat.ask([{"role": "user", "content": prompt}], **options)
             shown = [question.options[index] for index in order]
             place = parse_choice(reply, shown, lettered=protocol.shows_options) if order else None
     except UserError as error:

@@ -65,8 +65,9 @@ class RunFolder:
                         f"{self.folder} holds the answers of another run: {name} was {earlier.get(name)!r:.200} and is "
                         f"{settings.get(name)!r:.200}; choose another folder."
                     )
-            with opening(self.folder / QUESTIONS):
-                asked = (self.folder / QUESTIONS).read_bytes().splitlines()
+            path = self.folder / QUESTIONS
+            with opening(path):
+                asked = path.read_bytes().splitlines() if path.is_file() else []  # a pipe would be waited for
             if asked != [row.encode() for row in rows]:
                 raise UserError(f"{self.folder} holds the answers to other questions; choose another folder.")
             return

@@ -122,6 +122,12 @@ def test_damaged_questions_of_a_run_are_other_questions(finished, checkpoint, as
         (tmp_path / path.name).write_bytes(path.read_bytes().replace(b"colour", b"col\x80ur"))
     with pytest.raises(UserError, match="damaged|other questions"):
         run(checkpoint, asked, tmp_path)
+    for path in finished[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "questions.jsonl").unlink()
+    (tmp_path / "questions.jsonl").symlink_to("/dev/zero")  # which has no end
+    with pytest.raises(UserError, match="other questions"):
+        run(checkpoint, asked, tmp_path)
 
 
 def test_what_was_refused_does_not_occupy_a_folder(finished, checkpoint, asked, tmp_path):

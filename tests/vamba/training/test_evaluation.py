@@ -108,7 +108,7 @@ def test_the_accuracy_is_that_of_asking(values, held_out, tmp_path):
     for number in range(3):
         chat.watch(str(held_out / f"{number}.mp4"), fps=8, progress=False)
         for question in QUESTIONS.values():
-            reply = chat.ask(question, max_new_tokens=3)
+            reply = chat.ask([{"role": "user", "content": question}], max_new_tokens=3)
             video = str(held_out / f"{number}.mp4") if number < 2 else str(tmp_path / "gone.mp4")
             answer = reply if len(rows) % 2 else "another"
             rows.append({"video": video, "question": question, "answer": answer})

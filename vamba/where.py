@@ -9,6 +9,7 @@ Shapes: T temporal patches of one medium, each of h x w video tokens; A answer t
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .attention_map import Heads, attention_map
-from .errors import UserError, VideoReadError
+from .errors import MissingPathError, UserError, VideoReadError
 from .modeling import StateMemory, VideoMemory
 from .modeling.images import open_image
 from .video import read_video
@@ -78,6 +79,15 @@ class Moment(NamedTuple):
     medium: int
     patches: tuple[int, int]
     peak: int
+
+    @property
+    def when(self) -> str:
+        """From when to when, to be read."""
+        known = self.start == self.start and self.end == self.end
+        return f"{clock(self.start)} – {clock(self.end)}" if known else f"frame {self.peak + 1}, time unknown"
+
+    def __str__(self) -> str:
+        return f"{self.when}  {self.share:.0%}"
 
 
 def source_of(
@@ -184,6 +194,21 @@ class Where:
         from .where_report import save
 
         save(self, path, video)
+
+
+def check_report_path(path: str | os.PathLike) -> Path:
+    """Raises UserError where no report can be written to `path`; before anything is watched, say."""
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".png"):
+        raise UserError(f"{os.fspath(path)!r:.80} is neither .html nor .png; give a name that ends so.")
+    if not path.parent.is_dir():
+        raise MissingPathError(f"{path} cannot be written: there is no such folder; make it first.")
+    if path.suffix.lower() == ".png":
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError as error:
+            raise UserError("A .png needs matplotlib (pip install 'vamba[plots]'); or give a .html.") from error
+    return path
 
 
 def look(

@@ -82,6 +82,7 @@ def test_moments_are_peaks_apart_from_each_other():
         (0, (4, 5), 4, 0.1, 4.0, 5.0),  # what is next to it is below half of it, and the last is too low
     ]
     assert where.moments(1) == where.moments()[:1] and where.moments(0) == []
+    assert str(where.moments()[1]) == "0:00:01.0 – 0:00:03.0  35%"
     flat = Where(**BLANK, curves=[curve(0.25, 0.25, 0.25, 0.25)]).moments()
     assert [(m.patches, m.peak) for m in flat] == [((0, 4), 0)]
 

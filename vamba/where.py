@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WIDTH = 480  # pixels of the picture of a moment
 HALF = 0.5  # a moment reaches as far as the curve stays above this share of its peak
-LEAST = 0.05  # of the highest peak; a lower one is no moment
+LEAST = 0.01  # of the highest peak; a lower one is no moment
 
 
 class Source(NamedTuple):
@@ -126,7 +126,7 @@ class Where:
     def moments(self, count: int = 5) -> list[Moment]:
         """At most `count` peaks, the highest first, none within another.
 
-        A peak is no lower than its neighbours, nor than a twentieth of the highest; its moment reaches to where the
+        A peak is no lower than its neighbours, nor than a hundredth of the highest; its moment reaches to where the
         curve falls below half of it, or to another moment.
         """
         found: list[Moment] = []
@@ -270,7 +270,7 @@ def _in_words(layers: Sequence[int] | None, heads: Heads, by: str) -> str:
     of = "all layers" if layers is None else f"layers {', '.join(map(str, layers))}"
     over = {"mean": "the mean over heads", "max": "the largest of the heads"}
     how = over[heads] if isinstance(heads, str) else f"the mean over heads {', '.join(map(str, heads))}"
-    what = "attention weight times the norm of the value it brings (after the output projection, times 1 - alpha)"
+    what = "squared length of what each brings (weight times value after the output projection, times 1 - alpha)"
     return f"Cross-attention of the answer's tokens, {what if by == 'contribution' else 'weights'}; {how}, over {of}."
 
 

@@ -58,6 +58,11 @@ def _title(where: Where, medium: int) -> str:
     return kind if len(where.curves) == 1 else f"{kind} {medium + 1}: {share:.0%} of what was looked at"
 
 
+def _highest(where: Where) -> float:
+    """What all curves are drawn against."""
+    return max(1e-12, *(float(curve.heights.max()) for curve in where.curves))
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -89,7 +94,7 @@ def _medium(where: Where, medium: int, moments: list[Moment], video: Any) -> str
         frames.append(f"<figure>{both}</figure>")
     columns = f"grid-template-columns:repeat({len(frames)},1fr)"
     here = [(number, moment) for number, moment in enumerate(moments, 1) if moment.medium == medium]
-    drawn = _svg(curve, here) if len(curve.weights) > 1 else ""
+    drawn = _svg(curve, here, _highest(where)) if len(curve.weights) > 1 else ""
     wide = ' style="min-width:40rem"' if len(frames) > 3 else ' style="max-width:20rem"'
     return (
         f'<section><h2>{_title(where, medium)}</h2><div class="scroll"><div{wide}>'
@@ -97,11 +102,11 @@ def _medium(where: Where, medium: int, moments: list[Moment], video: Any) -> str
     )
 
 
-def _svg(curve: Curve, moments: list[tuple[int, Moment]]) -> str:
+def _svg(curve: Curve, moments: list[tuple[int, Moment]], top: float) -> str:
     """The curve over time, 1000 x 150, with its moments marked and the time beneath."""
     width, height = 1000, 120
     places, heights = [width * place for place in _places(curve)], curve.heights
-    tops = (height - (height - 18) * heights / heights.max().clamp(min=1e-12)).tolist()
+    tops = (height - (height - 18) * heights / top).tolist()
     steps = " ".join(f"{a:.1f},{y:.1f} {b:.1f},{y:.1f}" for a, b, y in zip(places, places[1:], tops))
     parts = []
     for number, moment in moments:
@@ -208,7 +213,7 @@ def _draw_medium(part: Any, where: Where, medium: int, moments: list[tuple[int, 
         axes.set_axis_off()
     if len(curve.weights) == 1:
         return
-    places, axes, top = _places(curve), below.subplots(), float(curve.heights.max())
+    places, axes, top = _places(curve), below.subplots(), _highest(where)
     axes.stairs(curve.heights.numpy(), places, fill=True, color="#e4572e", alpha=0.8)
     for number, moment in moments:
         a, b = (places[patch] for patch in moment.patches)
@@ -218,4 +223,4 @@ def _draw_medium(part: Any, where: Where, medium: int, moments: list[tuple[int, 
     first, last = float(curve.seconds[0, 0]), float(curve.seconds[-1, 1])
     ticks = [part / 4 for part in range(5)]
     axes.set_xticks(ticks, [clock(first + (last - first) * tick) if known else f"{tick:.0%}" for tick in ticks])
-    axes.set(xlim=(0, 1), ylim=(0, 1.2 * max(top, 1e-12)), yticks=[], ylabel="looked at")
+    axes.set(xlim=(0, 1), ylim=(0, 1.2 * top), yticks=[], ylabel="looked at")

@@ -47,8 +47,9 @@ def attention_map(
         patches: for each video token which temporal patch it belongs to, int64 (M,).
         layers: those that count, from 0 on, all alike; None for all.
         heads: "mean" or "max" over the heads of a layer, or the mean over these.
-        by: "weights", the attention weights; or "contribution", the length of what the weights bring: the weight times
-            the norm of its value after the output projection, times 1 - alpha of the layer.
+        by: "weights", the attention weights; or "contribution", the squared length of what they bring into the text:
+            of the weight times the value after the output projection, times 1 - alpha of the layer. A weight alone may
+            be large where the value is next to nothing (Kobayashi et al., 2020); squares add up where vectors do.
 
     Returns:
         float32 on the CPU: (M,), of sum 1, and (A, T), of sum 1, which tells the answer's tokens apart.
@@ -165,7 +166,7 @@ def layer_weights(
         if grams_HPP is not None:
             grams = grams_HPP.unflatten(0, (K, H // K))
             norms = ((values_KCP[:, None] @ grams) * values_KCP[:, None]).sum(-1).clamp(min=0).sqrt()  # (K, G, C)
-            weights_HAC = weights_HAC * norms.flatten(0, 1)[:, None] * (1 - alpha)
+            weights_HAC = (weights_HAC * norms.flatten(0, 1)[:, None] * (1 - alpha)).square()
         yield weights_HAC
 
 

@@ -324,8 +324,8 @@ class VideoChat:
             answer: which of `answers`; -1 is the last.
             layers: those that count, from 0 on; None for all.
             heads: "mean" or "max" over the heads of a layer, or a list of heads.
-            by: "contribution", what the attention brings into the text: its weight times the norm of the value after
-                the output projection, times 1 - alpha; or "weights" alone.
+            by: "contribution", the squared length of what the attention brings into the text: its weight times the
+                value after the output projection, times 1 - alpha; or "weights" alone.
 
         Raises:
             UserError: there is no such answer, layer or head; what is watched now is not what was asked about; a

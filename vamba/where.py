@@ -9,6 +9,7 @@ Shapes: T temporal patches of one medium, each of h x w video tokens; A answer t
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .attention_map import Heads, attention_map
-from .errors import UserError, VideoReadError
+from .errors import MissingPathError, UserError, VideoReadError
 from .modeling import StateMemory, VideoMemory
 from .modeling.images import open_image
 from .video import read_video
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 WIDTH = 480  # pixels of the picture of a moment
 HALF = 0.5  # a moment reaches as far as the curve stays above this share of its peak
-LEAST = 0.05  # of the highest peak; a lower one is no moment
+LEAST = 0.01  # of the highest peak; a lower one is no moment
 
 
 class Source(NamedTuple):
@@ -79,6 +80,15 @@ class Moment(NamedTuple):
     patches: tuple[int, int]
     peak: int
 
+    @property
+    def when(self) -> str:
+        """From when to when, to be read."""
+        known = self.start == self.start and self.end == self.end
+        return f"{clock(self.start)} – {clock(self.end)}" if known else f"frame {self.peak + 1}, time unknown"
+
+    def __str__(self) -> str:
+        return f"{self.when}  {self.share:.0%}"
+
 
 def source_of(
     memory: VideoMemory | StateMemory, video: Any, options: dict, spans: Tensor | None = None, fps: float | None = None
@@ -116,7 +126,7 @@ class Where:
     def moments(self, count: int = 5) -> list[Moment]:
         """At most `count` peaks, the highest first, none within another.
 
-        A peak is no lower than its neighbours, nor than a twentieth of the highest; its moment reaches to where the
+        A peak is no lower than its neighbours, nor than a hundredth of the highest; its moment reaches to where the
         curve falls below half of it, or to another moment.
         """
         found: list[Moment] = []
@@ -186,6 +196,21 @@ class Where:
         save(self, path, video)
 
 
+def check_report_path(path: str | os.PathLike) -> Path:
+    """Raises UserError where no report can be written to `path`; before anything is watched, say."""
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".png"):
+        raise UserError(f"{os.fspath(path)!r:.80} is neither .html nor .png; give a name that ends so.")
+    if not path.parent.is_dir():
+        raise MissingPathError(f"{path} cannot be written: there is no such folder; make it first.")
+    if path.suffix.lower() == ".png":
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError as error:
+            raise UserError("A .png needs matplotlib (pip install 'vamba[plots]'); or give a .html.") from error
+    return path
+
+
 def look(
     chat: "VideoChat",
     answer: int = -1,
@@ -245,7 +270,7 @@ def _in_words(layers: Sequence[int] | None, heads: Heads, by: str) -> str:
     of = "all layers" if layers is None else f"layers {', '.join(map(str, layers))}"
     over = {"mean": "the mean over heads", "max": "the largest of the heads"}
     how = over[heads] if isinstance(heads, str) else f"the mean over heads {', '.join(map(str, heads))}"
-    what = "attention weight times the norm of the value it brings (after the output projection, times 1 - alpha)"
+    what = "squared length of what each brings (weight times value after the output projection, times 1 - alpha)"
     return f"Cross-attention of the answer's tokens, {what if by == 'contribution' else 'weights'}; {how}, over {of}."
 
 

@@ -8,14 +8,12 @@ import base64
 import html
 import io
 import os
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from .errors import MissingPathError, UserError
 from .files import written_whole
-from .where import Curve, Moment, Where, clock, overlaid
+from .where import Curve, Moment, Where, check_report_path, clock, overlaid
 
 
 STRIP = 12  # frames of a strip
@@ -37,21 +35,6 @@ def save(where: Where, path: str | os.PathLike, video: Any = None) -> None:
             drawn.savefig(partial, dpi=110)
 
 
-def check_report_path(path: str | os.PathLike) -> Path:
-    """Raises UserError where no report can be written to `path`; before anything is watched, say."""
-    path = Path(path)
-    if path.suffix.lower() not in (".html", ".png"):
-        raise UserError(f"{os.fspath(path)!r:.80} is neither .html nor .png; give a name that ends so.")
-    if not path.parent.is_dir():
-        raise MissingPathError(f"{path} cannot be written: there is no such folder; make it first.")
-    if path.suffix.lower() == ".png":
-        try:
-            import matplotlib.figure  # noqa: F401
-        except ImportError as error:
-            raise UserError("A .png needs matplotlib (pip install 'vamba[plots]'); or give a .html.") from error
-    return path
-
-
 def _places(curve: Curve) -> list[float]:
     """Where each temporal patch starts and the last ends, from 0 to 1: by time, or in order where that is unknown."""
     starts, end = curve.seconds[:, 0], float(curve.seconds[-1, 1])
@@ -66,6 +49,18 @@ def _strip(curve: Curve) -> list[int]:
     places = _places(curve)
     count = min(STRIP, len(curve.weights))
     return [max(i for i, place in enumerate(places[:-1]) if place <= (part + 0.5) / count) for part in range(count)]
+
+
+def _title(where: Where, medium: int) -> str:
+    curve = where.curves[medium]
+    kind = curve.kind.capitalize()
+    share = float(curve.weights.sum())
+    return kind if len(where.curves) == 1 else f"{kind} {medium + 1}: {share:.0%} of what was looked at"
+
+
+def _highest(where: Where) -> float:
+    """What all curves are drawn against."""
+    return max(1e-12, *(float(curve.heights.max()) for curve in where.curves))
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -90,8 +85,6 @@ def page(where: Where, video: Any = None) -> str:
 
 def _medium(where: Where, medium: int, moments: list[Moment], video: Any) -> str:
     curve = where.curves[medium]
-    title = f"{curve.kind.capitalize()} {medium + 1}" if len(where.curves) > 1 else curve.kind.capitalize()
-    title += f" · {float(curve.weights.sum()):.0%} of the attention" if len(where.curves) > 1 else ""
     frames = []
     for patch in _strip(curve):
         frame = where.frame(medium, patch, video, THUMBNAIL)
@@ -101,19 +94,19 @@ def _medium(where: Where, medium: int, moments: list[Moment], video: Any) -> str
         frames.append(f"<figure>{both}</figure>")
     columns = f"grid-template-columns:repeat({len(frames)},1fr)"
     here = [(number, moment) for number, moment in enumerate(moments, 1) if moment.medium == medium]
-    drawn = _svg(curve, here) if len(curve.weights) > 1 else ""
+    drawn = _svg(curve, here, _highest(where)) if len(curve.weights) > 1 else ""
     wide = ' style="min-width:40rem"' if len(frames) > 3 else ' style="max-width:20rem"'
     return (
-        f'<section><h2>{title}</h2><div class="scroll"><div{wide}>'
+        f'<section><h2>{_title(where, medium)}</h2><div class="scroll"><div{wide}>'
         f'<div class="strip" style="{columns}">{"".join(frames)}</div>{drawn}</div></div></section>'
     )
 
 
-def _svg(curve: Curve, moments: list[tuple[int, Moment]]) -> str:
+def _svg(curve: Curve, moments: list[tuple[int, Moment]], top: float) -> str:
     """The curve over time, 1000 x 150, with its moments marked and the time beneath."""
     width, height = 1000, 120
     places, heights = [width * place for place in _places(curve)], curve.heights
-    tops = (height - (height - 18) * heights / heights.max().clamp(min=1e-12)).tolist()
+    tops = (height - (height - 18) * heights / top).tolist()
     steps = " ".join(f"{a:.1f},{y:.1f} {b:.1f},{y:.1f}" for a, b, y in zip(places, places[1:], tops))
     parts = []
     for number, moment in moments:
@@ -137,7 +130,7 @@ def _svg(curve: Curve, moments: list[tuple[int, Moment]]) -> str:
 
 
 def _card(where: Where, number: int, moment: Moment, video: Any) -> str:
-    when = "image" if where.curves[moment.medium].kind == "image" else span(moment)
+    when = "image" if where.curves[moment.medium].kind == "image" else moment.when
     medium = f" · {where.curves[moment.medium].kind} {moment.medium + 1}" if len(where.curves) > 1 else ""
     picture = _data_uri(where.picture(moment, video))
     return (
@@ -145,13 +138,6 @@ def _card(where: Where, number: int, moment: Moment, video: Any) -> str:
         f'alt="Frame at {html.escape(when)} with what was looked at"></a><figcaption><b>{number}</b> '
         f"<time>{html.escape(when)}</time>{medium}<span>{moment.share:.0%}</span></figcaption></figure>"
     )
-
-
-def span(moment: Moment) -> str:
-    """From when to when a moment lasts."""
-    if moment.start != moment.start:
-        return f"frame {moment.peak + 1}, time unknown"
-    return f"{clock(moment.start)} – {clock(moment.end)}"
 
 
 def _data_uri(picture: Image.Image) -> str:
@@ -212,7 +198,7 @@ def figure(where: Where, video: Any = None) -> Any:
         _draw_medium(row, where, medium, [(n, m) for n, m in enumerate(moments, 1) if m.medium == medium], video)
     for number, (axes, moment) in enumerate(zip(last.subplots(1, MOMENTS), moments), 1):
         axes.imshow(where.picture(moment, video))
-        axes.set_title(f"{number}: {span(moment)} ({moment.share:.0%})", fontsize=9)
+        axes.set_title(f"{number}: {moment.when} ({moment.share:.0%})", fontsize=9)
     for axes in last.axes:
         axes.set_axis_off()
     return drawn
@@ -221,20 +207,20 @@ def figure(where: Where, video: Any = None) -> Any:
 def _draw_medium(part: Any, where: Where, medium: int, moments: list[tuple[int, Moment]], video: Any) -> None:
     curve, shown = where.curves[medium], _strip(where.curves[medium])
     above, below = part.subfigures(2, 1, height_ratios=[1, 1.3])
+    above.suptitle(_title(where, medium), fontsize=10)
     for axes, patch in zip(above.subplots(1, len(shown), squeeze=False)[0], shown):
         axes.imshow(where.frame(medium, patch, video, THUMBNAIL))
         axes.set_axis_off()
-    places, axes = _places(curve), below.subplots()
+    if len(curve.weights) == 1:
+        return
+    places, axes, top = _places(curve), below.subplots(), _highest(where)
     axes.stairs(curve.heights.numpy(), places, fill=True, color="#e4572e", alpha=0.8)
     for number, moment in moments:
         a, b = (places[patch] for patch in moment.patches)
         axes.axvspan(a, b, color="#e4572e", alpha=0.15)
-        axes.text((a + b) / 2, 1.04 * float(curve.heights.max()), number, ha="center", weight="bold")
+        axes.text((a + b) / 2, 1.04 * top, str(number), ha="center", weight="bold")
     known = not curve.seconds.isnan().any()
     first, last = float(curve.seconds[0, 0]), float(curve.seconds[-1, 1])
     ticks = [part / 4 for part in range(5)]
     axes.set_xticks(ticks, [clock(first + (last - first) * tick) if known else f"{tick:.0%}" for tick in ticks])
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.2 * float(curve.heights.max()))
-    axes.set_yticks([])
-    axes.set_ylabel("looked at")
+    axes.set(xlim=(0, 1), ylim=(0, 1.2 * top), yticks=[], ylabel="looked at")

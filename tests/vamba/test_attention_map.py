@@ -70,7 +70,7 @@ def test_parts_equal_the_whole(name, at_once, monkeypatch):
     torch.testing.assert_close(tokens, weights.mean((0, 1, 2)), **CLOSE)
     expected = torch.zeros(4, 11).index_add_(1, patches, weights.mean((0, 1))) / 4
     torch.testing.assert_close(by_token, expected, **CLOSE)
-    brought = (weights * norms[:, :, None]).mean((0, 1, 2))
+    brought = (weights * norms[:, :, None]).square().mean((0, 1, 2))
     tokens, _ = attention_map(model, memory.fork(), asked, answer, patches)
     torch.testing.assert_close(tokens, brought / brought.sum(), **CLOSE)
     tokens, _ = attention_map(model, memory.fork(), asked, answer, patches, layers=[2, 0], heads=[1], by="weights")
@@ -96,7 +96,7 @@ def test_adapters_and_offloaded_weights():
     tokens, _ = attention_map(adapted.eval(), memory.fork(), asked, answer, patches)
     merged = eager_twin(adapted).merge_and_unload()
     weights, norms = reference(merged, memory, asked, answer)
-    brought = (weights * norms[:, :, None]).mean((0, 1, 2))
+    brought = (weights * norms[:, :, None]).square().mean((0, 1, 2))
     torch.testing.assert_close(tokens, brought / brought.sum(), rtol=1e-4, atol=1e-5)
     assert (tokens - plain).abs().max() > 1e-3
 

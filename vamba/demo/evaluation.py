@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from vamba.chat import VideoChat
+from vamba.modeling import VideoMemory
 from vamba.where import Where
 
 from .videos import FPS, QUESTIONS, Story
@@ -21,12 +22,16 @@ MAX_NEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class Reply:
-    """One question about one video: what was answered, and what happens in it."""
+    """One question about one video: what was answered, what happens in it, and whether the model looked at it.
+
+    `looked_at_event` is None for a model without attention to the video.
+    """
 
     video: Path
     kind: str
     answer: str
     truth: str
+    looked_at_event: bool | None = None
 
     @property
     def correct(self) -> bool:
@@ -40,7 +45,8 @@ def ask_about_videos(model, processor, paths: Sequence[Path], told: Sequence[Sto
         chat.watch(str(path), progress=False)
         for kind, question in QUESTIONS.items():
             answer = chat.ask([{"role": "user", "content": question}], max_new_tokens=MAX_NEW_TOKENS)
-            replies.append(Reply(path, kind, answer, story.answer(kind)))
+            looked = looked_at_event(chat.where(), story, kind) if isinstance(chat.memory, VideoMemory) else None
+            replies.append(Reply(path, kind, answer, story.answer(kind), looked))
     return replies
 
 
@@ -60,7 +66,7 @@ def ask_without_video(model, processor, paths: Sequence[Path], told: Sequence[St
 def looked_at_event(where: Where, story: Story, kind: str, patches: int = 0) -> bool:
     """Whether the curve of an answer peaks while what was asked about happens: the first flash, or the shape's visit.
 
-    `patches` that many temporal patches before or after count as well.
+    So many `patches` before and after the peak count as well.
     """
     curve = where.curves[0]
     peak = int(curve.heights.argmax())
@@ -87,6 +93,12 @@ def by_question(replies: Sequence[Reply]) -> dict[str, float]:
     }
 
 
+def share_looked_at(replies: Sequence[Reply]) -> float | None:
+    """Share of the answers for which the model looked most at what was asked about; None where nobody can tell."""
+    looked = [reply.looked_at_event for reply in replies if reply.looked_at_event is not None]
+    return sum(looked) / len(looked) if looked else None
+
+
 def scores(replies: Sequence[Reply], blind: Sequence[Reply], on_longer: Sequence[Reply]) -> dict:
     """The numbers of an evaluation: with and without video, and with longer videos than those of the training."""
     return {
@@ -94,6 +106,7 @@ def scores(replies: Sequence[Reply], blind: Sequence[Reply], on_longer: Sequence
         "text_only_accuracy": accuracy(blind),
         "chance": chance(replies),
         "accuracy_by_question": by_question(replies),
+        "looked_at_event": share_looked_at(replies),
         "longer_accuracy": accuracy(on_longer),
         "longer_accuracy_by_question": by_question(on_longer),
     }

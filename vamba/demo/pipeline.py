@@ -73,7 +73,8 @@ def run(
 
     Returns:
         accuracy, text_only_accuracy, chance, accuracy_by_question, longer_accuracy (of videos `LONGER` times as long
-        as the longest in the training), longer_accuracy_by_question, loss, seconds by phase, and the settings.
+        as the longest in the training), longer_accuracy_by_question, looked_at_event (share of the answers that looked
+        most at what was asked about, None for a Video-Ma2mba), loss, seconds by phase, and the settings.
 
     Raises:
         UserError: the output folder cannot be used. Nothing was done.
@@ -89,6 +90,8 @@ def run(
         results = _run_in(folder, settings)
     reached, longer, blind = (shown(results[name]) for name in ("accuracy", "longer_accuracy", "text_only_accuracy"))
     print(f"\ncheckpoint, results and held-out videos: {output}")
+    if (looked := results["looked_at_event"]) is not None:
+        print(f"where it looked most: at what was asked about for {shown(looked)} of the answers")
     print(f"without the video: accuracy {blind} (the questions alone tell nothing)")
     print(
         f"demo: accuracy {reached} on {test_videos} held-out videos (chance {shown(results['chance'])}); "

@@ -15,11 +15,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vamba import demo
 from vamba.cli import main
 from vamba.demo import pipeline
-from vamba.demo.evaluation import Reply, accuracy, chance
+from vamba.demo.evaluation import Reply, accuracy, chance, looked_at_event, share_looked_at
 from vamba.demo.report import shown
-from vamba.demo.videos import QUESTIONS, stories
+from vamba.demo.videos import QUESTIONS, Story, stories
 from vamba.errors import UserError
 from vamba.evaluation import evaluate
+from vamba.where import Curve, Where
 
 
 TINY = {"steps": 2, "train_videos": 8, "test_videos": 3, "batch_size": 4}
@@ -66,11 +67,27 @@ def test_accuracy_and_chance():
     assert chance(replies) == (2 + 1) / 4
 
 
+def test_looking_at_an_event_is_peaking_within_it():
+    """The first flash takes frames 4 and 5, the visit 8 to 13; a temporal patch is two frames, that is 0.25 s."""
+    story = Story("red", "blue", "cross", "after the flashes", ((4, 6), (15, 17)), (8, 14), 20, 0)
+    starts = torch.arange(10, dtype=torch.float64)[:, None] / 4
+    for peak in range(10):
+        weights = torch.zeros(10).index_fill(0, torch.tensor(peak), 1.0)
+        curve = Curve("video", starts + torch.tensor([0, 0.25]), weights, weights[:, None, None])
+        where = Where("", "", "", [curve], weights[None], [])
+        found = [looked_at_event(where, story, kind, near) for kind in ("first", "shape", "moment") for near in (0, 1)]
+        assert found == [peak == 2, 1 <= peak <= 3, *[4 <= peak <= 6, 3 <= peak <= 7] * 2], peak
+    replies = [Reply(None, "first", "red", "red", looked) for looked in (True, False, None)]
+    assert share_looked_at(replies) == 0.5 and share_looked_at(replies[2:]) is None
+
+
 def test_a_short_run_leaves_checkpoint_picture_and_results(finished, capsys):
     output, results = finished
     assert json.loads((output / "demo.json").read_text()) == results
     assert 0 <= results["accuracy"] <= 1 and 0.15 <= results["chance"] <= 0.7
     assert 0 <= results["longer_accuracy"] <= 1
+    looked = results["looked_at_event"]
+    assert looked is None if results["model"] == "video-ma2mba" else 0 <= looked <= 1
     for name in ("accuracy_by_question", "longer_accuracy_by_question"):
         assert set(results[name]) == set(QUESTIONS.values())
     assert results["steps"] == 2 and np.isfinite(results["loss"])
@@ -110,9 +127,10 @@ def test_the_last_lines_say_the_accuracy_and_a_second_run_replaces_the_first(tmp
     (output / "notes").unlink()
     capsys.readouterr()
     results = demo.run(output, seed=2, **TINY)
-    *_, blind, last = capsys.readouterr().out.splitlines()
+    *_, looked, blind, last = capsys.readouterr().out.splitlines()
     assert last.startswith("demo: accuracy 0.") and f"on {TINY['test_videos']} held-out videos (chance 0." in last
     assert last.endswith(f"; {shown(results['longer_accuracy'])} at 4 times the length")
+    assert looked.endswith(f"was asked about for {shown(results['looked_at_event'])} of the answers")
     assert blind.startswith(f"without the video: accuracy {shown(results['text_only_accuracy'])}")
     assert json.loads((output / "demo.json").read_text())["seed"] == 2
 
@@ -198,4 +216,5 @@ def test_shown_shares_are_never_rounded_up():
 def test_the_whole_demo_reaches_its_accuracy(model, tmp_path):
     assert main(["demo", "--model", model, "--output-dir", str(tmp_path / "demo")]) == 0
     if model == "vamba":
-        assert json.loads((tmp_path / "demo" / "demo.json").read_text())["longer_accuracy"] >= demo.REQUIRED_ACCURACY
+        results = json.loads((tmp_path / "demo" / "demo.json").read_text())
+        assert results["longer_accuracy"] >= demo.REQUIRED_ACCURACY and results["looked_at_event"] >= 0.9

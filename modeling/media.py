@@ -42,10 +42,13 @@ class MediaItem(NamedTuple):
     def num_patches(self) -> int:
         return self.t * self.h * self.w
 
-    @property
-    def spans(self) -> Tensor:
-        """`times`, NaN where they are unknown."""
-        return unknown_times(self.t) if self.times is None else self.times
+    def after(self, t: int, times: Tensor | None) -> Tensor | None:
+        """The `times` of this item behind the `t` temporal patches that it continues. Raises ValueError where they run
+        backwards."""
+        if self.times is None and times is None:
+            return None
+        both = ((t, times), (self.t, self.times))
+        return check_spans("video_times", torch.cat([unknown_times(n) if of is None else of for n, of in both]))
 
     def split(self, frames: int) -> "tuple[MediaItem, MediaItem]":
         """Returns the first `frames` temporal patches, and the rest."""

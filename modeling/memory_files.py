@@ -303,11 +303,11 @@ def require(name: str, value: Any, condition: bool) -> None:
         raise ValueError(f"{name} is {str(value)[:100]}")
 
 
-def read_times(times: Tensor | None, media: list[list[list]]) -> list[list[Tensor]]:
+def read_times(times: Tensor | None, media: list[list[list]]) -> list[list[Tensor | None]]:
     """The spans of each row's items from those of all, (sum of t, 2), in a file; None where it has none."""
     lengths = [item[1] for row in media for item in row]
     if times is None:
-        return [[unknown_times(item[1]) for item in row] for row in media]
+        return [[None for _ in row] for row in media]
     require("video.times", times, times.shape == (sum(lengths), 2) and times.dtype == torch.float64)
     spans = iter(check_spans("video.times", of_item) for of_item in times.cpu().split(lengths))
     return [[next(spans) for _ in row] for row in media]

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .mamba2 import Mamba2State
-from .media import Run, check_spans, continued, unknown_times
+from .media import Run, continued, unknown_times
 from .memory_files import (
     check_header,
     check_states,
@@ -47,8 +47,6 @@ class StateMemory(Cache):
     Attributes:
         states: one `Mamba2State` per layer, after the last token of each row; None before the first.
         media: for each row the items seen, `[kind, t, h, w]` in patches as in `grid_thw`, in order.
-        times: for each of these the seconds at which each frame starts and ends, float64 (t, 2) on the CPU, counted
-            from the start of its own file; NaN where they are unknown, as of images.
         is_open: for each row whether a video was the last that came, so that more of its frames may follow.
         text_length: tokens of text seen, padding included, as `get_seq_length` says; where rows differ, the fewest.
         text_tokens_B: tokens of text that each row has seen, padding not counted, int64 (B,); None before the first.
@@ -62,7 +60,7 @@ class StateMemory(Cache):
     def __init__(self, config: PreTrainedConfig):
         super().__init__(layers=[None] * config.get_text_config().num_hidden_layers)
         self.media: list[list[list]] = []
-        self.times: list[list[Tensor]] = []
+        self._times: list[list[Tensor | None]] = []
         self.is_open: list[bool] = []
         self.text_length = 0
         self.text_tokens_B: Tensor | None = None
@@ -104,9 +102,17 @@ class StateMemory(Cache):
         """Tokens of images and videos that each row has seen."""
         return [sum(t * (h // 2) * (w // 2) for _, t, h, w in row) for row in self.media]
 
+    @property
+    def times(self) -> list[list[Tensor]]:
+        """For each item of `media` the seconds at which each frame starts and ends, float64 (t, 2) on the CPU,
+        counted from the start of its own file; NaN where they are unknown, as of images.
+        """
+        rows = zip(self.media, self._times)
+        return [[unknown_times(item[1]) if t is None else t for item, t in zip(*row)] for row in rows]
+
     def note_times(self, spans: Tensor) -> None:
         """Records the `times` of the last frames of row 0; see `continued`."""
-        self.times[0][-1] = continued(self.times[0][-1], spans)
+        self._times[0][-1] = continued(self.times[0][-1], spans)
 
     def token_times(self, row: int = 0) -> Tensor:
         """The seconds at which each token of a row's media starts and ends, float64 (M, 2) on the CPU; NaN where they
@@ -162,17 +168,16 @@ class StateMemory(Cache):
 
     def note_chunk(self, chunk: list[list[Run]]) -> None:
         """Records what a chunk of the stream was; frames that continue an item lengthen it."""
-        self.media, self.times = self.media or [[] for _ in chunk], self.times or [[] for _ in chunk]
+        self.media, self._times = self.media or [[] for _ in chunk], self._times or [[] for _ in chunk]
         self.is_open = self.is_open or [False] * len(chunk)
         for row, stream in enumerate(chunk):
             for _, item in stream:
                 if item is not None and item.first_frame:
+                    self._times[row][-1] = item.after(self.media[row][-1][1], self._times[row][-1])
                     self.media[row][-1][1] += item.t
-                    spans = torch.cat([self.times[row][-1], item.spans])
-                    self.times[row][-1] = check_spans("video_times", spans)
                 elif item is not None:
                     self.media[row].append([item.kind, item.t, item.h, item.w])
-                    self.times[row].append(item.spans)
+                    self._times[row].append(item.times)
                 self.is_open[row] = item is not None
 
     def note_weights(self, made_by: str | None) -> None:
@@ -203,7 +208,7 @@ class StateMemory(Cache):
         fork.__dict__.update(vars(self))
         fork.states, fork.is_open = list(self.states), list(self.is_open)
         fork.media = [[list(item) for item in row] for row in self.media]
-        fork.times = [list(row) for row in self.times]
+        fork._times = [list(row) for row in self._times]
         if self.is_written_into:
             fork._replace(torch.clone)
         return fork
@@ -235,7 +240,7 @@ class StateMemory(Cache):
     def _select_media(self, rows: list[int]) -> None:
         if self.media:
             self.media = [[list(item) for item in self.media[row]] for row in rows]
-            self.times = [list(self.times[row]) for row in rows]
+            self._times = [list(self._times[row]) for row in rows]
             self.is_open = [self.is_open[row] for row in rows]
 
     def expand_rows(self, batch_size: int, copies: int = 1) -> None:
@@ -284,7 +289,7 @@ class StateMemory(Cache):
     def reset(self) -> None:
         """Forgets everything; `fork()` beforehand to start a new conversation about the same video."""
         self.states = [None] * len(self.states)
-        self.media, self.times, self.is_open, self.text_length = [], [], [], 0
+        self.media, self._times, self.is_open, self.text_length = [], [], [], 0
         self.text_tokens_B, self.is_ragged, self.is_written_into = None, False, False
         self.made_by = self.seconds = None
         self.sources = []
@@ -327,7 +332,7 @@ class StateMemory(Cache):
         memory = cls(PreTrainedConfig(num_hidden_layers=header["layers"]))
         for name in _IN_HEADER:
             setattr(memory, name, header[name])
-        memory.times = read_times(tensors.get("video.times"), memory.media)
+        memory._times = read_times(tensors.get("video.times"), memory.media)
         for index in range(header["layers"] if tokens is not None else 0):
             memory.states[index] = Mamba2State(tensors[f"state.{index}.conv"], tensors[f"state.{index}.ssm"])
         check_states(memory.states, rows)

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from .mamba2 import Mamba2State
-from .media import MediaItem, check_spans, continued, copy_to_gpu, free_bytes, side_stream, unknown_times
+from .media import MediaItem, continued, copy_to_gpu, free_bytes, side_stream, unknown_times
 from .memory_files import (
     check_header,
     check_states,
@@ -80,8 +80,6 @@ class VideoMemory(Cache):
         expected_length: video tokens in all for which room is made, see `reserve`.
         states: one `Mamba2State` or None per Mamba-2 block, the state after the last video token of each video row.
         media: for each video row the items seen, `[kind, t, h, w]` in patches as in `grid_thw`, in order.
-        times: for each of these the seconds at which each temporal patch starts and ends, float64 (t, 2) on the CPU,
-            counted from the start of its own file; NaN where they are unknown, as of images.
         video_rows: for each text row the index of its video row; None if they coincide or there is only one.
         made_by: the fingerprint of the weights that encoded the video, see `WeightsFingerprint`; None if unknown.
         seconds: of video encoded; None if unknown. Whoever reads the video sets it.
@@ -117,7 +115,7 @@ class VideoMemory(Cache):
         self._mask: Tensor | None = None
         self.states: list[Mamba2State | None] = [None] * (L - 1)
         self.media: list[list[list]] = []
-        self.times: list[list[Tensor]] = []
+        self._times: list[list[Tensor | None]] = []
         self.video_rows: list[int] | None = None
         self.made_by: str | None = None
         self.seconds: float | None = None
@@ -232,19 +230,27 @@ class VideoMemory(Cache):
 
     def note_media(self, rows: list[list[MediaItem]]) -> None:
         """Records what the video rows have seen; frames that continue an item lengthen it."""
-        self.media, self.times = self.media or [[] for _ in rows], self.times or [[] for _ in rows]
-        for seen, times, items in zip(self.media, self.times, rows):
+        self.media, self._times = self.media or [[] for _ in rows], self._times or [[] for _ in rows]
+        for seen, times, items in zip(self.media, self._times, rows):
             for item in items:
                 if item.first_frame and seen:
+                    times[-1] = item.after(seen[-1][1], times[-1])
                     seen[-1][1] += item.t
-                    times[-1] = check_spans("video_times", torch.cat([times[-1], item.spans]))
                 else:
                     seen.append([item.kind, item.t, item.h, item.w])
-                    times.append(item.spans)
+                    times.append(item.times)
+
+    @property
+    def times(self) -> list[list[Tensor]]:
+        """For each item of `media` the seconds at which each temporal patch starts and ends, float64 (t, 2) on the
+        CPU, counted from the start of its own file; NaN where they are unknown, as of images.
+        """
+        rows = zip(self.media, self._times)
+        return [[unknown_times(item[1]) if t is None else t for item, t in zip(*row)] for row in rows]
 
     def note_times(self, spans: Tensor) -> None:
         """Records the `times` of the last temporal patches of row 0; see `continued`."""
-        self.times[0][-1] = continued(self.times[0][-1], spans)
+        self._times[0][-1] = continued(self.times[0][-1], spans)
 
     def token_times(self, row: int = 0) -> Tensor:
         """The seconds at which each token of a video row starts and ends, float64 (M, 2) on the CPU; NaN at padding,
@@ -352,7 +358,7 @@ class VideoMemory(Cache):
         fork._levels = [store.fork() for store in self._levels]
         fork._valid, fork.states = list(self._valid), list(self.states)
         fork.media, fork.video_rows = copy.deepcopy(self.media), copy.copy(self.video_rows)
-        fork.times = [list(row) for row in self.times]
+        fork._times = [list(row) for row in self._times]
         return fork
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "VideoMemory":
@@ -436,7 +442,7 @@ class VideoMemory(Cache):
     def unchanged_on_error(self):
         """Within, the video may be extended; if anything is raised it is as it was before."""
         kept = vars(self) | {"_valid": list(self._valid), "states": list(self.states)}
-        kept |= {"media": copy.deepcopy(self.media), "times": [list(row) for row in self.times]}
+        kept |= {"media": copy.deepcopy(self.media), "_times": [list(row) for row in self._times]}
         kept |= {"_mask": None, "_fetched": {}}
         length = self.video_length
         try:
@@ -452,7 +458,7 @@ class VideoMemory(Cache):
         super().reset()
         self._levels, self.expected_length = [LevelStore() for _ in self._levels], 0
         self._fetched.clear()
-        self._valid, self._mask, self.media, self.times, self.video_rows = [], None, [], [], None
+        self._valid, self._mask, self.media, self._times, self.video_rows = [], None, [], [], None
         self.made_by = self.seconds = None
         self.sources = []
         self.states = [None] * len(self.states)
@@ -547,7 +553,7 @@ class VideoMemory(Cache):
         require("video_rows", rows, rows is None or are_rows)
         require("temporal_patch_size", patch, is_count(patch) and patch > 0)
         memory.media, memory.video_rows = header["media"], rows
-        memory.times = read_times(tensors.get("video.times"), memory.media)
+        memory._times = read_times(tensors.get("video.times"), memory.media)
         for name in _IN_HEADER:
             setattr(memory, name, header[name])
         return memory

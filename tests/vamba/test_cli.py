@@ -83,7 +83,11 @@ def test_a_saved_memory_is_asked_again(checkpoint, clip, tmp_path, capsys):
     assert "is damaged: its checksum is not that" in capsys.readouterr().err
     memory.write_bytes(whole)
     loaded = VideoMemory.load(memory)
-    others = {"made_by": "0" * 16 + "::", "media": []}, {"media": loaded.media * 2}, {"made_by": "0" * 16 + "::"}
+    others = (
+        {"made_by": "0" * 16 + "::", "media": [], "_times": []},
+        {"media": loaded.media * 2},
+        {"made_by": "0" * 16 + "::"},
+    )
     for changes, message in zip(others, ("holds 0 rows", "damaged|whole", "made with other weights")):
         vars(changed := loaded.fork()).update(changes)
         changed.save(memory)

@@ -60,7 +60,8 @@ class _Known:
         if (name := body.get("model")) is not None:
             self.server.check_name(name)
         limits = self.server.limits
-        asked = asked_by(body, is_chat=self.is_chat, max_tokens=limits.max_tokens, max_media=limits.max_media)
+        bounds = {name: getattr(limits, name) for name in ("max_tokens", "max_media", "max_frames")}
+        asked = asked_by(body, is_chat=self.is_chat, **bounds)
         call = CALL.get()
         call.prepared = await self.server.prepare(call, asked)
         conversation = {"messages": []} if self.is_chat else {"input": "-"}

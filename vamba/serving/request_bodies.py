@@ -10,6 +10,7 @@ from typing import Any
 from vamba.errors import UserError
 
 
+MIN_FPS, MAX_FPS = 1e-6, 1000
 MAX_TEXT = 2**20  # characters of a conversation
 MAX_STOPS, LONGEST_STOP = 4, 100  # how many, characters
 IGNORED = {
@@ -59,11 +60,11 @@ class Asked:
     stops: list[str] = field(default_factory=list)
 
 
-def asked_by(body: dict, *, is_chat: bool, max_tokens: int, max_media: int) -> Asked:
+def asked_by(body: dict, *, is_chat: bool, max_tokens: int, max_media: int, max_frames: int) -> Asked:
     """A body of `/v1/chat/completions`, or of `/v1/responses`.
 
     Args:
-        max_tokens: of an answer. max_media: in a conversation.
+        max_tokens: of an answer. max_media: in a conversation. max_frames: of a video.
 
     Raises:
         UserError: it asks for what is not done here, or something in it is of the wrong kind or too much.
@@ -93,7 +94,7 @@ def asked_by(body: dict, *, is_chat: bool, max_tokens: int, max_media: int) -> A
         generation["repetition_penalty"] = 1.0 + float(penalty)  # as transformers' server has it
     _check_stream_options(body.get("stream_options", {}))
     seed = _number(body, "seed", -(2**63), 2**63 - 1, whole=True)
-    reading, stops = _reading(body.get("mm_processor_kwargs", {})), _stops(body.get("stop", []))
+    reading, stops = _reading(body.get("mm_processor_kwargs", {}), max_frames), _stops(body.get("stop", []))
     return Asked(turns, media, generation, reading, seed, stops)
 
 
@@ -127,11 +128,15 @@ def _check_stream_options(given: Any) -> None:
         raise UserError(f"stream_options is {given!r:.60}; give an object with include_usage, true or false.")
 
 
-def _reading(given: Any) -> dict[str, Any]:
-    """How videos are sampled: checked by the reader, but for the kinds of value."""
+def _reading(given: Any, max_frames: int) -> dict[str, Any]:
+    """How videos are sampled."""
     if not isinstance(given, dict) or given.keys() - {"fps", "num_frames"} or len(given) > 1:
         raise UserError(f"mm_processor_kwargs is {given!r:.80}; give an object with fps or num_frames.")
-    return given
+    asked = {
+        "fps": _number(given, "fps", MIN_FPS, MAX_FPS),
+        "num_frames": _number(given, "num_frames", 1, max_frames, True),
+    }
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _turns_of_input(body: dict) -> Any:

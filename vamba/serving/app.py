@@ -164,8 +164,9 @@ class Server:
         config = copy.deepcopy(self.model.generation_config)
         tokens = min(256, self.limits.max_tokens)
         config.update(**({"max_new_tokens": tokens, "min_new_tokens": 1} | self.generation | asked.generation))
-        prompt = await self._in_thread(self._prompt, asked.turns)
-        media = [await self._in_thread(self.media.find, kind, name) for kind, name in asked.media]
+        prompt, media = await self._in_thread(
+            lambda: (self._prompt(asked.turns), [self.media.find(*named) for named in asked.media])
+        )
         memory, cached = None, 0
         if media:
             reading = dict(self.reading)

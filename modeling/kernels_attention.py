@@ -8,9 +8,12 @@ The letters of shapes are explained in kernels.py; here H counts key/value heads
 """
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .kernels import can_use_kernel, gpu_properties, on_device_of, tl, triton
 
@@ -28,6 +31,34 @@ def can_split_keys(queries_BHNP: Tensor) -> bool:
 def reads_fp8(device: torch.device) -> bool:
     """Whether Triton converts this fp8 on a device: NVIDIA's GPUs before compute capability 8.9 cannot."""
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def cudnn_first() -> AbstractContextManager:
+    """A context in which PyTorch's attention prefers cuDNN; disabled backends stay disabled."""
+    cudnn = [SDPBackend.CUDNN_ATTENTION] if cuda.cudnn_sdp_enabled() else []
+    return sdpa_kernel([*cudnn, *_others()], set_priority=True)
+
+
+def trained_sdpa(like: Tensor) -> AbstractContextManager:
+    """A context in which PyTorch's attention has right gradients; where none are recorded it changes nothing.
+
+    cuDNN's gradients of queries are NaN on Hopper where the number of keys ends in the first half of its tile of 128
+    and all scores of a query are below about -88 (NVIDIA/cudnn-frontend#628, pytorch#196678): a Vamba's may be, as
+    nothing normalises the video that it reads.
+    """
+    if not (like.is_cuda and torch.is_grad_enabled()):
+        return nullcontext()
+    return sdpa_kernel(_others() or [SDPBackend.MATH])
+
+
+def _others() -> list[SDPBackend]:
+    """The backends besides cuDNN that are enabled."""
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: cuda.math_sdp_enabled(),
+    }
+    return [backend for backend, is_enabled in enabled.items() if is_enabled]
 
 
 def split_key_attention(

@@ -41,7 +41,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_vamba import EARLIER_FORMAT, EARLIER_KEYS, VambaConfig, VambaTextConfig
 from .generation import VambaGenerationMixin
 from .kernels import can_use_inference_kernel, has_hooks, is_plain, overwritable
-from .kernels_attention import can_split_keys, reads_fp8, split_key_attention
+from .kernels_attention import can_split_keys, reads_fp8, split_key_attention, trained_sdpa
 from .kernels_elementwise import (
     mix_norm_triton,
     rotate_triton,
@@ -293,10 +293,13 @@ class VambaCrossAttention(Qwen2VLAttention):
         )
         kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         if mask_BM is None:
-            return attention(self, queries, keys, values, None, **kwargs)
+            with trained_sdpa(queries):
+                return attention(self, queries, keys, values, None, **kwargs)
         bias = torch.zeros(mask_BM.shape, dtype=queries.dtype, device=queries.device)
         bias = bias.masked_fill(~mask_BM, torch.finfo(queries.dtype).min)[:, None, None]
-        output, weights = attention(self, queries, keys, values, bias.expand(-1, -1, queries.shape[2], -1), **kwargs)
+        bias = bias.expand(-1, -1, queries.shape[2], -1)
+        with trained_sdpa(queries):
+            output, weights = attention(self, queries, keys, values, bias, **kwargs)
         return output * mask_BM.any(1)[:, None, None, None], weights
 
     def splits_keys(self, like: Tensor, queries: int) -> bool:
@@ -338,9 +341,10 @@ class VambaSelfAttention(Qwen2VLAttention):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         if not can_use_inference_kernel(hidden_states, *position_embeddings):
-            return super().forward(
-                hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
-            )
+            with trained_sdpa(hidden_states):
+                return super().forward(
+                    hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
+                )
         projections = (self.q_proj, self.k_proj, self.v_proj)
         projected = three_linears_triton(hidden_states, projections) or (
             overwritable(proj(hidden_states), proj) for proj in projections

@@ -8,13 +8,9 @@ arrive as patches in the order of Qwen2-VL's processors, and are put together ag
 Shapes: F frames of L patches each, T patches of all frames, D width, H heads, P head dim; G patches along each side.
 """
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
-from torch.backends.cuda import cudnn_sdp_enabled, flash_sdp_enabled, math_sdp_enabled, mem_efficient_sdp_enabled
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import QuickGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,6 +23,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from .kernels import can_use_forward_kernel, has_hooks, overwritable
+from .kernels_attention import cudnn_first, trained_sdpa
 from .kernels_elementwise import quick_gelu_triton, rotate_in_place_triton
 from .kernels_norm import layer_norm_triton
 
@@ -111,7 +108,7 @@ class FrameBatchedAttention(VisionAttention):
             # On an H200 cuDNN is a quarter faster than flash attention, but prepares 30 ms for each new shape. That
             # pays off for many frames whose number is likely to come again: most chunks have a multiple of 16.
             repays_preparation = fused and count % 16 == 0 and count * length >= 16384
-            with cudnn_first() if repays_preparation else nullcontext():
+            with cudnn_first() if repays_preparation else trained_sdpa(qkv_TD):
                 attended = F.scaled_dot_product_attention(q_FHLP, k_FHLP, v_FHLP, scale=self.scaling)
             outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
             start += count * length
@@ -146,17 +143,6 @@ class VambaVisionTower(Qwen2VisionTransformerPretrainedModel):
             pinned = kwargs[name].pin_memory() if hidden_states.is_cuda else kwargs[name]
             kwargs[name] = pinned.to(hidden_states.device, non_blocking=True)
         return super().forward(hidden_states, grid_thw, **kwargs)
-
-
-def cudnn_first():
-    """Returns a context in which sdpa prefers cuDNN; disabled backends stay disabled."""
-    order = {
-        SDPBackend.CUDNN_ATTENTION: cudnn_sdp_enabled(),
-        SDPBackend.FLASH_ATTENTION: flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: mem_efficient_sdp_enabled(),
-        SDPBackend.MATH: math_sdp_enabled(),
-    }
-    return sdpa_kernel([backend for backend, enabled in order.items() if enabled], set_priority=True)
 
 
 def vision_tower(config: PreTrainedConfig) -> PreTrainedModel:

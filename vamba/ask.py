@@ -1,39 +1,60 @@
-"""`vamba ask`: watches a video once and answers questions about it."""
+"""`vamba ask`: watches a video once and answers questions about it, each by itself."""
 
 import argparse
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from .checkpoint_folder import base_of, check_kind
 from .console import (
+    MODEL,
     MODEL_OPTIONS,
     READING_OPTIONS,
+    add_generation_options,
     add_model_options,
     add_reading_options,
     chosen,
-    positive,
+    generation,
     quiet_transformers,
 )
 from .errors import UserError, opening
 
 
+if TYPE_CHECKING:
+    from .chat import VideoChat
+
+
+VIDEO = "a video or image file, a folder of images, or a saved memory (.safetensors)"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", metavar="VIDEO", help=VIDEO)
     parser.add_argument(
-        "video", metavar="VIDEO", help="a video file, a folder of images, or a saved memory (.safetensors)"
+        "questions", metavar="QUESTION", nargs="*", type=_question, help="default: the lines of standard input"
     )
-    parser.add_argument("questions", metavar="QUESTION", nargs="+", type=_question)
-    parser.add_argument("--model", required=True, metavar="PATH", help="a Vamba checkpoint: a folder or Hub id")
-    parser.add_argument("--max-new-tokens", type=positive, default=256, help="length of an answer; default: 256")
     parser.add_argument("--save-memory", metavar="FILE", help="write the video memory, to be asked again later")
-    parser.add_argument("--allow-urls", action="store_true", help="let VIDEO be a URL")
+    parser.add_argument(
+        "--where", metavar="FILE", help="write where the model looked for the last answer: .html or .png"
+    )
+    add_common_arguments(parser)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `vamba ask` and `vamba chat` are told alike."""
+    parser.add_argument("--model", required=True, metavar="PATH", help=MODEL)
+    parser.add_argument("--allow-urls", action="store_true", help="let a video be a URL")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the answers")
     add_model_options(parser)
     add_reading_options(parser)
+    add_generation_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Watches, or loads a saved memory, and prints an answer to each question."""
     check_kind(base_of(args.model))  # at once, before torch is imported
+    if not args.questions and sys.stdin.isatty():
+        raise UserError("A QUESTION is missing; give one or more, or write them to standard input, one a line.")
     quiet_transformers()
-    from .chat import MEMORIES, load_chat
     from .modeling.memory_files import check_memory_path
 
     if args.save_memory is not None:  # before anything is watched
@@ -42,34 +63,72 @@ def run(args: argparse.Namespace) -> None:
                 check_memory_path(args.save_memory)
         except ValueError as error:
             raise UserError(f"--save-memory: {error}") from error
-    reading = chosen(args, READING_OPTIONS)
-    saved = args.video.endswith(".safetensors")
-    if not saved:  # tell of a bad video before loading a large model
-        from .video import read_video
+    if args.where is not None:
+        from .where import check_report_path
 
-        read_video(args.video, allow_urls=args.allow_urls, **reading).close()
-    chat = load_chat(args.model, **chosen(args, MODEL_OPTIONS))
-    if saved:
-        kind = MEMORIES[chat.model.config.model_type]
-        try:
-            with opening(args.video):
-                watched = chat.memory = kind.load(args.video, device=chat.model.device)
-            if len(watched.media) != 1:
-                raise UserError(f"{args.video} holds {len(watched.media)} rows of videos; a question needs one.")
-            chat.model.model.check_weights(watched)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    else:
-        watched = chat.watch(args.video, progress=not args.quiet, allow_urls=args.allow_urls, **reading)
+        check_report_path(args.where)
+    chat = opened_chat(args, [args.video])
     if args.save_memory is not None:
         with opening(args.save_memory):
-            watched.save(args.save_memory)
-    for question in args.questions:
-        if len(args.questions) > 1:
+            chat.memory.save(args.save_memory)
+    options = generation(args)
+    for question in args.questions or _lines(sys.stdin):
+        if len(args.questions) != 1:
             print(f"> {question}")
-        for piece in chat.ask(question, stream=True, max_new_tokens=args.max_new_tokens):
+        chat.reset()
+        for piece in chat.ask(question, stream=True, **options):
             print(piece, end="", flush=True)
         print(flush=True)
+    if args.where is not None:
+        chat.where().save(args.where)
+
+
+def opened_chat(args: argparse.Namespace, videos: list[str]) -> "VideoChat":
+    """A `VideoChat` that has watched these, the first of which may be a saved memory."""
+    from .chat import load_chat
+    from .video import read_video
+
+    reading = chosen(args, READING_OPTIONS)
+    for video in videos:  # tell of a bad one before loading a large model
+        if not video.endswith(".safetensors"):
+            known = {name: value for name, value in reading.items() if name != "max_frames"}
+            read_video(video, allow_urls=args.allow_urls, **known).close()
+    chat = load_chat(args.model, **chosen(args, MODEL_OPTIONS))
+    chat.system = args.system
+    for video in videos:
+        watch(chat, video, args)
+    return chat
+
+
+def watch(chat: "VideoChat", video: str, args: argparse.Namespace) -> None:
+    """Lets the chat watch one more video as the arguments say; a saved memory takes the place of all so far."""
+    if not video.endswith(".safetensors"):
+        reading = chosen(args, READING_OPTIONS)
+        chat.watch(video, append=True, progress=not args.quiet, allow_urls=args.allow_urls, **reading)
+        return
+    from .chat import MEMORIES
+
+    kind = MEMORIES[chat.model.config.model_type]
+    try:
+        with opening(video):
+            memory = kind.load(video, device=chat.model.device)
+        if len(memory.media) != 1:
+            raise UserError(f"{video} holds {len(memory.media)} rows of videos; a question needs one.")
+        chat.model.model.check_weights(memory)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    chat.memory = memory
+    chat.reset()
+
+
+def _lines(file) -> Iterator[str]:
+    """The questions of a text, one a line; blank lines are none."""
+    try:
+        for line in file:
+            if line.strip():
+                yield line.strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"Standard input is not UTF-8 ({error.reason}); give text.") from error
 
 
 def _question(text: str) -> str:

@@ -12,6 +12,9 @@ import sys
 import tempfile
 import traceback
 
+import shtab
+
+from . import __version__
 from .errors import DISK_FULL, UserError
 
 
@@ -19,6 +22,7 @@ from .errors import DISK_FULL, UserError
 # The modules import nothing heavy before they are run.
 COMMANDS = {
     "ask": ("watch a video once and answer questions about it", "vamba.ask"),
+    "chat": ("talk about videos in the terminal", "vamba.terminal"),
     "convert": ("make a Vamba of a Qwen2-VL, a Video-Ma2mba of a Mamba-2 …", "vamba.conversion.command_line"),
     "demo": ("learn a small task live and answer questions about new videos", "vamba.demo.command_line"),
     "bench": ("measure a model against the length of the video", "vamba.bench.command_line"),
@@ -27,6 +31,7 @@ COMMANDS = {
     "serve": ("answer OpenAI's clients, each video encoded once", "vamba.serving.command_line"),
     "info": ("say what a checkpoint is", "vamba.info"),
 }
+FILES = ("VIDEO", "FILE", "FOLDER", "DIR", "PATH", "MODEL", "RECIPE", "DATA.jsonl", "SRC", "DST")  # a shell completes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,11 +96,16 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vamba", description="Linear-time video understanding.")
+    parser.add_argument("--version", action="version", version=f"vamba {__version__}")
+    shtab.add_argument_to(parser, ["--print-completion"], help="print what a shell completes commands with")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (told, module) in COMMANDS.items():
         command = importlib.import_module(module)
         command.add_arguments(subparser := commands.add_parser(name, help=told))
         subparser.set_defaults(run=command.run)
+    for action in (action for command in commands.choices.values() for action in command._actions):
+        if action.choices is None and isinstance(action.metavar, str) and action.metavar in FILES:
+            vars(action).update(complete=shtab.FILE)
     parser.set_defaults(debug=False)
     for any_parser in (parser, *commands.choices.values()):  # before the command or after it
         any_parser.add_argument(

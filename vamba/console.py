@@ -13,9 +13,10 @@ def positive(text: str) -> int:
     return int(text)
 
 
-# What every command calls them, and `load_chat` and `VideoChat.watch` as well.
+# What every command calls them, and `load_chat`, `VideoChat.watch`, `generate` and the recipes of training as well.
 MODEL_OPTIONS = ("dtype", "device", "adapter", "load_in_4bit", "load_in_8bit", "attn_implementation")
-READING_OPTIONS = ("fps", "num_frames", "start", "end", "max_pixels")
+READING_OPTIONS = ("fps", "num_frames", "max_frames", "start", "end", "min_pixels", "max_pixels")
+MODEL = "a Vamba checkpoint, one of a training run, or an adapter: a folder or Hub id"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +35,38 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("what is taken of a video")
     options.add_argument("--fps", type=float, help="frames per second; default: the checkpoint's, or 1")
     options.add_argument("--num-frames", type=int, help="frames spread over the video, instead of --fps")
+    options.add_argument("--max-frames", type=int, help="frames at most: fewer a second of a long video")
     options.add_argument("--start", type=float, metavar="SECONDS", help="begin here")
     options.add_argument("--end", type=float, metavar="SECONDS", help="end here")
+    options.add_argument("--min-pixels", type=int, help="pixels per frame at least")
     options.add_argument("--max-pixels", type=int, help="pixels per frame at most")
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """How an answer is generated; see `generation`."""
+    options = parser.add_argument_group("the answer")
+    options.add_argument("--max-new-tokens", type=positive, default=256, help="length of an answer; default: 256")
+    options.add_argument(
+        "--temperature", type=float, help="of sampling; 0: the likeliest token each time; default: the checkpoint's"
+    )
+    options.add_argument("--top-p", type=float, metavar="SHARE", help="sample among tokens of this probability in all")
+    options.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens")
+    options.add_argument("--seed", type=int, metavar="N", help="of what is sampled")
+    options.add_argument("--system", metavar="TEXT", help="what every conversation begins with: a system prompt")
+
+
+def generation(args: argparse.Namespace) -> dict[str, Any]:
+    """What `generate` is told; as a side effect, its random numbers begin at the seed."""
+    if args.seed is not None:
+        from transformers import set_seed
+
+        set_seed(args.seed)
+    options = chosen(args, ("max_new_tokens", "top_p", "top_k"))
+    if args.temperature == 0:
+        return options | {"do_sample": False}
+    if args.temperature is not None:
+        options["temperature"] = args.temperature
+    return options | ({"do_sample": True} if options.keys() - {"max_new_tokens"} else {})
 
 
 def chosen(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

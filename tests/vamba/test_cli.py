@@ -1,5 +1,6 @@
 """The command line: answers and exit code 0, or one clear line and exit code 2."""
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import vamba
 from vamba.cli import main
 from vamba.modeling import VideoMemory
 
@@ -21,6 +23,44 @@ def test_ask_prints_an_answer_for_each_question(checkpoint, clip, capsys):
     assert main(["ask", str(clip), "What happens?", "Where?", "--model", str(checkpoint), "--max-new-tokens", "4"]) == 0
     out = capsys.readouterr().out
     assert out.count("> ") >= 2 and "> What happens?" in out and "> Where?" in out
+
+
+def test_questions_come_from_standard_input(checkpoint, clip, capsys, monkeypatch):
+    common = ["--model", str(checkpoint), "--max-new-tokens", "4", "--temperature", "0", "--quiet"]
+    assert main(["ask", str(clip), "What happens?", "Where?", *common]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What happens?\n\n  Where?\n"))
+    assert main(["ask", str(clip), *common]) == 0
+    assert capsys.readouterr().out == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xff"), "utf-8"))
+    assert main(["ask", str(clip), *common]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_a_seed_makes_samples_the_same_again(checkpoint, clip, capsys):
+    said = []
+    for seed in (1, 1, 2):
+        common = ["--model", str(checkpoint), "--max-new-tokens", "8", "--quiet"]
+        assert (
+            main(["ask", str(clip), "What?", *common, "--temperature", "5", "--top-k", "0", "--seed", f"{seed}"]) == 0
+        )
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+    assert main(["ask", str(clip), "What?", *common, "--temperature", "-1"]) == 2
+    assert "temperature" in capsys.readouterr().err
+
+
+def test_the_version_and_what_a_shell_completes(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"vamba {vamba.__version__}\n"
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert ended.value.code == 0 and subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    line = "COMP_WORDS=(vamba ask --max-n); COMP_CWORD=2; _shtab_vamba; echo ${COMPREPLY[@]}"
+    completed = subprocess.run(["bash", "-c", f"{script}\n{line}"], capture_output=True, text=True)
+    assert "--max-new-tokens" in completed.stdout, completed
 
 
 def test_ask_answers_about_real_footage(checkpoint, footage, capsys):

@@ -7,6 +7,7 @@ is only parsed.
 import ast
 import importlib
 import inspect
+import io
 import json
 import re
 import shlex
@@ -199,6 +200,7 @@ def test_command(command, desk, tmp_path, monkeypatch, capsys):
     elif program in ("accelerate", "torchrun"):
         parse_launch(program, words)
     elif program == "vamba":
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What happens?\n/quit\n"))
         run_vamba(words, tmp_path, capsys)
     elif program == "python" and words[0] != "-m":
         assert (ROOT / words[0]).is_file()
@@ -231,6 +233,10 @@ def parse_launch(program: str, words: list[str]) -> None:
 
 
 def run_vamba(words: list[str], tmp_path: Path, capsys) -> None:
+    if words[0].startswith("--"):
+        with pytest.raises(SystemExit, match="^0$"):
+            cli.main(words)
+        return
     if all(word.startswith("--") for word in words[1:]):  # only named
         with pytest.raises(SystemExit, match="^0$"):
             cli.main([words[0], "--help"])
@@ -245,7 +251,7 @@ def run_vamba(words: list[str], tmp_path: Path, capsys) -> None:
         if words[1].startswith("vamba_stage"):
             load_recipe(words[1], words[2:])
             return
-    if words[0] == "ask":
+    if words[0] in ("ask", "chat"):
         if words[1].endswith(".safetensors"):
             assert cli.main(["ask", "VIDEO", "Who?", "--model", "PATH", "--save-memory", words[1], "--quiet"]) == 0
         if "--save-memory" in words:

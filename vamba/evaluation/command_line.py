@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vamba.console import (
+    MODEL,
     MODEL_OPTIONS,
     READING_OPTIONS,
     add_model_options,
@@ -21,8 +22,9 @@ SUITE_OPTIONS = ("footage", "lengths", "depths", "videos_per_cell", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a Vamba checkpoint: a folder or Hub id")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)
     parser.add_argument("questions", metavar="DATA.jsonl", nargs="?", help="a question about a video in each line")
+    parser.add_argument("--model", dest="named_model", metavar="PATH", help="the same, as other commands call it")
     parser.add_argument(
         "--compare", nargs=2, metavar=("FOLDER", "FOLDER"), help="instead: compare two runs, question by question"
     )
@@ -54,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Asks, or compares, and prints the result and where the report is."""
+    if args.named_model is not None:
+        if args.model is not None and args.questions is not None:
+            raise UserError(f"MODEL is {args.model} and --model {args.named_model}; give one of them.")
+        args.model, args.questions = args.named_model, args.model
     if args.compare:
         if args.model is not None:
             raise UserError(f"--compare takes two folders of runs and no model, but {args.model} is given besides.")

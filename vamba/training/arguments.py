@@ -37,7 +37,7 @@ class RecipeError(UserError):
 class ModelArguments:
     """What is trained, and who teaches it.
 
-    model_name_or_path: a checkpoint folder or Hub id.
+    model_name_or_path: a checkpoint folder or Hub id; --model on the command line.
     dtype: of the weights that do not train; those that do are float32, and `bf16` computes in bfloat16 all the same
         (DeepSpeed keeps copies of its own: with it all weights have this dtype).
     trainable: "stage1" or "stage2" of Vamba's paper, "all", "lora" for adapters, or regular expressions of the names of
@@ -50,7 +50,7 @@ class ModelArguments:
         loss + distillation_weight * temperature^2 * KL(teacher, student).
     """
 
-    model_name_or_path: str
+    model_name_or_path: str = field(metadata={"aliases": ["--model"]})  # as other commands call it
     dtype: Dtype = "bfloat16"
     attn_implementation: str | None = None
     load_in_4bit: bool = False
@@ -270,7 +270,7 @@ class _Parser(HfArgumentParser):
         self.where = where
 
     def error(self, message: str):
-        raise RecipeError(self.where + re.sub(r"(argument )?--(\w+)(/--[\w-]+)?", r"\2", message))
+        raise RecipeError(self.where + re.sub(r"(argument )?--(\w+)(/--[\w-]+)*", r"\2", message))
 
     def parse(self, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple:
         """The dataclasses, and all keys that are given with their values."""

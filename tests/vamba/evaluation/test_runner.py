@@ -201,6 +201,8 @@ def test_the_command_line(finished, checkpoint, asked, tmp_path, capsys):
         ([], "MODEL and DATA.jsonl are needed"),
         (["{model}"], "MODEL and DATA.jsonl are needed"),
         (["{model}", "nothing.jsonl"], "nothing.jsonl"),
+        (["--model", "{model}", "nothing.jsonl"], "nothing.jsonl"),
+        (["{model}", "{data}", "--model", "another"], "give one of them"),
         (["runs/nothing", "{data}"], "runs/nothing"),
         (["{model}", "{data}", "--protocol", "paper"], "give one of letters"),
         (["{model}", "{data}", "--adapter", "nothing"], "nothing"),

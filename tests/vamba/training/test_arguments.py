@@ -56,6 +56,7 @@ def test_overrides_and_numbers(values, tmp_path):
     assert recipe.training.weight_decay == 0.01 and recipe.training.save_strategy == "no"  # as YAML 1.1 reads them
     assert recipe.data.sources == [DatasetArguments(values["datasets"][0])]
     assert load_recipe(values | {"trainable": "lora"}).model.lora_r == 64
+    assert load_recipe(values, ["--model", "another"]).model.model_name_or_path == "another"  # as `vamba ask` says it
     recipe.training.set_up()
     assert recipe.training.lr_scheduler_kwargs == {"a": 1}
     several = load_recipe(values, ["--datasets", "a.jsonl", '{"path": "b.jsonl", "split": "test"}']).data

@@ -121,7 +121,7 @@ class Server:
 
     Args:
         chat: the model and its processor. name: of the model, as requests say it. reading: options of `watch`.
-        generation: fields of a GenerationConfig that hold where a request says nothing else.
+        generation: fields of a GenerationConfig, system: a system prompt; they hold where a request says nothing else.
     """
 
     chat: VideoChat
@@ -131,9 +131,11 @@ class Server:
     reading: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    system: str | None = None
 
     def __post_init__(self):
         self.model, self.processor = self.chat.model, self.chat.processor
+        self.chat._check_generation(dict(self.generation))  # before anybody asks
         self.inference, self.calls = Inference(), set[threading.Event]()
         self.metrics = Metrics(self.cache, lambda: len(self.calls))
         self._threads = ThreadPoolExecutor(self.limits.max_calls, "vamba-request")
@@ -164,8 +166,11 @@ class Server:
         config = copy.deepcopy(self.model.generation_config)
         tokens = min(256, self.limits.max_tokens)
         config.update(**({"max_new_tokens": tokens, "min_new_tokens": 1} | self.generation | asked.generation))
+        turns = asked.turns
+        if self.system is not None and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *turns]
         prompt, media = await self._in_thread(
-            lambda: (self._prompt(asked.turns), [self.media.find(*named) for named in asked.media])
+            lambda: (self._prompt(turns), [self.media.find(*named) for named in asked.media])
         )
         memory, cached = None, 0
         if media:

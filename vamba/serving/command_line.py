@@ -11,9 +11,11 @@ from vamba.checkpoint_folder import base_of, check_kind
 from vamba.console import (
     MODEL_OPTIONS,
     READING_OPTIONS,
+    add_generation_options,
     add_model_options,
     add_reading_options,
     chosen,
+    generation,
     positive,
     quiet_transformers,
 )
@@ -21,6 +23,7 @@ from vamba.errors import UserError
 
 
 NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
+MAX_FRAMES = 16384  # of one video, four and a half hours at one a second; `--max-frames` says otherwise
 SECONDS_TO_END = 5  # for answers under way when the server is stopped
 
 
@@ -60,11 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-body", type=positive, default=64, metavar="MIB", help="in MiB, of a URL too; default: 64"
     )
     limits.add_argument("--max-media", type=positive, default=16, help="videos and images; default: 16")
-    limits.add_argument("--max-frames", type=positive, default=16384, help="of one video; default: 16384")
     limits.add_argument("--max-tokens", type=positive, default=4096, help="of an answer; default: 4096")
     limits.add_argument("--max-queue", type=positive, default=64, help="requests at once; default: 64")
     add_model_options(parser)
     add_reading_options(parser)
+    add_generation_options(parser)
+    parser.set_defaults(max_frames=MAX_FRAMES)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -93,9 +97,12 @@ def run(args: argparse.Namespace) -> None:
         disk_bytes=args.cache_disk,
         folder=args.cache_dir,
     )
-    limits = Limits(max_body, args.max_media, args.max_frames, args.max_tokens, args.max_queue)
+    max_tokens = max(args.max_tokens, args.max_new_tokens)
+    limits = Limits(max_body, args.max_media, args.max_frames, max_tokens, args.max_queue)
     reading = chosen(args, READING_OPTIONS)
-    server = Server(chat, args.served_name or args.model, cache, media, reading, limits=limits)
+    server = Server(
+        chat, args.served_name or args.model, cache, media, reading, generation(args), limits, system=args.system
+    )
     config = uvicorn.Config(server.app(), log_level="error", timeout_graceful_shutdown=SECONDS_TO_END)
     try:
         asyncio.run(_serve(uvicorn.Server(config), listening, server.name))

@@ -42,9 +42,9 @@ def start():
     """Starts a server in a thread: `start(chat, media, **options of Server)`."""
     running = []
 
-    def start(chat, media=None, cache=None, **options):
+    def start(chat, media=None, cache=None, name="tiny", **options):
         cache = cache or MemoryCache(MEMORIES[chat.model.config.model_type], "cpu")
-        server = Server(chat, "tiny", cache, media or Media(), **options)
+        server = Server(chat, name, cache, media or Media(), **options)
         config = uvicorn.Config(server.app(), port=0, log_level="error", timeout_graceful_shutdown=1)
         uv = uvicorn.Server(config)
         thread = threading.Thread(target=uv.run, daemon=True)

@@ -1,11 +1,16 @@
 """The server as an OpenAI client sees it."""
 
 import base64
+import re
+import shutil
+import urllib.request
+from pathlib import Path
 
 import pytest
 from openai import NotFoundError
 
-from vamba import VideoChat
+from vamba import UserError, VideoChat
+from vamba.serving.app import Server
 from vamba.serving.media import Media
 
 from conversations import ask, assistant, metric, text_of, user
@@ -139,3 +144,25 @@ def test_the_model_is_listed(served):
     assert served.client.models.retrieve("tiny").owned_by == "vamba"
     with pytest.raises(NotFoundError, match="no model 'other'"):
         served.client.models.retrieve("other")
+
+
+def test_the_document(chats, start, clip, tmp_path, capsys):
+    shutil.copy(clip, tmp_path / "talk.mp4")
+    served = start(chats("checkpoint"), Media(tmp_path), name="runs/demo", generation={"max_new_tokens": 3})
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(block.replace("http://127.0.0.1:8000", served.url), {})
+    assert capsys.readouterr().out.strip() and metric(served, "vamba_encodings_total", kind="video") == 1
+    scraped = urllib.request.urlopen(f"{served.url}/metrics").read().decode()
+    given = {name for name in re.findall(r"^# TYPE (\w+)", scraped, re.M) if not name.endswith("_created")}
+    assert set(re.findall(r"vamba_\w+", text)) == given
+
+
+def test_a_servers_own_sampling_and_system_prompt_hold_where_a_request_says_nothing(chats, start, videos):
+    served = start(chats("checkpoint"), Media(videos), generation={"max_new_tokens": 3}, system="Be brief.")
+    brief = {"role": "system", "content": "Be brief."}
+    usual = ask(served, user("What?"), max_tokens=None)
+    assert usual.usage.completion_tokens == 3
+    assert usual.usage.prompt_tokens == ask(served, brief, user("What?")).usage.prompt_tokens
+    with pytest.raises(UserError, match="Nothing can be generated so"):
+        Server(served.server.chat, "tiny", served.server.cache, Media(), generation={"temperature": -1.0})

@@ -135,13 +135,22 @@ class Server:
 
     def __post_init__(self):
         self.model, self.processor = self.chat.model, self.chat.processor
-        self.chat._check_generation(dict(self.generation))  # before anybody asks
+        self._check_options()
         self.inference, self.calls = Inference(), set[threading.Event]()
         self.metrics = Metrics(self.cache, lambda: len(self.calls))
         self._threads = ThreadPoolExecutor(self.limits.max_calls, "vamba-request")
         self._tokenizing = threading.Lock()  # as tokenizers are not for two threads at once
         self._encodings: dict[str, Encoding] = {}
         self._made_by = self._what_makes_memories()
+
+    def _check_options(self) -> None:
+        """Raises UserError, before anybody asks, for options that no question could be asked with."""
+        self.chat._check_generation(dict(self.generation))
+        video = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+        try:
+            self.processor.video_reader(video, source_fps=1e-6, **self.reading).close()
+        except ValueError as error:
+            raise UserError(f"{error}".partition(": ")[2]) from error
 
     def _what_makes_memories(self) -> str:
         """What tells memories of this server apart from those of others in one folder."""

@@ -158,7 +158,8 @@ class Server:
         processors = [getattr(self.processor, name).to_json_string() for name in ("image_processor", "video_processor")]
         quantization = getattr(self.model.config, "quantization_config", None)
         unread = "-" in weights.split(":")[1]  # quantised weights have no number in the fingerprint
-        return repr((weights, processors, quantization and str(quantization), unread and os.path.abspath(self.name)))
+        origin = self.name, os.path.abspath(self.model.config._name_or_path)
+        return repr((weights, processors, quantization and str(quantization), unread and origin))
 
     def check_name(self, name: Any) -> None:
         """Raises HTTPException, 404, for another model than this server's."""
@@ -224,6 +225,7 @@ class Server:
             if (encoding := self._encodings.get(keys[-1])) is None:
                 encoding = self._encodings[keys[-1]] = Encoding()
                 encoding.task = asyncio.ensure_future(self._encoded(encoding, keys, media, reading))
+                encoding.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # all may have left
             mine = not encoding.wanted_by
             encoding.wanted_by.append(call.left)
             try:
@@ -288,6 +290,7 @@ class Server:
         except torch.OutOfMemoryError:  # by what is kept of other videos, perhaps
             self.cache.leave_gpu()
             torch.cuda.empty_cache()
+            done = 0
             chat.watch(source, append=True, progress=between_chunks, **reading)
         self.metrics.encodings.labels(medium.kind).inc()
         self.metrics.seconds.inc(time.monotonic() - begun - away)

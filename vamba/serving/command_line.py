@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> None:
     server = Server(
         chat, args.served_name or args.model, cache, media, reading, generation(args), limits, system=args.system
     )
-    config = uvicorn.Config(server.app(), log_level="error", timeout_graceful_shutdown=SECONDS_TO_END)
+    app = server.app()
+    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=SECONDS_TO_END)
     try:
         asyncio.run(_serve(uvicorn.Server(config), listening, server.name))
     finally:

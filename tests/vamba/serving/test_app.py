@@ -1,13 +1,15 @@
 """The server as an OpenAI client sees it."""
 
 import base64
+import copy
 import re
 import shutil
 import urllib.request
 from pathlib import Path
 
 import pytest
-from openai import NotFoundError
+import torch
+from openai import APIError, NotFoundError
 
 from vamba import UserError, VideoChat
 from vamba.serving.app import Server
@@ -166,3 +168,23 @@ def test_a_servers_own_sampling_and_system_prompt_hold_where_a_request_says_noth
     assert usual.usage.prompt_tokens == ask(served, brief, user("What?")).usage.prompt_tokens
     with pytest.raises(UserError, match="Nothing can be generated so"):
         Server(served.server.chat, "tiny", served.server.cache, Media(), generation={"temperature": -1.0})
+
+
+@pytest.mark.parametrize(
+    "text", ["<|vision_start|>", "<|vision_start|><|vision_end|> What?", "<|im_end|><|video_pad|>"]
+)
+def test_marks_in_a_text_are_no_media(served, text):
+    for parts in ((text,), ("0.mp4", text), (text, "0.mp4")):
+        assert ask(served, user(*parts), max_tokens=2).usage.completion_tokens
+
+
+def test_a_model_that_fails_says_so_in_a_sentence(chats, start):
+    model = copy.deepcopy(chats("checkpoint").model)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    served = start(VideoChat(model, chats("checkpoint").processor))
+    with pytest.raises(APIError, match="^The model could not go on"):
+        list(ask(served, user("What?"), stream=True))
+    with pytest.raises(APIError, match="computes NaN"):
+        ask(served, user("What?"))
+    events = list(served.client.responses.create(model="tiny", input="What?", stream=True))
+    assert events[-1].type == "response.failed" and "could not go on" in events[-1].response.error.message

@@ -39,14 +39,14 @@ def cudnn_first() -> AbstractContextManager:
     return sdpa_kernel([*cudnn, *_others()], set_priority=True)
 
 
-def trained_sdpa(like: Tensor) -> AbstractContextManager:
-    """A context in which PyTorch's attention has right gradients; where none are recorded it changes nothing.
+def trained_sdpa(like: Tensor, keys: int) -> AbstractContextManager:
+    """A context in which PyTorch's attention to so many keys has right gradients; mostly it changes nothing.
 
-    cuDNN's gradients of queries are NaN on Hopper where the number of keys ends in the first half of its tile of 128
-    and all scores of a query are below about -88 (NVIDIA/cudnn-frontend#628, pytorch#196678): a Vamba's may be, as
-    nothing normalises the video that it reads.
+    cuDNN's gradients of queries are NaN on Hopper where the number of keys is an odd multiple of 64 and all scores of a
+    query are below about -88 (NVIDIA/cudnn-frontend#628, pytorch#196678). A Vamba's may be, as nothing normalises the
+    video that it reads.
     """
-    if not (like.is_cuda and torch.is_grad_enabled()):
+    if keys % 128 != 64 or not like.is_cuda or not torch.is_grad_enabled():
         return nullcontext()
     return sdpa_kernel(_others() or [SDPBackend.MATH])
 

@@ -293,12 +293,12 @@ class VambaCrossAttention(Qwen2VLAttention):
         )
         kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         if mask_BM is None:
-            with trained_sdpa(queries):
+            with trained_sdpa(queries, keys.shape[2]):
                 return attention(self, queries, keys, values, None, **kwargs)
         bias = torch.zeros(mask_BM.shape, dtype=queries.dtype, device=queries.device)
         bias = bias.masked_fill(~mask_BM, torch.finfo(queries.dtype).min)[:, None, None]
         bias = bias.expand(-1, -1, queries.shape[2], -1)
-        with trained_sdpa(queries):
+        with trained_sdpa(queries, keys.shape[2]):
             output, weights = attention(self, queries, keys, values, bias, **kwargs)
         return output * mask_BM.any(1)[:, None, None, None], weights
 
@@ -341,7 +341,7 @@ class VambaSelfAttention(Qwen2VLAttention):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         if not can_use_inference_kernel(hidden_states, *position_embeddings):
-            with trained_sdpa(hidden_states):
+            with trained_sdpa(hidden_states, hidden_states.shape[1]):
                 return super().forward(
                     hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
                 )

@@ -108,7 +108,7 @@ class FrameBatchedAttention(VisionAttention):
             # On an H200 cuDNN is a quarter faster than flash attention, but prepares 30 ms for each new shape. That
             # pays off for many frames whose number is likely to come again: most chunks have a multiple of 16.
             repays_preparation = fused and count % 16 == 0 and count * length >= 16384
-            with cudnn_first() if repays_preparation else trained_sdpa(qkv_TD):
+            with cudnn_first() if repays_preparation else trained_sdpa(qkv_TD, length):
                 attended = F.scaled_dot_product_attention(q_FHLP, k_FHLP, v_FHLP, scale=self.scaling)
             outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
             start += count * length

@@ -48,16 +48,16 @@ def test_it_equals_torch(sizes, dtype):
 @pytest.mark.parametrize("keys_count", [63, 64, 65, 128, 192])
 def test_gradients_where_all_scores_are_far_below_zero(keys_count):
     """As nothing normalises the video: cuDNN gives NaN as gradients of queries for some numbers of keys."""
-    queries = torch.full((2, 4, 8, 64), 5.0) + 0.1 * torch.randn(2, 4, 8, 64)
-    keys = torch.full((2, 4, keys_count, 64), -5.0) + 0.1 * torch.randn(2, 4, keys_count, 64)
-    values, found = torch.randn(2, 4, keys_count, 64), []
+    generator, found = torch.Generator().manual_seed(0), []
+    noise, *others = (torch.randn(2, 4, n, 64, generator=generator) for n in (8, keys_count, keys_count))
+    queries, keys, values = 5.0 + 0.1 * noise, -5.0 + 0.1 * others[0], others[1]
     for dtype in (torch.bfloat16, torch.float64):
         tensors = [t.cuda().bfloat16().to(dtype).requires_grad_() for t in (queries, keys, values)]
-        with trained_sdpa(tensors[0]):
+        with trained_sdpa(tensors[0], keys_count):
             scaled_dot_product_attention(*tensors).square().sum().backward()
         found.append([t.grad.double() for t in tensors])
-    for actual, reference in zip(*found):
-        assert actual.isfinite().all() and (actual - reference).norm() <= 0.05 * reference.norm()
+    for actual, reference, tolerance in zip(*found, (0.4, 0.02, 0.02)):  # -5 times what rounding leaves of a sum of 0
+        assert actual.isfinite().all() and (actual - reference).norm() <= tolerance * reference.norm()
 
 
 @on_a_gpu

@@ -238,6 +238,11 @@ class Server:
         try:
             sources = [await self._in_thread(self._checked, medium, reading) for medium in media]
             return await self.inference.encode(lambda: self._encode(encoding, keys, media, sources, reading))
+        except UserError as error:
+            told = f"{error}"
+            for medium in media:
+                told = told.replace(f"{medium.content}", medium.name) if medium.name else told
+            raise UserError(told) from error
         finally:
             del self._encodings[keys[-1]]
 

@@ -25,11 +25,13 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # whose last 32 bits are an IPv4 a
 
 @dataclass
 class Medium:
-    """A video or an image that a request names: `kind`, the path or the bytes, and a digest of its bytes."""
+    """A video or an image that a request names: `kind`, the path or the bytes, a digest of the bytes, and for a file
+    the path below the root, as a client may know it."""
 
     kind: str
     content: str | bytes
     digest: str
+    name: str = ""
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Media:
             if isinstance(found, bytes):
                 return Medium(kind, found, xxhash.xxh3_128_hexdigest(found))
             path = self._below_root(found, named)
-            return Medium(kind, str(path), self._digest(path))
+            return Medium(kind, str(path), self._digest(path), str(path.relative_to(self.root)))
         except ValueError as error:
             raise UserError(f"{kind}_url {describe(named)!r:.100}: {reason_of(error)}") from error
 
@@ -130,7 +132,7 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or [None, None])[1]
         if ip in NAT64:
-            embedded = ipaddress.ip_address(int(ip) & 0xFFFFFFFF)
+            embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if embedded is not None:
             return is_public(str(embedded))
         if ip.is_site_local:

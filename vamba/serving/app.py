@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -142,6 +143,11 @@ class Server:
         self._tokenizing = threading.Lock()  # as tokenizers are not for two threads at once
         self._encodings: dict[str, Encoding] = {}
         self._made_by = self._what_makes_memories()
+        self._device = self.model.device  # which is looked for among all weights
+        # what transformers' handlers want of a model
+        self.generator = SimpleNamespace(
+            config=self.model.config, device=self._device, generation_config=None, generate=self.model.generate
+        )
 
     def _check_options(self) -> None:
         """Raises UserError, before anybody asks, for options that no question could be asked with."""
@@ -179,15 +185,14 @@ class Server:
         turns = asked.turns
         if self.system is not None and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *turns]
-        prompt, media = await self._in_thread(
-            lambda: (self._prompt(turns), [self.media.find(*named) for named in asked.media])
-        )
-        memory, cached = None, 0
-        if media:
-            reading = dict(self.reading)
-            if asked.reading:
-                reading = {name: value for name, value in reading.items() if name not in ("fps", "num_frames")}
-            memory, cached = await self._memory_of(call, media, reading | asked.reading)
+        reading = dict(self.reading)
+        if asked.reading:
+            reading = {name: value for name, value in reading.items() if name not in ("fps", "num_frames")}
+            reading |= asked.reading
+        prompt, media, keys, memory = await self._in_thread(self._look_up, turns, asked.media, reading)
+        cached = 0 if memory is None else memory.video_length
+        if media and memory is None:
+            memory, cached = await self._encoding_of(call, keys, media, reading)
         inputs = Inputs(input_ids=prompt, logits_processor=[FirstScoresAreNumbers()])
         inputs["attention_mask"] = torch.ones_like(prompt)
         if asked.seed is not None:
@@ -202,6 +207,13 @@ class Server:
             length = memory.video_length
         return Prepared(asked, inputs, config, length, cached)
 
+    def _look_up(self, turns: list[dict], named: list[tuple[str, str]], reading: dict):
+        """The prompt, the media, the keys of the first of them, of the first two …, and their memory if it is held."""
+        prompt = self._prompt(turns)
+        media = [self.media.find(kind, name) for kind, name in named]
+        keys = keys_of(self._made_by, [(medium.kind, medium.digest) for medium in media], reading)
+        return prompt, media, keys, self.cache.find(keys[-1]) if keys else None
+
     def _prompt(self, turns: list[dict]) -> torch.Tensor:
         """The tokens (1, N) of a conversation, media marked where they stand, or where the model has read them."""
         if self.model.config.model_type != "vamba":
@@ -214,14 +226,11 @@ class Server:
         most = getattr(self.model.config.text_config, "max_position_embeddings", None)
         if most is not None and prompt.shape[1] > most:
             raise UserError(f"The conversation has {prompt.shape[1]} tokens of text, and the model takes {most}.")
-        return prompt.to(self.model.device)
+        return prompt.to(self._device)
 
-    async def _memory_of(self, call: Call, media: list[Medium], reading: dict) -> tuple[Memory, int]:
-        """A fork of the memory of these media, and how many of its tokens were there already."""
-        keys = keys_of(self._made_by, [(medium.kind, medium.digest) for medium in media], reading)
+    async def _encoding_of(self, call: Call, keys: list[str], media: list[Medium], reading: dict) -> tuple[Memory, int]:
+        """A fork of the memory that is being encoded, and how many of its tokens were there already."""
         while True:
-            if (memory := await self._in_thread(self.cache.find, keys[-1])) is not None:
-                return memory, memory.video_length
             if (encoding := self._encodings.get(keys[-1])) is None:
                 encoding = self._encodings[keys[-1]] = Encoding()
                 encoding.task = asyncio.ensure_future(self._encoded(encoding, keys, media, reading))
@@ -345,9 +354,6 @@ class OneModel(ModelManager):
         self.loaded_models: dict[str, TimedModel] = {}
         self.force_model = server.name
         self._server = server
-
-    def load_model_and_processor(self, model_id_and_revision: str, **options: Any):
-        return self._server.model, self._server.processor
 
     def get_model_modality(self, model: Any, processor: Any = None) -> Modality:
         return Modality.VLM

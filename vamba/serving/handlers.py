@@ -74,7 +74,7 @@ class _Known:
         return JSONResponse(self._whole(json.loads(response.body), call.prepared))
 
     def _resolve_model(self, body: dict):
-        return self.server.name, self.server.model, _Prompted(self.server.processor)
+        return self.server.name, self.server.generator, _Prompted(self.server.processor)
 
     def _build_generation_config(self, *args: Any, **options: Any):
         return CALL.get().prepared.generation

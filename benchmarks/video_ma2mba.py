@@ -161,7 +161,7 @@ def train(args: argparse.Namespace) -> None:
         model = load(size, args.residual)
         model.model.visual.requires_grad_(False)
         model.model.projector.requires_grad_(False)
-        for mode, tokens in (("layer", 300), ("layer", 512), ("multi_axis", 1024)):
+        for mode, tokens in (("layer", 300), ("layer", 512), ("multi_axis", 1024)) if DEVICE.type == "cuda" else ():
             switch(model, mode, Plan(2, 256))
             step(model, tokens)  # kernels are compiled, gradients made
         for mode in args.modes:

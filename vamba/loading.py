@@ -206,6 +206,9 @@ def load_model(path: str | os.PathLike, *, any_kind: bool = False, **options: An
     ):  # those on the Hub may not have been fetched yet
         check_weights(folder, config)
     check_generation_file(folder, config)
+    quantized = options.get("quantization_config")
+    if getattr(quantized, "load_in_4bit", False) and not torch.accelerator.is_available():
+        quantized.llm_int8_skip_modules = ["lm_head", *_unfit_for_cpus(config)]
     with opening(path):
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, output_loading_info=True, trust_remote_code=False, **options
@@ -235,6 +238,15 @@ def quantization(load_in_4bit: bool = False, load_in_8bit: bool = False) -> Bits
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def _unfit_for_cpus(config: PreTrainedConfig) -> list[str]:
+    """Names of layers of which bitsandbytes has no 4 bits on a CPU, as its kernels there take whole blocks only.
+
+    Of the 7B these are the `in_proj`, with their 14,704 rows.
+    """
+    layers = {name: layer for name, layer in skeleton(config).named_modules() if isinstance(layer, nn.Linear)}
+    return [name for name, layer in layers.items() if layer.out_features % 32 or layer.in_features % 64]
 
 
 def merge_adapter(model: PreTrainedModel, path: str | os.PathLike) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """What the documents say is true: their Python runs, their commands parse or run, their links and names lead somewhere.
 
-What is unusual: a program that is new in a document fails here until it is run below, or listed with the reason why it
-is only parsed.
+What is unusual: a program or a block that is new in a document fails here until it is run below, or listed with the
+reason why it is only parsed.
 """
 
 import ast
@@ -10,12 +10,14 @@ import inspect
 import io
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from importlib.metadata import metadata
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from vamba.conversion import convert
 from vamba.data.conversations import to_messages
 from vamba.demo.tiny_checkpoints import make_tiny_clip, make_tiny_mamba2
 from vamba.evaluation import evaluate
+from vamba.modeling import VambaConfig
 from vamba.training import load_recipe, shipped_recipes
 from vamba.training.arguments import DataArguments, DatasetArguments, ModelArguments, VambaTrainingArguments
 
@@ -36,9 +39,8 @@ from training_data import recipe_values, write_dataset
 
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "examples/accelerate/README.md"]
-DOCUMENTS += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
-PROGRAMS = ("vamba", "make", "pip", "accelerate", "torchrun", "python", "tar")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")))
 # Commands that are not run, and why.
 PARSED = {
     "make": "each is minutes; its dry run is made",
@@ -46,12 +48,26 @@ PARSED = {
     "accelerate": "it needs GPUs; both halves are parsed, and `python -m vamba` is run",
     "torchrun": "as accelerate",
     "tar": "it needs what pip downloads",
-    "python": "benchmarks need a GPU; the script must be there",
+    "python": "benchmarks need a GPU; the script must be there, and an example has a test of its own",
+    "hf": "it needs the network, for 23 GB; its options are looked up",
+    "lmms-eval": "it needs the extra `eval`, with which test_harness.py runs it; the model's arguments are looked up",
+    "pre-commit": "it changes the hooks of git",
+    "pytest": "it tests what is tested here; the file must be there",
+    "curl": "it asks a server, as the tests of the server do",
+    "vamba serve": "it serves until it is ended; its own tests run it",
     "vamba bench": "minutes on a CPU; its own tests run it",
     "vamba demo": "minutes; its own tests run it",
     "vamba eval MODEL --suite": "minutes, and footage that is not here; its own tests run it",
     "vamba serve": "it serves until it is interrupted; its own tests run it",
     "vamba finetune vamba_stage": "the recipes are for a 7B; they are read",
+}
+PROGRAMS = {listed.split()[0] for listed in PARSED}
+# Blocks that are neither Python nor commands, by how they begin, and what they are.
+OTHER_BLOCKS = {
+    "a       = SelfAttention_l(h)": "equations",
+    '{"video": "a.mp4"': "questions, which `desk` writes to a file for `vamba eval`",
+    '{"messages": ': "data, which test_examples_of_data reads",
+    "eval_datasets: ": "a part of a recipe, the keys of which are looked up",
 }
 FOLDERS = (
     "modeling",
@@ -79,8 +95,26 @@ def text_of(document: str) -> str:
     return (ROOT / document).read_text(encoding="utf-8")
 
 
+def fences(document: str) -> list[tuple[str, str, str]]:
+    """Indent, language and content of all blocks at once, as the end of one looks like the beginning of another."""
+    found = re.findall(r"^( *)```(\S*)\n(.*?)^ *```$", text_of(document), re.M | re.S)
+    assert text_of(document).count("```") == 2 * len(found)
+    return found
+
+
 def blocks(document: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text_of(document), re.M | re.S)
+    return [block for _, spoken, block in fences(document) if spoken == language]
+
+
+def is_commands(block: str) -> bool:
+    lines = re.sub(r"\\\n\s*", " ", block).splitlines()
+    return bool(lines) and all(program_of(line) in PROGRAMS for line in lines)
+
+
+def program_of(command: str) -> str:
+    """The first word that sets no variable, without its folder."""
+    words = (word for word in command.split() if "=" not in word)
+    return next(words, "").split("/")[-1]
 
 
 def inline(document: str) -> list[str]:
@@ -91,11 +125,11 @@ def inline(document: str) -> list[str]:
 def commands() -> list[str]:
     found = []
     for document in DOCUMENTS:
-        for block in (block for block in blocks(document, "") if block.split()[0].split("/")[-1] in PROGRAMS):
+        for block in filter(is_commands, blocks(document, "")):
             for line in block.replace("\\\n", " ").splitlines():
                 found += shlex.join(shlex.split(line, comments=True)).split(" '&&' ")
-        found += [code for code in inline(document) if code.split()[0].split("/")[-1] in PROGRAMS and " " in code]
-    return sorted({command for command in found if command and "=" not in command.split()[0]})
+        found += [code for code in inline(document) if program_of(code) in PROGRAMS and " " in code]
+    return sorted({command for command in found if command})
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +138,12 @@ def desk(checkpoint, clip, tmp_path_factory):
     desk = tmp_path_factory.mktemp("desk")
     (desk / "runs" / "stage1").mkdir(parents=True)
     (desk / "examples").symlink_to(ROOT / "examples")
-    shutil.copytree(checkpoint, desk / "runs" / "demo")
+    demo = shutil.copytree(checkpoint, desk / "runs" / "demo")
+    vocabulary = range(VambaConfig.from_pretrained(demo).text_config.vocab_size)
+    # its answers end with their first word, as they mean nothing anyhow
+    (demo / "generation_config.json").write_text(json.dumps({"eos_token_id": [*vocabulary], "pad_token_id": 0}))
     for name in ("runs/stage1/final", "MODEL", "PATH", "SRC", "OLD", "my-vamba"):
-        (desk / name).symlink_to(checkpoint)
+        (desk / name).symlink_to(demo)
     (desk / "Qwen2-VL-folder").symlink_to(checkpoint.parent / "qwen")
     for name in ("a.mp4", "b.mp4", "talk.mp4", "VIDEO", "runs/demo/a.mp4", "runs/demo/b.mp4"):
         (desk / name).symlink_to(clip)
@@ -149,8 +186,35 @@ def test_python(document, desk, monkeypatch):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_block_and_command_is_known(document):
+    """All of a document's code is what the other tests look at."""
+    for indent, language, block in fences(document):
+        assert not indent and language in ("", "python", "json", "yaml"), block
+        assert language == "python" or is_commands(block) or block.startswith(tuple(OTHER_BLOCKS)), block
+    for code in inline(document):  # a word, and an option further on
+        if re.match(r"[a-z.][\w./-]* (.* )?--\w", code):
+            assert program_of(code) in PROGRAMS, code
+
+
+def test_a_part_of_a_recipe():
+    kinds = (ModelArguments, DataArguments, DatasetArguments, VambaTrainingArguments)
+    keys = {field.name for kind in kinds for field in fields(kind)}
+    for block in blocks("docs/training.md", "yaml"):
+        assert yaml.safe_load(block).keys() <= keys
+
+
+def test_extras_of_the_readme():
+    project = text_of("pyproject.toml").split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    table = text_of("README.md").split("| Extra |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.M) and set(re.findall(r"^\| `([\w-]+)` \|", table, re.M)) == set(
+        re.findall(r"^([\w-]+) = ", project, re.M)
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links(document):
-    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text_of(document), flags=re.S)):
+    text = re.sub(r"```.*?```", "", text_of(document), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")
@@ -194,7 +258,8 @@ def check_expression(node: ast.expr) -> None:
 @pytest.mark.parametrize("command", commands())
 def test_command(command, desk, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(desk)
-    program, *words = shlex.split(re.sub(r"\[(--[^\]]*)\]", r"\1", command))
+    words = shlex.split(re.sub(r"\[(--[^\]]*)\]", r"\1", command))
+    program, *words = dropwhile(lambda word: "=" in word, words)  # variables
     program = program.split("/")[-1]
     words = [word.replace("$RANK", "0").replace("$FIRST", "host").replace("RECIPE", "recipe.yaml") for word in words]
     if program == "make":
@@ -208,10 +273,26 @@ def test_command(command, desk, tmp_path, monkeypatch, capsys):
     elif program == "vamba":
         monkeypatch.setattr(sys, "stdin", io.StringIO("What happens?\n/quit\n"))
         run_vamba(words, tmp_path, capsys)
+    elif program == "pytest":
+        assert all((ROOT / word).is_file() for word in words)
     elif program == "python" and words[0] != "-m":
         assert (ROOT / words[0]).is_file()
+        tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests" / "examples").glob("*.py"))
+        assert not words[0].startswith("examples/") or Path(words[0]).stem in tests
+    elif program == "hf":
+        called = getattr(importlib.import_module(f"huggingface_hub.cli.{words[0]}"), words[0])
+        options = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+        assert options <= set(inspect.signature(called).parameters)
+    elif program == "lmms-eval":
+        check_lmms_eval(words)
     else:
         assert program in PARSED
+
+
+def check_lmms_eval(words: list[str]) -> None:
+    given = words[words.index("--model_args") + 1] if "--model_args" in words else ""
+    harness = text_of("vamba/evaluation/harness.py")
+    assert all(f'"{name}"' in harness for name in re.findall(r"(\w+)=", given))
 
 
 def parse_launch(program: str, words: list[str]) -> None:
@@ -224,7 +305,9 @@ def parse_launch(program: str, words: list[str]) -> None:
     args = parser.parse_args(words[1:] if program == "accelerate" else words)
     assert program == "torchrun" or args.config_file is None or Path(args.config_file).is_file()
     script = args.training_script
-    if args.module:
+    if script == "lmms_eval":
+        check_lmms_eval(args.training_script_args)
+    elif args.module:
         importlib.import_module(script)
         assert importlib.util.find_spec(f"{script}.__main__")
         if args.training_script_args[0] == "finetune":
@@ -253,7 +336,8 @@ def run_vamba(words: list[str], tmp_path: Path, capsys) -> None:
     if words[0] == "finetune":
         words = [word for word in words if word not in ("...", "--resume")]
         words += ["--max_steps=1", "--bf16=no", "--dtype=float32", f"--output_dir={tmp_path / 'out'}"]
-        words += ["--max_pixels=2304", "--lora_r=2"] if words[1] == "vamba_lora" else []
+        small = ["--max_pixels=2304", "--lora_r=2", "--max_video_tokens=500", "--batch_video_tokens=500"]
+        words += [*small, "--global_batch_size=1", "--dataloader_num_workers=0"] if words[1] == "vamba_lora" else []
         if words[1].startswith("vamba_stage"):
             load_recipe(words[1], words[2:])
             return
@@ -301,6 +385,12 @@ def test_the_headline_figure_can_be_drawn(tmp_path):
     drawn, kept = (path.read_text() for path in (tmp_path / "new.svg", ROOT / "docs" / "headline.svg"))
     titles = re.findall(r">([^<>]+)</text>", drawn)
     assert titles and titles == re.findall(r">([^<>]+)</text>", kept)
+
+
+def test_the_architecture_figure_is_what_its_script_draws(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "architecture_figure.py"))
+    script["draw"](tmp_path / "new.svg")
+    assert (tmp_path / "new.svg").read_text("utf-8") == (ROOT / "docs" / "architecture.svg").read_text("utf-8")
 
 
 def test_the_package_is_a_program(desk):

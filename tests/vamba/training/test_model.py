@@ -139,7 +139,7 @@ def test_a_run_with_adapters_leaves_them_and_the_merged_model(values, checkpoint
 @pytest.mark.parametrize("quantization", ["load_in_4bit", "load_in_8bit"])
 def test_adapters_of_a_quantized_model(values, quantization, batch):
     pytest.importorskip("bitsandbytes")
-    values |= {"dtype": "bfloat16", "bf16": True, quantization: True}
-    result = finetune(values | {"trainable": "lora", "lora_r": 8})
-    assert result.losses[6] < result.losses[1]
+    values |= {"dtype": "bfloat16", "bf16": True, quantization: True, "max_steps": 3, "per_device_train_batch_size": 2}
+    result = finetune(values | {"trainable": "lora", "lora_r": 8, "learning_rate": 5e-3})
+    assert result.losses[3] < result.losses[1]
     assert load(result.folder).eval()(**batch).loss < load(values["model_name_or_path"]).eval()(**batch).loss

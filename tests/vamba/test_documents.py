@@ -58,7 +58,6 @@ PARSED = {
     "vamba bench": "minutes on a CPU; its own tests run it",
     "vamba demo": "minutes; its own tests run it",
     "vamba eval MODEL --suite": "minutes, and footage that is not here; its own tests run it",
-    "vamba serve": "it serves until it is interrupted; its own tests run it",
     "vamba finetune vamba_stage": "the recipes are for a 7B; they are read",
 }
 PROGRAMS = {listed.split()[0] for listed in PARSED}

@@ -25,7 +25,7 @@ from vamba.modeling import StateMemory, VideoMemory
 
 
 GIB = 2**30
-SUFFIX = ".safetensors"
+SUFFIX = ".cached-memory.safetensors"  # nothing else in the folder is touched
 logger = logging.get_logger(__name__)
 Memory = VideoMemory | StateMemory
 

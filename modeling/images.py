@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -224,17 +225,23 @@ def _rgb(image, over_white: bool):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def download(url: str) -> bytes:
+def download(url: str, limit: int | None = None, connect: Callable | None = None) -> bytes:
     """What an http or https URL gives, also after redirects to such; within time and a quarter of the memory for media.
+
+    Args:
+        limit: bytes that it may give at most. connect: makes each connection in the place of
+            `socket.create_connection`, and then without the proxies of the environment.
 
     Raises:
         OSError, ValueError, http.client.HTTPException: it gives nothing, too much, or too slowly.
     """
-    limit, sockets, until, data = media_memory() // 4, [], time.monotonic() + URL_DEADLINE, bytearray()
+    limit = min(media_memory() // 4, limit or media_memory())
+    sockets, until, data = [], time.monotonic() + URL_DEADLINE, bytearray()
     opener = urllib.request.OpenerDirector()  # without the handlers of file:, ftp: and data:
-    of_library = "Proxy", "Unknown", "HTTPDefaultError", "HTTPRedirect"
+    of_library = [] if connect else ["Proxy"]
+    of_library += ["Unknown", "HTTPDefaultError", "HTTPRedirect"]
     handlers = [getattr(urllib.request, f"{name}Handler")() for name in of_library]
-    for handler in (*handlers, urllib.request.HTTPErrorProcessor(), _HttpHandler(sockets)):
+    for handler in (*handlers, urllib.request.HTTPErrorProcessor(), _HttpHandler(sockets, connect)):
         opener.add_handler(handler)
     timer = threading.Timer(URL_DEADLINE, _hang_up, [sockets])
     timer.daemon = True
@@ -257,9 +264,9 @@ class _HttpHandler(urllib.request.AbstractHTTPHandler):
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def __init__(self, sockets):
+    def __init__(self, sockets, connect: Callable | None = None):
         super().__init__()
-        self._sockets = sockets
+        self._sockets, self._connect = sockets, connect
 
     def http_open(self, request):
         return self.do_open(self._listed(http.client.HTTPConnection), request)
@@ -268,10 +275,11 @@ class _HttpHandler(urllib.request.AbstractHTTPHandler):
         return self.do_open(self._listed(http.client.HTTPSConnection), request)
 
     def _listed(self, kind):
-        sockets = self._sockets
+        sockets, make_connection = self._sockets, self._connect
 
         class Connection(kind):
             def connect(self):
+                self._create_connection = make_connection or self._create_connection
                 super().connect()
                 sockets.append(self.sock)
 

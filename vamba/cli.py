@@ -28,6 +28,7 @@ COMMANDS = {
     "bench": ("measure a model against the length of the video", "vamba.bench.command_line"),
     "finetune": ("train a checkpoint on videos and conversations, as a recipe says", "vamba.training.command_line"),
     "eval": ("ask questions about videos and count the right answers", "vamba.evaluation.command_line"),
+    "serve": ("answer OpenAI's clients, each video encoded once", "vamba.serving.command_line"),
     "info": ("say what a checkpoint is", "vamba.info"),
 }
 FILES = ("VIDEO", "FILE", "FOLDER", "DIR", "PATH", "MODEL", "RECIPE", "DATA.jsonl", "SRC", "DST")  # a shell completes

@@ -30,14 +30,18 @@ from injuries import (
     write_safetensors,
 )
 from materials import QUESTION, names
+from starlette.testclient import TestClient
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vamba import cli, read_video
-from vamba.chat import load_chat
+from vamba.chat import VideoChat, load_chat
 from vamba.conversion import convert
 from vamba.data import Collator, ConversationEncoder, Mixture, Source, TrainingStream
 from vamba.errors import UserError
 from vamba.modeling import StateMemory, VideoMemory
+from vamba.serving.app import Server
+from vamba.serving.media import Media
+from vamba.serving.memory_cache import MemoryCache
 from vamba.training import finetune
 from vamba.training.arguments import load_recipe
 
@@ -286,6 +290,37 @@ def messages(rng: random.Random, materials: Path, folder: Path) -> Callable:
     return lambda: encoder({"messages": told}).keys()
 
 
+def requests(rng: random.Random, materials: Path, folder: Path) -> Callable:
+    """Bodies of requests to the server, of which none may be a fault of the server."""
+    video = "00-libx264.mp4"
+    if is_chat := rng.random() < 0.6:
+        content = [{"type": "video_url", "video_url": {"url": video}}, {"type": "text", "text": QUESTION}]
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2, "temperature": 0, "stop": ["x"]}
+        body |= {"stream_options": {"include_usage": True}, "mm_processor_kwargs": {"num_frames": 2}}
+    else:
+        content = [{"type": "input_video", "video_url": video}, {"type": "input_text", "text": QUESTION}]
+        body = {"input": [{"role": "user", "content": content}], "instructions": "Be brief.", "max_output_tokens": 2}
+    body |= {"model": "fuzz", "stream": rng.random() < 0.3}
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        body = edit(body, rng, _hostile)
+    sent = json.dumps(body).encode("utf-8", "surrogatepass")
+    sent = mutate(sent, rng) if rng.random() < 0.1 else sent
+    path = "/v1/chat/completions" if is_chat else "/v1/responses"
+    return lambda: _post(materials, rng.choice(tuple(MEMORIES)), path, sent)
+
+
+def _post(materials: Path, kind: str, path: str, body: bytes) -> str:
+    chat = VideoChat(_loaded[kind], _loaded[f"{kind} processor"])
+    server = Server(chat, "fuzz", MemoryCache(MEMORIES[kind], "cpu"), Media(materials / "videos"))
+    with TestClient(server.app(), raise_server_exceptions=False) as client:
+        reply = client.post(path, content=body, headers={"Content-Type": "application/json"})
+    if reply.status_code >= 500 or "Traceback" in reply.text:
+        raise RuntimeError(f"{reply.status_code} {reply.text}")
+    if reply.status_code == 200:
+        return reply.text
+    raise UserError(reply.json()["error"]["message"])
+
+
 def recipes(rng: random.Random, materials: Path, folder: Path) -> Callable:
     text = (materials / "recipe.yaml").read_text()
     path, overrides = folder / "recipe.yaml", []
@@ -414,6 +449,7 @@ KINDS: dict[str, tuple[Callable, int]] = {
     "data": (data, 3),
     "questions": (questions, 2),
     "messages": (messages, 3),
+    "requests": (requests, 3),
     "recipes": (recipes, 2),
     "arguments": (arguments, 3),
     "models": (models, 2),

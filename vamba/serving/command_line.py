@@ -1,0 +1,144 @@
+"""The arguments of `vamba serve`."""
+
+import argparse
+import asyncio
+import importlib.util
+import math
+import os
+import socket
+
+from vamba.checkpoint_folder import base_of, check_kind
+from vamba.console import (
+    MODEL_OPTIONS,
+    READING_OPTIONS,
+    add_generation_options,
+    add_model_options,
+    add_reading_options,
+    chosen,
+    generation,
+    positive,
+    quiet_transformers,
+)
+from vamba.errors import UserError
+
+
+NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
+MAX_FRAMES = 16384  # of one video, four and a half hours at one a second; `--max-frames` says otherwise
+SECONDS_TO_END = 5  # for answers under way when the server is stopped
+
+
+def gigabytes(text: str) -> int:
+    """An argument's type: bytes, given in GiB."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GiB, 0 or more")
+    return int(value * 2**30)
+
+
+def port_number(text: str) -> int:
+    """An argument's type: a port to listen at."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number up to 65535, 0 for any that is free")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Vamba checkpoint: a folder or Hub id")
+    parser.add_argument("--host", default="127.0.0.1", help="to listen at; default: 127.0.0.1, this machine only")
+    parser.add_argument("--port", type=port_number, default=8000, help="default: 8000")
+    parser.add_argument("--served-name", metavar="NAME", help="of the model in requests; default: MODEL")
+    media = parser.add_argument_group("what requests may name")
+    media.add_argument("--media-root", metavar="FOLDER", help="below which they may name files; default: none")
+    media.add_argument("--allow-urls", action="store_true", help="let them name http(s) URLs of public addresses")
+    cache = parser.add_argument_group("what is kept of videos, in GiB")
+    cache.add_argument("--cache-gpu", type=gigabytes, default="8", metavar="GIB", help="on the GPU; default: 8")
+    cache.add_argument("--cache-cpu", type=gigabytes, default="16", metavar="GIB", help="in CPU memory; default: 16")
+    cache.add_argument("--cache-disk", type=gigabytes, default="64", metavar="GIB", help="in --cache-dir; default: 64")
+    cache.add_argument("--cache-dir", metavar="FOLDER", help="keep memories there too, for the next start")
+    limits = parser.add_argument_group("what a request may take at most")
+    limits.add_argument(
+        "--max-body", type=positive, default=64, metavar="MIB", help="in MiB, of a URL too; default: 64"
+    )
+    limits.add_argument("--max-media", type=positive, default=16, help="videos and images; default: 16")
+    limits.add_argument("--max-tokens", type=positive, default=4096, help="of an answer; default: 4096")
+    limits.add_argument("--max-queue", type=positive, default=64, help="requests at once; default: 64")
+    add_model_options(parser)
+    add_reading_options(parser)
+    add_generation_options(parser)
+    parser.set_defaults(max_frames=MAX_FRAMES)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves until it is interrupted."""
+    check_kind(base_of(args.model))  # at once, before torch is imported
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise UserError(f"vamba serve needs {', '.join(missing)}: pip install 'vamba[serve]'.")
+    listening = _bound(args.host, args.port)  # before a large model is loaded
+    quiet_transformers()
+    import uvicorn
+
+    from vamba.chat import MEMORIES, load_chat
+
+    from .app import Limits, Server
+    from .media import Media
+    from .memory_cache import MemoryCache
+
+    max_body = args.max_body * 2**20
+    media = Media(args.media_root, args.allow_urls, max_body)
+    chat = load_chat(args.model, **chosen(args, MODEL_OPTIONS))
+    cache = MemoryCache(
+        MEMORIES[chat.model.config.model_type],
+        chat.model.device,
+        gpu_bytes=args.cache_gpu,
+        cpu_bytes=args.cache_cpu,
+        disk_bytes=args.cache_disk,
+        folder=args.cache_dir,
+    )
+    max_tokens = max(args.max_tokens, args.max_new_tokens)
+    limits = Limits(max_body, args.max_media, args.max_frames, max_tokens, args.max_queue)
+    reading = chosen(args, READING_OPTIONS)
+    server = Server(
+        chat, args.served_name or args.model, cache, media, reading, generation(args), limits, system=args.system
+    )
+    app = server.app()
+    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=SECONDS_TO_END)
+    try:
+        asyncio.run(_serve(uvicorn.Server(config), listening, server.name))
+    finally:
+        server.close()
+
+
+async def _serve(server, listening: socket.socket, name: str) -> None:
+    """Runs a uvicorn server, and says when it listens."""
+
+    async def tell():
+        while not server.started:
+            await asyncio.sleep(0.01)
+        host, port = listening.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        print(f"{name} is served at http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+
+    telling = asyncio.ensure_future(tell())
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        telling.cancel()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket of this address, which does not listen yet. Raises UserError where it is taken, or none of ours."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        if os.name == "posix":
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: {reason}; choose another.") from error
+    return bound

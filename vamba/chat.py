@@ -9,6 +9,7 @@ import contextlib
 import copy
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -281,12 +282,18 @@ class VideoChat:
         if generate_kwargs.get("generation_config") is not None:  # `generate` wants all in it, or nothing
             config = copy.deepcopy(generate_kwargs.pop("generation_config"))
             generate_kwargs = {**config.update(**generate_kwargs), "generation_config": config}
+        assert self.memory is not None  # as was checked
+        text = question if isinstance(question, str) else conversation_of(question)[-1]["content"][0]["text"]
+        # what is watched meanwhile changes neither what is answered nor what is remembered of it
+        asked = weakref.ref(self.memory), copy.deepcopy(self.memory.media)
+        told = Answer(text, "", inputs["input_ids"].cpu(), inputs["input_ids"][:, :0].cpu(), *asked)
+        inputs["past_key_values"] = self._fork(inputs, generate_kwargs)
         if stream:
-            return self._stream(question, inputs, generate_kwargs)
-        output = self.model.generate(**inputs, past_key_values=self._fork(inputs, generate_kwargs), **generate_kwargs)
-        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+            return self._stream(question, told, inputs | generate_kwargs)
+        output = self.model.generate(**inputs, **generate_kwargs)
+        new_tokens = output[:, told.prompt.shape[1] :]
         answer = self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
-        self._remember(question, answer, inputs, output)
+        self._remember(question, told, answer, new_tokens)
         return answer
 
     def _continued(self, question: str | Sequence[dict]) -> str | Sequence[dict]:
@@ -297,14 +304,14 @@ class VideoChat:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, *self.history, {"role": "user", "content": question}]
 
-    def _remember(self, question: str | Sequence[dict], answer: str, inputs: dict, output: torch.Tensor | None) -> None:
-        assert self.memory is not None  # as was asked
-        if output is not None:
-            prompt, ids = inputs["input_ids"].cpu(), output[:1, inputs["input_ids"].shape[1] :].cpu()
+    def _remember(
+        self, question: str | Sequence[dict], told: Answer, answer: str, new_tokens: torch.Tensor | None
+    ) -> None:
+        if new_tokens is not None:
+            ids = new_tokens[:1].cpu()
             is_text = ~torch.isin(ids[0], torch.tensor(self.processor.tokenizer.all_special_ids))
             ids = ids[:, : len(ids[0]) - int(is_text.flip(0).byte().argmax())]  # without what ends it
-            text = question if isinstance(question, str) else conversation_of(question)[-1]["content"][0]["text"]
-            self.answers.append(Answer(text, answer, prompt, ids, copy.deepcopy(self.memory.media)))
+            self.answers.append(told._replace(text=answer, ids=ids))
         if isinstance(question, str):
             turns = (("user", question), ("assistant", answer))
             self.history = [*self.history, *({"role": role, "content": text} for role, text in turns)]
@@ -442,7 +449,8 @@ class VideoChat:
             raise UserError(f"The question takes {length} tokens, and the model {most} at most; {remedy}.")
         return inputs
 
-    def _stream(self, question: str | Sequence[dict], inputs: dict, generate_kwargs: dict) -> Iterator[str]:
+    def _stream(self, question: str | Sequence[dict], told: Answer, options: dict) -> Iterator[str]:
+        """Pieces of what `generate` makes with these options, in a thread of its own."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
         outputs: list[torch.Tensor] = []
@@ -451,15 +459,11 @@ class VideoChat:
         def is_abandoned(input_ids, scores, **kwargs):
             return torch.full((input_ids.shape[0],), abandoned.is_set(), device=input_ids.device)
 
-        stop = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", ()), is_abandoned])
+        options["stopping_criteria"] = StoppingCriteriaList([*options.get("stopping_criteria", ()), is_abandoned])
 
         def generate():
             try:
-                memory = self._fork(inputs, generate_kwargs)
-                output = self.model.generate(
-                    **inputs, past_key_values=memory, streamer=streamer, stopping_criteria=stop, **generate_kwargs
-                )
-                outputs.append(output)
+                outputs.append(self.model.generate(**options, streamer=streamer)[:, told.prompt.shape[1] :])
             except BaseException as error:  # handed to the reader of the stream, which would wait for ever otherwise
                 failure.append(error)
                 streamer.end()
@@ -475,7 +479,7 @@ class VideoChat:
             abandoned.set()
             thread.join()
             if pieces and not failure:
-                self._remember(question, "".join(pieces).strip(), inputs, *outputs)
+                self._remember(question, told, "".join(pieces).strip(), *outputs)
         if failure:
             raise failure[0]
 

@@ -8,6 +8,7 @@ Shapes: T temporal patches of one medium, each of h x w video tokens; A answer t
 """
 
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,12 +44,13 @@ class Source(NamedTuple):
 
 class Answer(NamedTuple):
     """What `where` needs of an answer: ids (1, N) of the prompt and (1, A) of the answer without what
-    ends it, on the CPU, and the media that had been watched then."""
+    ends it, on the CPU, and the memory that was asked with the media it held then; its video is not kept for this."""
 
     question: str
     text: str
     prompt: Tensor
     ids: Tensor
+    memory: "weakref.ref[VideoMemory | StateMemory]"
     media: list[list[list]]
 
 
@@ -227,7 +229,7 @@ def look(
     except (IndexError, TypeError) as error:
         raise UserError(f"answer={answer!r:.40}: {len(chat.answers)} answers are known; ask first.") from error
     row = memory.video_rows[0] if memory.video_rows else 0
-    if told.media != memory.media:
+    if told.memory() is not memory or told.media != memory.media:
         raise UserError("What was watched has changed since this answer; ask again.")
     lengths = [t for _, t, _, _ in memory.media[row]]
     patches_M = _patch_of_tokens(memory, row)

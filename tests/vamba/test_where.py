@@ -116,6 +116,9 @@ def test_frames_are_read_again_where_they_were_shown(chat, clip, tmp_path):
     assert picture.size == (200, 200) and not where.unread
     chat.memory.save(tmp_path / "m.safetensors")
     chat.memory = vamba.VideoMemory.load(tmp_path / "m.safetensors")
+    with pytest.raises(vamba.UserError, match="has changed since"):
+        chat.where()
+    chat.ask("What happens?", **GREEDY)
     where = chat.where()
     tile = where.frame(0, 3)
     assert where.unread and tile.getpixel((3, 3)) == (128, 128, 128) and tile.getcolors(9999)[0][1] != (128, 128, 128)

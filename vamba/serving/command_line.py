@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import importlib.util
 import math
 import os
@@ -9,6 +10,7 @@ import socket
 
 from vamba.checkpoint_folder import base_of, check_kind
 from vamba.console import (
+    MODEL,
     MODEL_OPTIONS,
     READING_OPTIONS,
     add_generation_options,
@@ -46,7 +48,9 @@ def port_number(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a Vamba checkpoint: a folder or Hub id")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)
+    parser.add_argument("--model", dest="named_model", metavar="PATH", help="the same, as other commands call it")
+    parser.add_argument("--ui", action="store_true", help="show a web page at the address of the server")
     parser.add_argument("--host", default="127.0.0.1", help="to listen at; default: 127.0.0.1, this machine only")
     parser.add_argument("--port", type=port_number, default=8000, help="default: 8000")
     parser.add_argument("--served-name", metavar="NAME", help="of the model in requests; default: MODEL")
@@ -73,9 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serves until it is interrupted."""
+    if (args.model is None) == (args.named_model is None):
+        raise UserError("MODEL is needed, once; see vamba serve --help.")
+    args.model = args.model or args.named_model
     check_kind(base_of(args.model))  # at once, before torch is imported
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise UserError(f"vamba serve needs {', '.join(missing)}: pip install 'vamba[serve]'.")
+    needed = dict.fromkeys(NEEDED, "serve") | ({"gradio": "ui"} if args.ui else {})
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        extras = ",".join(sorted({needed[name] for name in missing}))
+        raise UserError(f"vamba serve needs {', '.join(missing)}: pip install 'vamba[{extras}]'.")
     listening = _bound(args.host, args.port)  # before a large model is loaded
     quiet_transformers()
     import uvicorn
@@ -104,11 +113,25 @@ def run(args: argparse.Namespace) -> None:
         chat, args.served_name or args.model, cache, media, reading, generation(args), limits, system=args.system
     )
     app = server.app()
+    if args.ui:
+        app = _with_page(app, server, args.media_root)
+    gc.collect()
+    gc.freeze()  # what was loaded stays: collections while questions are answered need not look at it
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=SECONDS_TO_END)
     try:
         asyncio.run(_serve(uvicorn.Server(config), listening, server.name))
     finally:
         server.close()
+
+
+def _with_page(app, server, media_root: str | None):
+    """The app with the web page at its root, which works with the model on the server's thread."""
+    import gradio
+
+    from .page import build_page, page_options
+
+    page = build_page(server.chat, inference=server.inference, media_root=media_root, reading=server.reading)
+    return gradio.mount_gradio_app(app, page, path="/", **page_options(page))
 
 
 async def _serve(server, listening: socket.socket, name: str) -> None:

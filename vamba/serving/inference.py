@@ -31,9 +31,13 @@ class Inference(GenerateManager):
     def async_submit(self, fn: Callable, *args: Any, **kwargs: Any) -> asyncio.Future:
         return asyncio.wrap_future(self.submit(fn, *args, **kwargs))
 
-    def encode(self, fn: Callable) -> asyncio.Future:
+    def submit_encoding(self, fn: Callable) -> Future:
         """The result of `fn`, which is run when nobody waits for an answer."""
-        return asyncio.wrap_future(self._put(self._encodings, fn))
+        return self._put(self._encodings, fn)
+
+    def encode(self, fn: Callable) -> asyncio.Future:
+        """`submit_encoding`, to be awaited."""
+        return asyncio.wrap_future(self.submit_encoding(fn))
 
     def answer_waiting(self) -> None:
         """Answers all who wait now, but none who come meanwhile; for the thread itself."""

@@ -7,13 +7,13 @@ could name pictures anywhere. A mistake is one sentence on the page; a fault is 
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from html import escape
 from logging import getLogger
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -26,6 +26,9 @@ from vamba.where import Where
 from .sessions import Limits, Session, Sessions, Stopped, Turns, Waiting
 from .timeline import SEEK, short, timeline_html
 
+
+if TYPE_CHECKING:
+    from .inference import Inference
 
 try:
     import gradio as gr
@@ -46,7 +49,7 @@ _log = getLogger(__name__)
 def build_page(
     chat: VideoChat,
     *,
-    submit: Callable[[Callable[[], None]], Future] | None = None,
+    inference: "Inference | None" = None,
     media_root: str | os.PathLike | None = None,
     reading: dict[str, Any] | None = None,
     limits: Limits = Limits(),  # noqa: B008 it is frozen
@@ -55,8 +58,7 @@ def build_page(
 
     Args:
         chat: of the model that answers; its own memory is not touched.
-        submit: runs a callable in the one thread that works with the model, and returns its Future, as
-            `Executor.submit` does; None makes such a thread.
+        inference: the one thread that works with the model, where others work with it as well; None makes one.
         media_root: a folder whose videos can be picked by anyone who sees the page; those that lie there now.
         reading: options of `VideoChat.watch` for every video, unless the visitor chooses otherwise.
         limits: what visitors may take.
@@ -64,7 +66,7 @@ def build_page(
     Raises:
         UserError: `media_root` is no folder.
     """
-    return _Page(chat, submit, media_root, reading or {}, limits).build()
+    return _Page(chat, inference, media_root, reading or {}, limits).build()
 
 
 def page_options(page: gr.Blocks) -> dict[str, Any]:
@@ -87,11 +89,14 @@ def page_options(page: gr.Blocks) -> dict[str, Any]:
 
 
 class _Page:
-    def __init__(self, chat, submit, media_root, reading: dict, limits: Limits):
+    def __init__(self, chat, inference, media_root, reading: dict, limits: Limits):
         self.model, self.processor, self.reading, self.limits = chat.model, chat.processor, reading, limits
         self.sessions = Sessions(lambda: VideoChat(chat.model, chat.processor, **chat.memory_options), limits)
-        submit = submit or ThreadPoolExecutor(1, thread_name_prefix="vamba-page").submit
+        submit = inference.submit if inference else ThreadPoolExecutor(1, thread_name_prefix="vamba-page").submit
         self.turns = Turns(submit)
+        # between its chunks a video that is watched lets those go first who wait for an answer
+        self.watching = Turns(inference.submit_encoding) if inference else self.turns
+        self.answer_waiting = inference.answer_waiting if inference else lambda: None
         self.picks = [] if media_root is None else videos_below(media_root)
         self.can_look = MEMORIES[chat.model.config.model_type] is VideoMemory
 
@@ -221,6 +226,7 @@ class _Page:
 
                 def progress(done: int, total: int | None) -> None:
                     emit((done, total, monotonic() - began))
+                    self.answer_waiting()
 
                 chunk = None if self.model.device.type == "cuda" else CHUNK_ON_CPU
                 session.chat.watch(path, append=goes_on, progress=progress, chunk_frames=chunk, **reading)
@@ -228,7 +234,7 @@ class _Page:
                 session.shown, session.strips = session.shown if goes_on else [], {}
 
             rate = ""
-            for event in self.turns.run(session, work):
+            for event in self.watching.run(session, work):
                 if isinstance(event, Waiting):
                     yield {self.status: _status(_waiting(event), 0)}
                     continue
@@ -247,7 +253,9 @@ class _Page:
             raise UserError(f"{self.limits.frames} frames are watched, which is the most; press Watch to begin anew.")
         if reading.get("num_frames", 0) > left:
             raise UserError(f"{reading['num_frames']} frames are more than the {left} that may be watched; take fewer.")
-        return reading | ({} if "num_frames" in reading else {"max_frames": left})
+        if "num_frames" in reading:
+            return reading
+        return reading | {"max_frames": min(left, reading.get("max_frames", left))}
 
     def _progress(self, done: int, total: int | None, rate: str) -> str:
         of = f" of {total}" if total else ""

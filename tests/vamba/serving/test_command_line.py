@@ -16,6 +16,8 @@ def taken():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "MODEL is needed"),
+        (["MODEL", "--model", "MODEL"], "MODEL is needed, once"),
         (["nowhere"], "nowhere is no folder"),
         (["runs/dmeo"], "runs/dmeo"),
         (["MODEL", "--port", "TAKEN"], "in use; choose another"),

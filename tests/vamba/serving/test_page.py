@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ import vamba  # noqa: E402
 from vamba.chat import MEMORIES, load_chat  # noqa: E402
 from vamba.demo.videos import render, stories, write_video  # noqa: E402
 from vamba.errors import UserError  # noqa: E402
+from vamba.serving.inference import Inference  # noqa: E402
 from vamba.serving.page import build_page, page_options, videos_below  # noqa: E402
 from vamba.serving.sessions import Limits  # noqa: E402
 
@@ -118,13 +120,20 @@ def test_a_second_video_is_watched_as_well(visitor, videos):
     assert "12 frames of 00:03.0" in watch(visitor, videos[1])
 
 
+def running():
+    """The thread of a server, which ends when this is closed."""
+    inference = Inference()
+    inference.close = inference.stop
+    return inference
+
+
 def test_sessions_at_once_see_their_own_video_and_how_many_are_before_them(chats, videos):
     gate = threading.Event()
-    with ThreadPoolExecutor(1) as executor:
-        page, address = launched(chats["vamba"], submit=executor.submit)
+    with closing(running()) as inference:
+        page, address = launched(chats["vamba"], inference=inference)
         try:
             visitors = [Client(address, verbose=False) for _ in videos]
-            executor.submit(gate.wait)
+            inference.submit(gate.wait)
             jobs = [
                 one.submit(handle_file(video), None, None, api_name="/watch") for one, video in zip(visitors, videos)
             ]
@@ -147,13 +156,13 @@ def test_sessions_at_once_see_their_own_video_and_how_many_are_before_them(chats
 
 def test_watching_can_be_stopped_and_leaves_what_was_watched(chats, clip, videos):
     gate = threading.Event()
-    with ThreadPoolExecutor(1) as executor:
-        page, address = launched(chats["vamba"], submit=executor.submit)
+    with closing(running()) as inference:
+        page, address = launched(chats["vamba"], inference=inference)
         try:
             visitor = Client(address, verbose=False)
             watch(visitor, clip)
             before = ask(visitor)
-            executor.submit(gate.wait)
+            inference.submit(gate.wait)
             job = visitor.submit(handle_file(videos[0]), None, None, api_name="/watch")
             while "Opening" not in str(job.outputs()):
                 assert not job.done()

@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     media.add_argument("--media-root", metavar="FOLDER", help="below which they may name files; default: none")
     media.add_argument("--allow-urls", action="store_true", help="let them name http(s) URLs of public addresses")
     cache = parser.add_argument_group("what is kept of videos, in GiB")
-    cache.add_argument("--cache-gpu", type=gigabytes, default="8", metavar="GIB", help="on the GPU; default: 8")
+    cache.add_argument(
+        "--cache-gpu", type=gigabytes, metavar="GIB", help="on the GPU; default: half of what the model leaves free"
+    )
     cache.add_argument("--cache-cpu", type=gigabytes, default="16", metavar="GIB", help="in CPU memory; default: 16")
     cache.add_argument("--cache-disk", type=gigabytes, default="64", metavar="GIB", help="in --cache-dir; default: 64")
     cache.add_argument("--cache-dir", metavar="FOLDER", help="keep memories there too, for the next start")
@@ -90,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     import uvicorn
 
     from vamba.chat import MEMORIES, load_chat
+    from vamba.modeling.media import free_bytes
 
     from .app import Limits, Server
     from .media import Media
@@ -101,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     cache = MemoryCache(
         MEMORIES[chat.model.config.model_type],
         chat.model.device,
-        gpu_bytes=args.cache_gpu,
+        gpu_bytes=free_bytes(chat.model.device) // 2 if args.cache_gpu is None else args.cache_gpu,
         cpu_bytes=args.cache_cpu,
         disk_bytes=args.cache_disk,
         folder=args.cache_dir,

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from vamba.errors import opening
 from vamba.modeling import StateMemory, VideoMemory
+from vamba.modeling.media import side_stream
 
 
 GIB = 2**30
@@ -114,7 +115,7 @@ class MemoryCache:
         if self.folder is not None:
             if self._writing is not None:
                 self._writing.result()  # so that no more than one waits for the disk, whatever the budgets
-            self._writing = self._writer.submit(self._write, key, memory.fork())
+            self._writing = self._writer.submit(self._write, key, memory.fork(), self._encoded())
         self._hold(key, memory)
 
     def leave_gpu(self) -> None:
@@ -176,11 +177,27 @@ class MemoryCache:
         self.counts.disk += 1
         return memory
 
-    def _write(self, key: str, memory: Memory) -> None:
+    def _encoded(self) -> torch.cuda.Event | None:
+        """The moment at which the GPU will have made what was just encoded."""
+        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def _beside(self, encoded: torch.cuda.Event | None) -> Iterator[None]:
+        """Within, what is copied from the GPU is copied beside what the model computes there."""
+        if encoded is None:
+            yield
+            return
+        stream = side_stream(self.device, "write")
+        stream.wait_event(encoded)
+        with torch.cuda.stream(stream):
+            yield
+
+    def _write(self, key: str, memory: Memory, encoded: torch.cuda.Event | None) -> None:
         try:
             if memory.video_nbytes > self.disk_bytes:
                 return
-            memory.save(self._path(key))
+            with self._beside(encoded):
+                memory.save(self._path(key))
             files = sorted(self._files(), key=lambda file: file[2])
             total = sum(size for _, size, _ in files)
             for path, size, _ in files:

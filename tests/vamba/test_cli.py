@@ -25,6 +25,17 @@ def test_ask_prints_an_answer_for_each_question(checkpoint, clip, capsys):
     assert out.count("> ") >= 2 and "> What happens?" in out and "> Where?" in out
 
 
+def test_questions_may_stand_behind_options(checkpoint, clip, capsys):
+    common = ["--model", str(checkpoint), "--max-new-tokens", "4", "--quiet"]
+    assert main(["ask", str(clip), *common, "What happens?"]) == 0
+    expected = capsys.readouterr().out
+    assert main(["ask", str(clip), "What happens?", *common]) == 0
+    assert capsys.readouterr().out == expected
+    with pytest.raises(SystemExit):
+        main(["ask", str(clip), *common, "What happens?", "--nothing", "3"])
+    assert "unrecognized arguments: --nothing 3" in capsys.readouterr().err
+
+
 def test_questions_come_from_standard_input(checkpoint, clip, capsys, monkeypatch):
     common = ["--model", str(checkpoint), "--max-new-tokens", "4", "--temperature", "0", "--quiet"]
     assert main(["ask", str(clip), "What happens?", "Where?", *common]) == 0
@@ -265,6 +276,16 @@ def test_paths_that_cannot_be_used_are_mistakes(checkpoint, clip, tmp_path, caps
         ["info", str(tmp_path / ("x" * 300))],
         ["ask", gone, "What?", "--model", str(checkpoint)],
         ["ask", str(tmp_path / "gone.mp4"), "What?", "--model", str(checkpoint)],
+        [
+            "ask",
+            str(clip),
+            "What?",
+            "--model",
+            str(checkpoint),
+            "--quiet",
+            "--where",
+            str(tmp_path / f"{'x' * 300}.html"),
+        ],
     ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err

@@ -386,6 +386,7 @@ def test_a_state_reads_the_video_before_any_turn(ma2mba, clip):
         [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
         [{"role": "nobody", "content": "What?"}],
         [{"role": "user", "content": 3}],
+        [{"role": "user", "content": []}],
         ["What?"],
     ],
 )

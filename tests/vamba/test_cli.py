@@ -61,6 +61,13 @@ def test_a_seed_makes_samples_the_same_again(checkpoint, clip, capsys):
     assert "temperature" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seed", ["-5", str(2**32), "one"])
+def test_a_seed_is_a_number_that_all_libraries_take(seed, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["ask", "a.mp4", "What?", "--model", "m", "--seed", seed])
+    assert ended.value.code == 2 and "--seed" in capsys.readouterr().err
+
+
 def test_the_version_and_what_a_shell_completes(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])

@@ -46,7 +46,8 @@ def read_camera(frames_at_once: int = 4) -> None:
 
 def read_keyboard() -> None:
     for line in sys.stdin:
-        events.put(("question", line.strip()))
+        if line.strip():
+            events.put(("question", line.strip()))
     events.put(("over", "keyboard"))
 
 

@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
         print(flush=True)
     if args.where is not None:
-        chat.where().save(args.where)
+        with opening(args.where):
+            chat.where().save(args.where)
 
 
 def opened_chat(args: argparse.Namespace, videos: list[str]) -> "VideoChat":

@@ -110,11 +110,12 @@ class VideoChat:
         self.model, self.processor, self.memory = model, processor, memory
         self.memory_options = memory_options
         self.system, self.history = system, list[dict]()
+        self._conversation = object()  # another after each reset
         self.answers: deque[Answer] = deque(maxlen=100)
 
     def reset(self) -> None:
         """Forgets the conversation; what was watched stays."""
-        self.history = []
+        self.history, self._conversation = [], object()
 
     def watch(
         self,
@@ -289,11 +290,11 @@ class VideoChat:
         told = Answer(text, "", inputs["input_ids"].cpu(), inputs["input_ids"][:, :0].cpu(), *asked)
         inputs["past_key_values"] = self._fork(inputs, generate_kwargs)
         if stream:
-            return self._stream(question, told, inputs | generate_kwargs)
+            return self._stream(question, told, inputs | generate_kwargs, self._conversation)
         output = self.model.generate(**inputs, **generate_kwargs)
         new_tokens = output[:, told.prompt.shape[1] :]
         answer = self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
-        self._remember(question, told, answer, new_tokens)
+        self._remember(question, told, answer, new_tokens, self._conversation)
         return answer
 
     def _continued(self, question: str | Sequence[dict]) -> str | Sequence[dict]:
@@ -305,14 +306,15 @@ class VideoChat:
         return [*system, *self.history, {"role": "user", "content": question}]
 
     def _remember(
-        self, question: str | Sequence[dict], told: Answer, answer: str, new_tokens: torch.Tensor | None
+        self, question: str | Sequence[dict], told: Answer, answer: str, new_tokens: torch.Tensor | None, of: object
     ) -> None:
+        """Notes an answer; in the history where that still is the conversation `of` the question."""
         if new_tokens is not None:
             ids = new_tokens[:1].cpu()
             is_text = ~torch.isin(ids[0], torch.tensor(self.processor.tokenizer.all_special_ids))
             ids = ids[:, : len(ids[0]) - int(is_text.flip(0).byte().argmax())]  # without what ends it
             self.answers.append(told._replace(text=answer, ids=ids))
-        if isinstance(question, str):
+        if isinstance(question, str) and of is self._conversation:
             turns = (("user", question), ("assistant", answer))
             self.history = [*self.history, *({"role": role, "content": text} for role, text in turns)]
 
@@ -449,7 +451,7 @@ class VideoChat:
             raise UserError(f"The question takes {length} tokens, and the model {most} at most; {remedy}.")
         return inputs
 
-    def _stream(self, question: str | Sequence[dict], told: Answer, options: dict) -> Iterator[str]:
+    def _stream(self, question: str | Sequence[dict], told: Answer, options: dict, of: object) -> Iterator[str]:
         """Pieces of what `generate` makes with these options, in a thread of its own."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
@@ -479,7 +481,7 @@ class VideoChat:
             abandoned.set()
             thread.join()
             if pieces and not failure:
-                self._remember(question, told, "".join(pieces).strip(), *outputs)
+                self._remember(question, told, "".join(pieces).strip(), outputs[0], of)
         if failure:
             raise failure[0]
 

@@ -88,7 +88,18 @@ def _log(error: Exception) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line, as everything here does."""
+    """Says a mistake in one line, as everything here does; options may stand among a list of words."""
+
+    is_intermixing = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self.is_intermixing or all(action.nargs != "*" for action in self._get_positional_actions()):
+            return super().parse_known_args(args, namespace)
+        self.is_intermixing = True  # argparse does it by this method
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.is_intermixing = False
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")

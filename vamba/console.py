@@ -13,6 +13,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    """An argument's type: what numpy takes too."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 # What every command calls them, and `load_chat`, `VideoChat.watch`, `generate` and the recipes of training as well.
 MODEL_OPTIONS = ("dtype", "device", "adapter", "load_in_4bit", "load_in_8bit", "attn_implementation")
 READING_OPTIONS = ("fps", "num_frames", "max_frames", "start", "end", "min_pixels", "max_pixels")
@@ -51,7 +58,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_argument("--top-p", type=float, metavar="SHARE", help="sample among tokens of this probability in all")
     options.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens")
-    options.add_argument("--seed", type=int, metavar="N", help="of what is sampled")
+    options.add_argument("--seed", type=_seed, metavar="N", help="of what is sampled")
     options.add_argument("--system", metavar="TEXT", help="what every conversation begins with: a system prompt")
 
 

@@ -29,6 +29,7 @@ def conversation_of(question: str | Sequence[dict]) -> list[dict]:
         role, content = (turn.get(name) for name in ("role", "content")) if isinstance(turn, dict) else (None, None)
         blocks: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
         is_text = isinstance(blocks, list) and all(isinstance(b, dict) and b.get("type") == "text" for b in blocks)
+        is_text = is_text and (role != "user" or len(blocks) > 0)
         if role not in ROLES or not is_text:
             raise UserError(
                 f"A turn is {turn!r:.80}; give a role (system, user, assistant) and a content of text, and let videos "

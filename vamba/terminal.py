@@ -106,9 +106,11 @@ def _save(chat: "VideoChat", file: str, args: argparse.Namespace) -> None:
 def _where(chat: "VideoChat", file: str, args: argparse.Namespace) -> None:
     where = chat.where()
     for moment in where.moments():
-        print(moment)
+        medium = f"  {where.curves[moment.medium].kind} {moment.medium + 1}" if len(where.curves) > 1 else ""
+        print(f"{moment}{medium}")
     if file:
-        where.save(file)
+        with opening(file):
+            where.save(file)
         print(f"the report is in {file}")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .attention_map import Heads, attention_map
 from .errors import MissingPathError, UserError, VideoReadError
 from .modeling import StateMemory, VideoMemory
-from .modeling.images import open_image
+from .modeling.images import is_image, open_image
 from .video import read_video
 
 
@@ -164,7 +164,7 @@ class Where:
         curve = self.curves[medium]
         start = float(curve.seconds[patch, 0])
         found = [source for source in self._sources if source.medium == medium and source.first <= patch]
-        if video is not None:
+        if video is not None and (curve.kind == "image") == is_image(video):
             found = [Source(medium, 0, 0.0, video, {})]
         if found and found[-1].video is not None:
             try:
@@ -222,6 +222,8 @@ def look(
 ) -> Where:
     """See `VideoChat.where`."""
     memory = chat.memory
+    if memory is None:
+        raise UserError("Nothing was watched yet, so nobody looked anywhere; watch and ask first.")
     if not isinstance(memory, VideoMemory):
         raise UserError("A Video-Ma2mba has no attention that could tell where it looked; ask a Vamba.")
     try:

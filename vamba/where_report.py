@@ -190,7 +190,8 @@ def figure(where: Where, video: Any = None) -> Any:
 
     moments = where.moments(MOMENTS)
     drawn = Figure(figsize=(12, 1.4 + 2.9 * len(where.curves) + 2.4), layout="constrained")
-    drawn.suptitle(f"{where.question}\n{where.answer}", fontsize=13, wrap=True)
+    said = f"{where.question}\n{where.answer}".replace("$", r"\$")  # no formula
+    drawn.suptitle(said, fontsize=13, wrap=True)
     drawn.supxlabel(where.reduction, fontsize=8, color="gray", wrap=True)
     ratios = [*[2.9] * len(where.curves), 2.4]
     *rows, last = drawn.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]

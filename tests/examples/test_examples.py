@@ -48,7 +48,7 @@ def test_ask_many(checkpoint, desk, capsys):
 
 def test_live_camera(checkpoint, desk, monkeypatch, capsys):
     """A file in place of the camera; the questions are there from the start, and wait for the first frames."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What happens?\nWhere?\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What happens?\n\nWhere?\n"))
     memory = run("live_camera", checkpoint, "clip.mp4")["chat"].memory
     printed = capsys.readouterr().out
     assert printed.startswith("> What happens?\n") and "\n> Where?\n" in printed

@@ -191,6 +191,13 @@ def test_an_abandoned_answer_ends_its_thread(chat, clip):
     assert threading.active_count() == before
 
 
+def test_an_answer_belongs_to_the_conversation_it_was_begun_in(chat, clip):
+    chat.watch(clip, progress=False)
+    pieces = chat.ask("What happens?", stream=True, max_new_tokens=4)
+    chat.reset()
+    assert "".join(pieces) and chat.history == []
+
+
 def test_no_answer_is_empty(chat, clip):
     """Even where the model would end at once."""
     chat.watch(clip, progress=False)
@@ -386,6 +393,7 @@ def test_a_state_reads_the_video_before_any_turn(ma2mba, clip):
         [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
         [{"role": "nobody", "content": "What?"}],
         [{"role": "user", "content": 3}],
+        [{"role": "user", "content": []}],
         ["What?"],
     ],
 )

@@ -25,6 +25,17 @@ def test_ask_prints_an_answer_for_each_question(checkpoint, clip, capsys):
     assert out.count("> ") >= 2 and "> What happens?" in out and "> Where?" in out
 
 
+def test_questions_may_stand_behind_options(checkpoint, clip, capsys):
+    common = ["--model", str(checkpoint), "--max-new-tokens", "4", "--quiet"]
+    assert main(["ask", str(clip), *common, "What happens?"]) == 0
+    expected = capsys.readouterr().out
+    assert main(["ask", str(clip), "What happens?", *common]) == 0
+    assert capsys.readouterr().out == expected
+    with pytest.raises(SystemExit):
+        main(["ask", str(clip), *common, "What happens?", "--nothing", "3"])
+    assert "unrecognized arguments: --nothing 3" in capsys.readouterr().err
+
+
 def test_questions_come_from_standard_input(checkpoint, clip, capsys, monkeypatch):
     common = ["--model", str(checkpoint), "--max-new-tokens", "4", "--temperature", "0", "--quiet"]
     assert main(["ask", str(clip), "What happens?", "Where?", *common]) == 0
@@ -48,6 +59,13 @@ def test_a_seed_makes_samples_the_same_again(checkpoint, clip, capsys):
     assert said[0] == said[1] != said[2]
     assert main(["ask", str(clip), "What?", *common, "--temperature", "-1"]) == 2
     assert "temperature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-5", str(2**32), "one"])
+def test_a_seed_is_a_number_that_all_libraries_take(seed, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["ask", "a.mp4", "What?", "--model", "m", "--seed", seed])
+    assert ended.value.code == 2 and "--seed" in capsys.readouterr().err
 
 
 def test_the_version_and_what_a_shell_completes(capsys):
@@ -265,6 +283,16 @@ def test_paths_that_cannot_be_used_are_mistakes(checkpoint, clip, tmp_path, caps
         ["info", str(tmp_path / ("x" * 300))],
         ["ask", gone, "What?", "--model", str(checkpoint)],
         ["ask", str(tmp_path / "gone.mp4"), "What?", "--model", str(checkpoint)],
+        [
+            "ask",
+            str(clip),
+            "What?",
+            "--model",
+            str(checkpoint),
+            "--quiet",
+            "--where",
+            str(tmp_path / f"{'x' * 300}.html"),
+        ],
     ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err

@@ -58,6 +58,13 @@ def test_a_conversation_about_two_videos(talk, clip, checkpoint, tmp_path):
     assert code == 0 and expected[-1] in again.out
 
 
+def test_where_says_in_which_video_and_what_cannot_be_written(talk, clip, tmp_path):
+    code, written = talk("What happens?", "/where", videos=[clip, clip])
+    assert code == 0 and "%  video 1" in written.out
+    code, written = talk("What happens?", f"/where {tmp_path / ('x' * 300)}.html", videos=[clip])
+    assert code == 2 and written.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

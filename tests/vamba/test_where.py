@@ -56,6 +56,8 @@ def test_what_eager_attention_reports(chat, clip):
 
 
 def test_what_is_not_known_any_more(chat, clip, ma2mba):
+    with pytest.raises(vamba.UserError, match="Nothing was watched yet"):
+        vamba.VideoChat(chat.model, chat.processor).where()
     chat.watch(clip, progress=False)
     with pytest.raises(vamba.UserError, match="0 answers are known; ask first"):
         chat.where()
@@ -123,6 +125,10 @@ def test_frames_are_read_again_where_they_were_shown(chat, clip, tmp_path):
     tile = where.frame(0, 3)
     assert where.unread and tile.getpixel((3, 3)) == (128, 128, 128) and tile.getcolors(9999)[0][1] != (128, 128, 128)
     assert abs(left_side(where.frame(0, 3, video=clip)) - 18) <= 2
+    chat.watch(Image.new("RGB", (84, 56), "red"), append=True)
+    chat.ask("What happens?", **GREEDY)
+    where = chat.where()
+    assert where.frame(0, 3, video=clip).size and where.frame(2, 0, video=clip).getpixel((1, 1)) == (255, 0, 0)
     with pytest.raises(vamba.VideoReadError, match="nowhere"):
         where.frame(0, 3, video=tmp_path / "nowhere.mp4")
 
@@ -167,7 +173,7 @@ def test_a_page_is_whole_and_says_what_it_shows(chat, clip, tmp_path):
 def test_a_picture(chat, clip, tmp_path, monkeypatch):
     chat.watch(clip, fps=8, progress=False)
     chat.watch(Image.new("RGB", (84, 56), "red"), append=True)
-    chat.ask("What happens?", **GREEDY)
+    chat.ask("What is $a^$?", **GREEDY)  # no formula
     chat.where().save(tmp_path / "out.png")
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(2**24)) > 50

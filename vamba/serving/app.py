@@ -306,6 +306,7 @@ class Server:
             torch.cuda.empty_cache()
             done = 0
             chat.watch(source, append=True, progress=between_chunks, **reading)
+        medium.check_unchanged()  # else what was read would be kept as what the digest says
         self.metrics.encodings.labels(medium.kind).inc()
         self.metrics.seconds.inc(time.monotonic() - begun - away)
 

@@ -120,11 +120,13 @@ def run(args: argparse.Namespace) -> None:
         app = _with_page(app, server, args.media_root)
     gc.collect()
     gc.freeze()  # what was loaded stays: collections while questions are answered need not look at it
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=SECONDS_TO_END)
+    # h11, as it bounds the headers of a request, which httptools gathers without end
+    config = uvicorn.Config(app, http="h11", log_level="error", timeout_graceful_shutdown=SECONDS_TO_END)
     try:
         asyncio.run(_serve(uvicorn.Server(config), listening, server.name))
     finally:
         server.close()
+        gc.unfreeze()  # else triton reports as leaked what lies there when Python ends
 
 
 def _with_page(app, server, media_root: str | None):

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -174,9 +175,13 @@ def test_a_server_that_was_killed_encodes_nothing_again(checkpoint, videos, tmp_
         reply = ask(served, user("0.mp4", "What?"))
         assert text_of(reply) == expected and reply.usage.prompt_tokens_details.cached_tokens > 0
         ask(served, user("1.mp4", "What?"))
+        with socket.create_connection(("127.0.0.1", served.client.base_url.port), 20) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 100_000)  # headers are bounded
+            assert connection.recv(9999).startswith(b"HTTP/1.1 400")
         os.kill(process.pid, signal.SIGINT)
         process.join(20)
-        assert process.exitcode in (0, 130) and "Traceback" not in (tmp_path / "second.err").read_text()
+        told = (tmp_path / "second.err").read_text()
+        assert process.exitcode in (0, 130) and "Traceback" not in told and "leaked" not in told
         assert len(list(cache.glob("*.safetensors"))) == 2
     finally:
         process.kill()

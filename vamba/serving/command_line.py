@@ -133,8 +133,10 @@ def _with_page(app, server, media_root: str | None):
     """The app with the web page at its root, which works with the model on the server's thread."""
     import gradio
 
+    from .app import refuse_other_routes
     from .page import build_page, page_options
 
+    refuse_other_routes(app)
     page = build_page(server.chat, inference=server.inference, media_root=media_root, reading=server.reading)
     return gradio.mount_gradio_app(app, page, path="/", **page_options(page))
 

@@ -132,11 +132,14 @@ def run(args: argparse.Namespace) -> None:
 def _with_page(app, server, media_root: str | None):
     """The app with the web page at its root, which works with the model on the server's thread."""
     import gradio
+    from starlette.middleware.cors import CORSMiddleware
 
     from .app import refuse_other_routes
     from .page import build_page, page_options
 
     refuse_other_routes(app)
+    # with it gradio leaves the matter to us; else it lets pages of anybody read here, if reached by another name
+    app.add_middleware(CORSMiddleware, allow_origins=())
     page = build_page(server.chat, inference=server.inference, media_root=media_root, reading=server.reading)
     return gradio.mount_gradio_app(app, page, path="/", **page_options(page))
 

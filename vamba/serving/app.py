@@ -21,6 +21,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
@@ -306,6 +307,7 @@ class Server:
             torch.cuda.empty_cache()
             done = 0
             chat.watch(source, append=True, progress=between_chunks, **reading)
+        medium.check_unchanged()  # else what was read would be kept as what the digest says
         self.metrics.encodings.labels(medium.kind).inc()
         self.metrics.seconds.inc(time.monotonic() - begun - away)
 
@@ -381,8 +383,19 @@ class OneThread(GenerationState):
         return self._inference
 
 
+def refuse_other_routes(app: FastAPI) -> None:
+    """Answers here what begins as our routes and is none, before it comes to a page that is mounted at the root."""
+
+    def refuse(request: Request) -> None:
+        known = request.url.path in (*ROUTES, "/metrics") or request.url.path.startswith("/v1/models/")
+        raise AnyHTTPException(405 if known else 404)
+
+    for path in ("/v1/{rest:path}", "/health", "/metrics"):
+        app.add_route(path, refuse, methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"])
+
+
 def _http_error(request: Any, error: AnyHTTPException) -> Response:
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    code = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
     message = f"{error.detail}"
     if isinstance(error.detail, dict):
         message, code = error.detail["message"], error.detail["code"]

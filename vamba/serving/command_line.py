@@ -120,19 +120,26 @@ def run(args: argparse.Namespace) -> None:
         app = _with_page(app, server, args.media_root)
     gc.collect()
     gc.freeze()  # what was loaded stays: collections while questions are answered need not look at it
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=SECONDS_TO_END)
+    # h11, as it bounds the headers of a request, which httptools gathers without end
+    config = uvicorn.Config(app, http="h11", log_level="error", timeout_graceful_shutdown=SECONDS_TO_END)
     try:
         asyncio.run(_serve(uvicorn.Server(config), listening, server.name))
     finally:
         server.close()
+        gc.unfreeze()  # else triton reports as leaked what lies there when Python ends
 
 
 def _with_page(app, server, media_root: str | None):
     """The app with the web page at its root, which works with the model on the server's thread."""
     import gradio
+    from starlette.middleware.cors import CORSMiddleware
 
+    from .app import refuse_other_routes
     from .page import build_page, page_options
 
+    refuse_other_routes(app)
+    # with it gradio leaves the matter to us; else it lets pages of anybody read here, if reached by another name
+    app.add_middleware(CORSMiddleware, allow_origins=())
     page = build_page(server.chat, inference=server.inference, media_root=media_root, reading=server.reading)
     return gradio.mount_gradio_app(app, page, path="/", **page_options(page))
 

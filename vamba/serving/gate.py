@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastapi import HTTPException
 from starlette.responses import JSONResponse
 
 from .metrics import Metrics
@@ -18,6 +19,7 @@ from .metrics import Metrics
 
 BODY_SECONDS = 60.0  # for a whole body to come
 DRAIN_SECONDS, DRAIN_BYTES = 2.0, 2**26  # of a refused body are read, as else the refusal may never be seen
+UPLOAD = "/gradio_api/upload"  # of the web page, which bounds it itself
 KNOWN = ("/v1/chat/completions", "/v1/responses", "/v1/models", "/health", "/metrics")
 
 
@@ -64,6 +66,8 @@ class Gate:
         try:
             if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
                 await self._admit(scope, receive, noting)
+            elif scope["method"] == "POST" and scope["path"] != UPLOAD:
+                await self._bound(scope, receive, noting)
             else:
                 await self.app(scope, receive, noting)
         except Exception:
@@ -72,6 +76,23 @@ class Gate:
         finally:
             path = scope["path"] if scope["path"] in KNOWN else "other"
             self.metrics.requests.labels(path, status[0]).inc()
+
+    async def _bound(self, scope, receive, send) -> None:
+        """Runs the app, which is the web page, on a body that is counted while it comes."""
+        read = 0
+
+        async def counted():
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.max_bytes:
+                raise HTTPException(413)
+            return message
+
+        if self._tells_too_much(scope):
+            await self._too_large()(scope, receive, send)
+            return await _drain(receive)
+        await self.app(scope, counted, send)
 
     async def _admit(self, scope, receive, send) -> None:
         if len(self.calls) >= self.max_calls:
@@ -88,8 +109,7 @@ class Gate:
                 refused = error_response(408, f"The body did not come within {BODY_SECONDS:g} seconds.")
                 return await refused(scope, receive, send)
             if body is None:
-                too_large = f"The body has more than {self.max_bytes} bytes; send less, or name a file or a URL."
-                await error_response(413, too_large, "body_too_large", Connection="close")(scope, receive, send)
+                await self._too_large()(scope, receive, send)
                 return await _drain(receive)
             CALL.set(call)
             await self._answer(call, body, scope, receive, send)
@@ -99,10 +119,17 @@ class Gate:
             call.left.set()
             self.calls.discard(call.left)
 
+    def _tells_too_much(self, scope) -> bool:
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        return not told.isdigit() or len(told) > 18 or int(told) > self.max_bytes
+
+    def _too_large(self) -> JSONResponse:
+        message = f"The body has more than {self.max_bytes} bytes; send less, or name a file or a URL."
+        return error_response(413, message, "body_too_large", Connection="close")
+
     async def _body(self, scope, receive) -> bytes | None:
         """The whole body, None where it is too long."""
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if not told.isdigit() or len(told) > 18 or int(told) > self.max_bytes:
+        if self._tells_too_much(scope):
             return None
         body, more = bytearray(), True
         while more:

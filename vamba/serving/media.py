@@ -26,12 +26,20 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # whose last 32 bits are an IPv4 a
 @dataclass
 class Medium:
     """A video or an image that a request names: `kind`, the path or the bytes, a digest of the bytes, and for a file
-    the path below the root, as a client may know it."""
+    the path below the root, as a client may know it, and in what state it was when the digest was taken."""
 
     kind: str
     content: str | bytes
     digest: str
     name: str = ""
+    state: tuple = ()
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where a file is no longer what the digest was taken of."""
+        if self.name:
+            with opening(self.content):
+                if _state(Path(str(self.content))) != self.state:
+                    raise UserError(f"{self.content} was changed while it was read; ask again.")
 
 
 @dataclass
@@ -72,7 +80,8 @@ class Media:
             if isinstance(found, bytes):
                 return Medium(kind, found, xxhash.xxh3_128_hexdigest(found))
             path = self._below_root(found, named)
-            return Medium(kind, str(path), self._digest(path), str(path.relative_to(self.root)))
+            digest, state = self._digest(path)
+            return Medium(kind, str(path), digest, str(path.relative_to(self.root)), state)
         except ValueError as error:
             raise UserError(f"{kind}_url {describe(named)!r:.100}: {reason_of(error)}") from error
 
@@ -88,16 +97,15 @@ class Media:
                 raise UserError("there is no such file below the folder of media")
         return path
 
-    def _digest(self, path: Path) -> str:
-        """Of the file's content, read again only when the file has changed."""
+    def _digest(self, path: Path) -> tuple[str, tuple]:
+        """Of the file's content, read again only when the file has changed; and the state that the file was in."""
         with opening("it"):
-            about = path.stat()
-            state = (str(path), about.st_size, about.st_mtime_ns, about.st_ino)
+            state = _state(path)
             if state not in self._digests:
                 if len(self._digests) >= 10_000:
                     self._digests.clear()
                 self._digests[state] = size_and_digest(path)[1]
-        return self._digests[state]
+            return self._digests[state], state
 
     def _fetch(self, url: str) -> bytes:
         if not self.allow_urls:
@@ -124,6 +132,12 @@ class Media:
                 connection.close()
                 failure = error
         raise failure
+
+
+def _state(path: Path) -> tuple:
+    """What differs once a file was changed or replaced."""
+    about = path.stat()
+    return str(path), about.st_size, about.st_mtime_ns, about.st_ino
 
 
 def is_public(address: str) -> bool:

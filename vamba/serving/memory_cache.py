@@ -170,7 +170,9 @@ class MemoryCache:
             memory = self.kind.load(self._path(key), device=self.device)
         except (ValueError, OSError) as error:
             logger.warning(f"{error}; it is encoded again")
-            self._path(key).unlink(missing_ok=True)
+            if isinstance(error, ValueError):
+                with contextlib.suppress(OSError):  # where nothing can be deleted, it stays
+                    self._path(key).unlink(missing_ok=True)
             return None
         with contextlib.suppress(OSError):
             os.utime(self._path(key))  # as the least recently used goes first

@@ -3,12 +3,15 @@
 import os
 import re
 import signal
+import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 from openai import APIStatusError, APITimeoutError, OpenAI
+from PIL import Image
 
 from vamba.demo.videos import render, stories, write_video
 from vamba.modeling import VideoMemory
@@ -111,6 +114,31 @@ def test_what_fails_is_told_to_all_who_wait_and_tried_again(served, videos):
     assert text_of(ask(served, user("broken.mp4", "What?"))) == text_of(ask(served, user("1.mp4", "What?")))
 
 
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_a_file_that_is_replaced_while_it_waits_is_not_kept_for_what_it_was(chats, start, tmp_path, videos, kind):
+    names = {"video": ("0.mp4", "1.mp4"), "image": ("0.png", "1.png")}[kind]
+    for name, colour in zip(names, ("red", "blue")):
+        if kind == "video":
+            (tmp_path / name).write_bytes((videos / name).read_bytes())
+        else:
+            Image.new("RGB", (64, 64), colour).save(tmp_path / name)
+    (tmp_path / "new").write_bytes((tmp_path / names[1]).read_bytes())
+    served, copy = start(chats("checkpoint"), Media(tmp_path)), tmp_path / f"copy_{names[0]}"
+    copy.write_bytes((tmp_path / names[0]).read_bytes())
+    busy = threading.Event()
+    served.server.inference.submit_encoding(lambda: busy.wait(20))
+    with ThreadPoolExecutor(1) as client:
+        asked = client.submit(ask, served, user(names[0], "What?"))
+        until(lambda: served.server.inference._encodings)
+        os.replace(tmp_path / "new", tmp_path / names[0])
+        busy.set()
+        with pytest.raises(APIStatusError, match=f"{names[0]} was changed while it was read; ask again") as refused:
+            asked.result()
+    assert refused.value.status_code == 400 and str(tmp_path) not in str(refused.value)
+    assert ask(served, user(copy.name, "What?")).usage.prompt_tokens_details.cached_tokens == 0
+    assert ask(served, user(names[0], "What?")).usage.prompt_tokens_details.cached_tokens == 0
+
+
 def test_a_conversation_goes_on_while_others_fork_its_memory(served):
     def converse(name):
         turns = [user("0.mp4", f"What does {name} do?")]
@@ -147,9 +175,13 @@ def test_a_server_that_was_killed_encodes_nothing_again(checkpoint, videos, tmp_
         reply = ask(served, user("0.mp4", "What?"))
         assert text_of(reply) == expected and reply.usage.prompt_tokens_details.cached_tokens > 0
         ask(served, user("1.mp4", "What?"))
+        with socket.create_connection(("127.0.0.1", served.client.base_url.port), 20) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 100_000)  # headers are bounded
+            assert connection.recv(9999).startswith(b"HTTP/1.1 400")
         os.kill(process.pid, signal.SIGINT)
         process.join(20)
-        assert process.exitcode in (0, 130) and "Traceback" not in (tmp_path / "second.err").read_text()
+        told = (tmp_path / "second.err").read_text()
+        assert process.exitcode in (0, 130) and "Traceback" not in told and "leaked" not in told
         assert len(list(cache.glob("*.safetensors"))) == 2
     finally:
         process.kill()

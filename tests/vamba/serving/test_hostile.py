@@ -153,7 +153,9 @@ def test_bodies_of_the_wrong_kind_for_responses(served, body):
     "data", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b'{"seed": 1' + b"0" * 9000 + b"}"]
 )
 def test_bodies_that_are_no_json(served, data):
-    check_refused(*post(served, data))
+    status, answer = post(served, data)
+    check_refused(status, answer)
+    assert answer["error"]["code"] == "invalid_json"
 
 
 def test_other_models_and_routes(served):

@@ -1,6 +1,8 @@
 """What is kept where, that nothing is encoded twice, and that answers do not depend on it."""
 
+import errno
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +108,21 @@ def test_a_damaged_file_is_encoded_again(chat, watch, tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     memory, found = get(make(chat, folder=tmp_path), "a", lambda: watch(4))
+    assert not found and watch.calls == [4, 4]
+
+
+def test_a_damaged_file_that_cannot_be_deleted_is_encoded_again(chat, watch, tmp_path, monkeypatch):
+    cache = make(chat, folder=tmp_path)
+    get(cache, "a", lambda: watch(4))
+    cache.close()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+
+    def refuse(self, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    _, found = get(make(chat, folder=tmp_path), "a", lambda: watch(4))
     assert not found and watch.calls == [4, 4]
 
 

@@ -23,7 +23,13 @@ import vamba  # noqa: E402
 from vamba.chat import MEMORIES, load_chat  # noqa: E402
 from vamba.demo.videos import render, stories, write_video  # noqa: E402
 from vamba.errors import UserError  # noqa: E402
+from vamba.modeling import VideoMemory  # noqa: E402
+from vamba.serving.app import Limits as ServerLimits  # noqa: E402
+from vamba.serving.app import Server  # noqa: E402
+from vamba.serving.command_line import _with_page  # noqa: E402
 from vamba.serving.inference import Inference  # noqa: E402
+from vamba.serving.media import Media  # noqa: E402
+from vamba.serving.memory_cache import MemoryCache  # noqa: E402
 from vamba.serving.page import build_page, page_options, videos_below  # noqa: E402
 from vamba.serving.sessions import Limits  # noqa: E402
 
@@ -258,6 +264,37 @@ def test_mounted_on_a_server_it_leaves_the_other_routes_alone(chats, clip):
         picked = client.get(f"/gradio_api/file={clip}")
         assert picked.status_code == 200 and picked.content == clip.read_bytes()
         assert client.get("/gradio_api/file=/etc/passwd").status_code == 403
+
+
+def test_what_begins_as_a_route_of_the_server_and_is_none_is_refused_as_clients_read_it(chats):
+    from fastapi.testclient import TestClient
+
+    server = Server(chats["vamba"], "tiny", MemoryCache(VideoMemory, "cpu"), Media())
+    with TestClient(_with_page(server.app(), server, None)) as client:
+        assert client.get("/v1/models").json()["data"][0]["id"] == "tiny" and "gradio" in client.get("/").text
+        for method, path, status in (
+            ("POST", "/v1/embeddings", 404),
+            ("GET", "/v1/nothing", 404),
+            ("GET", "/v1/chat/completions", 405),
+            ("POST", "/v1/models/tiny", 405),
+            ("POST", "/health", 405),
+        ):
+            answer = client.request(method, path, json={})
+            assert answer.status_code == status and path in answer.json()["error"]["message"], path
+
+
+def test_beside_the_server_no_other_origin_reads_the_page_and_its_bodies_are_bounded(chats):
+    from fastapi.testclient import TestClient
+
+    limits = ServerLimits(max_body=10_000)
+    server = Server(chats["vamba"], "tiny", MemoryCache(VideoMemory, "cpu"), Media(), limits=limits)
+    with TestClient(_with_page(server.app(), server, None), base_url="http://192.168.1.5:8000") as client:
+        for path in ("/config", "/gradio_api/info", "/v1/models", "/v1/nothing"):
+            assert "access-control-allow-origin" not in client.get(path, headers={"Origin": "http://evil.com"}).headers
+        for body in (b" " * 10_001, iter([b" " * 6000] * 2)):
+            assert client.post("/gradio_api/queue/join", content=body).status_code in (400, 413)  # 400 where cut off
+        uploaded = client.post("/gradio_api/upload", files={"files": ("a.mp4", b" " * 20_000)})
+        assert uploaded.status_code == 200
 
 
 def test_the_space_runs_and_its_header_is_what_the_hub_takes(checkpoint, monkeypatch):

@@ -51,7 +51,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Watches, or loads a saved memory, and prints an answer to each question."""
-    check_kind(base_of(args.model))  # at once, before torch is imported
+    kind = check_kind(base_of(args.model))  # at once, before torch is imported
+    if args.where is not None and kind != "vamba":
+        raise UserError(f"--where needs a Vamba, and {args.model} is a {kind}, which has no attention to look at.")
     if not args.questions and sys.stdin.isatty():
         raise UserError("A QUESTION is missing; give one or more, or write them to standard input, one a line.")
     quiet_transformers()

@@ -88,3 +88,4 @@ def quiet_transformers() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     getLogger("huggingface_hub").setLevel(ERROR)  # its retries, where the Hub cannot be reached
+    getLogger("bitsandbytes").setLevel(ERROR)  # which kernels it lacks on a CPU, also where nothing is quantised

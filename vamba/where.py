@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .attention_map import Heads, attention_map
-from .errors import MissingPathError, UserError, VideoReadError
+from .errors import MissingPathError, UserError, VideoReadError, opening
 from .modeling import StateMemory, VideoMemory
 from .modeling.images import is_image, open_image
 from .video import read_video
@@ -40,6 +40,12 @@ class Source(NamedTuple):
     shift: float  # seconds from the clock of the source to that of the memory
     video: Any
     options: dict[str, Any]
+    stamp: tuple[int, int] | None = None  # size and time of change of a file; None of anything else
+
+    @property
+    def can_be_read(self) -> bool:
+        """Whether it is still what was watched."""
+        return self.video is not None and self.stamp in (None, _stamp(self.video))
 
 
 class Answer(NamedTuple):
@@ -106,7 +112,18 @@ def source_of(
     kept = {name: options[name] for name in ("allow_urls", "backend") if name in options}
     source_fps = {"source_fps": fps} if fps else {}  # of a folder of images
     video = video if is_name or isinstance(video, Image.Image) else None
-    return Source(medium, first, shift, video, kept | source_fps)
+    return Source(medium, first, shift, video, kept | source_fps, _stamp(video))
+
+
+def _stamp(video: Any) -> tuple[int, int] | None:
+    """Size and time of the last change where this is the path of something; None otherwise."""
+    if not isinstance(video, (str, os.PathLike)):
+        return None
+    try:
+        about = os.stat(os.fspath(video).removeprefix("file://") if isinstance(video, str) else video)
+    except (OSError, ValueError):  # a URL; or it is gone
+        return None
+    return about.st_size, about.st_mtime_ns
 
 
 class Where:
@@ -165,8 +182,8 @@ class Where:
         start = float(curve.seconds[patch, 0])
         found = [source for source in self._sources if source.medium == medium and source.first <= patch]
         if video is not None and (curve.kind == "image") == is_image(video):
-            found = [Source(medium, 0, 0.0, video, {})]
-        if found and found[-1].video is not None:
+            found = [Source(medium, 0, 0.0, video, {}, _stamp(video))]
+        if found and found[-1].can_be_read:
             try:
                 frame = _read_again(curve.kind, start, found[-1])
                 size = width, max(1, round(width * frame.height / frame.width))
@@ -184,17 +201,22 @@ class Where:
     @property
     def unread(self) -> bool:
         """Whether frames of some medium have no source that they could be read from again."""
-        told = {source.medium for source in self._sources if source.video is not None}
-        return told != set(range(len(self.curves)))
+        told = {source.medium for source in self._sources}
+        return told != set(range(len(self.curves))) or not all(source.can_be_read for source in self._sources)
 
     def save(self, path: str | os.PathLike, video: Any = None) -> None:
         """Writes a report: one self-contained .html page, or a .png, which needs matplotlib.
 
+        Args:
+            video: the file to take the frames of the video from, where it cannot be read again.
+
         Raises:
-            UserError: another ending, or no matplotlib. OSError: it cannot be written.
+            UserError: another ending, no matplotlib, or one file for several videos. OSError: it cannot be written.
         """
         from .where_report import save
 
+        if video is not None and (count := sum(curve.kind == "video" for curve in self.curves)) > 1:
+            raise UserError(f"One file is named for {count} videos; `frame` takes one for each medium.")
         save(self, path, video)
 
 
@@ -203,8 +225,11 @@ def check_report_path(path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.suffix.lower() not in (".html", ".png"):
         raise UserError(f"{os.fspath(path)!r:.80} is neither .html nor .png; give a name that ends so.")
-    if not path.parent.is_dir():
-        raise MissingPathError(f"{path} cannot be written: there is no such folder; make it first.")
+    with opening(path):
+        if not path.parent.is_dir():
+            raise MissingPathError(f"{path} cannot be written: there is no such folder; make it first.")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"{path} cannot be written; give another name.")
     if path.suffix.lower() == ".png":
         try:
             import matplotlib.figure  # noqa: F401

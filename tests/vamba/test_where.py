@@ -140,11 +140,16 @@ def test_a_clock_that_starts_anew_and_what_is_gone(chat, clip, tmp_path):
     chat.watch(clip, fps=8, progress=False)
     chat.watch(copy, fps=8, append=True, continue_video=True, progress=False)
     source = chat.memory.sources[1]
-    assert source == Source(0, 8, 2.0, copy, source.options) and chat.memory.times[0][0][-1].tolist() == [3.75, 4.0]
+    assert source == Source(0, 8, 2.0, copy, source.options, source.stamp) and chat.memory.times[0][0][-1].tolist() == [
+        3.75,
+        4.0,
+    ]
     chat.watch(vamba.load_video(clip, fps=8)[0], fps=8, append=True, progress=False)
     chat.ask("What happens?", **GREEDY)
     where = chat.where()
     assert where.frame(0, 8).tobytes() == where.frame(0, 0).tobytes() != where.frame(0, 7).tobytes()
+    copy.write_bytes(clip.read_bytes() + b" ")  # another file than was watched
+    assert where.frame(0, 8).getpixel((1, 1)) == (128, 128, 128)
     copy.unlink()
     assert {where.frame(*of).getpixel((1, 1)) for of in ((0, 8), (1, 0))} == {(128, 128, 128)} and where.unread
 

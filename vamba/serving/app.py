@@ -45,6 +45,7 @@ from .request_bodies import LONGEST_STOP, Asked
 
 
 logger = logging.get_logger(__name__)
+CHARACTERS_PER_TOKEN = 64  # of a text; none has more
 ROUTES = ("/v1/chat/completions", "/v1/responses", "/v1/models", "/health")  # of those that transformers has
 
 
@@ -124,6 +125,7 @@ class Server:
     Args:
         chat: the model and its processor. name: of the model, as requests say it. reading: options of `watch`.
         generation: fields of a GenerationConfig, system: a system prompt; they hold where a request says nothing else.
+        hosts: names under which the server is asked, see `Gate`.
     """
 
     chat: VideoChat
@@ -134,6 +136,7 @@ class Server:
     generation: dict[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     system: str | None = None
+    hosts: tuple[str, ...] = ()
 
     def __post_init__(self):
         self.model, self.processor = self.chat.model, self.chat.processor
@@ -221,10 +224,13 @@ class Server:
             kinds = [item["type"] for turn in turns for item in turn["content"] if item["type"] != "text"]
             texts = [turn | {"content": [item for item in turn["content"] if item["type"] == "text"]} for turn in turns]
             turns = with_media(texts, kinds, after_media=True)
+        most = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        characters = sum(len(item.get("text", "")) for turn in turns for item in turn["content"])
+        if most is not None and characters > CHARACTERS_PER_TOKEN * most:  # which would take seconds to count
+            raise UserError(f"The conversation has {characters} characters, and the model takes {most} tokens of text.")
         with self._tokenizing:
             text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
             prompt = self.processor.tokenizer(text, return_tensors="pt")["input_ids"]
-        most = getattr(self.model.config.text_config, "max_position_embeddings", None)
         if most is not None and prompt.shape[1] > most:
             raise UserError(f"The conversation has {prompt.shape[1]} tokens of text, and the model takes {most}.")
         return prompt.to(self._device)
@@ -343,9 +349,8 @@ class Server:
         for kind, answer in ERRORS.items():
             app.add_exception_handler(kind, answer)
         limits = self.limits
-        app.add_middleware(
-            Gate, metrics=self.metrics, max_bytes=limits.max_body, max_calls=limits.max_calls, calls=self.calls
-        )
+        bounds = {"max_bytes": limits.max_body, "max_calls": limits.max_calls, "hosts": self.hosts}
+        app.add_middleware(Gate, metrics=self.metrics, calls=self.calls, **bounds)
         return app
 
 

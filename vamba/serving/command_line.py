@@ -26,6 +26,7 @@ from vamba.errors import UserError
 
 NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
 MAX_FRAMES = 16384  # of one video, four and a half hours at one a second; `--max-frames` says otherwise
+LOCAL = ("localhost", "127.0.0.1", "::1")
 SECONDS_TO_END = 5  # for answers under way when the server is stopped
 
 
@@ -53,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ui", action="store_true", help="show a web page at the address of the server")
     parser.add_argument("--host", default="127.0.0.1", help="to listen at; default: 127.0.0.1, this machine only")
     parser.add_argument("--port", type=port_number, default=8000, help="default: 8000")
+    parser.add_argument(
+        "--allowed-hosts", nargs="+", metavar="NAME",
+        help="under which it may be asked; default: localhost, or any where --host is another machine's to reach",
+    )  # fmt: skip
     parser.add_argument("--served-name", metavar="NAME", help="of the model in requests; default: MODEL")
     media = parser.add_argument_group("what requests may name")
     media.add_argument("--media-root", metavar="FOLDER", help="below which they may name files; default: none")
@@ -112,9 +117,8 @@ def run(args: argparse.Namespace) -> None:
     max_tokens = max(args.max_tokens, args.max_new_tokens)
     limits = Limits(max_body, args.max_media, args.max_frames, max_tokens, args.max_queue)
     reading = chosen(args, READING_OPTIONS)
-    server = Server(
-        chat, args.served_name or args.model, cache, media, reading, generation(args), limits, system=args.system
-    )
+    name, hosts = args.served_name or args.model, tuple(args.allowed_hosts or (LOCAL if args.host in LOCAL else ()))
+    server = Server(chat, name, cache, media, reading, generation(args), limits, args.system, hosts)
     app = server.app()
     if args.ui:
         app = _with_page(app, server, args.media_root)

@@ -7,9 +7,11 @@ goes away, whatever is done for it is cancelled, whether it streams or not, and 
 import asyncio
 import contextlib
 import threading
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import HTTPException
 from starlette.responses import JSONResponse
@@ -18,7 +20,7 @@ from .metrics import Metrics
 
 
 BODY_SECONDS = 60.0  # for a whole body to come
-DRAIN_SECONDS, DRAIN_BYTES = 2.0, 2**26  # of a refused body are read, as else the refusal may never be seen
+DRAIN_SECONDS, DRAIN_BYTES = 2.0, 2**29  # of a refused body are read and dropped
 UPLOAD = "/gradio_api/upload"  # of the web page, which bounds it itself
 KNOWN = ("/v1/chat/completions", "/v1/responses", "/v1/models", "/health", "/metrics")
 
@@ -47,11 +49,15 @@ class Gate:
 
     Args:
         max_bytes: of a body. max_calls: under way at once.
+        hosts: names under which the server is asked; none for any. Another is that of a web page somewhere, which has
+            its visitor's browser ask in its place, as is an origin that is not the host.
     """
 
-    def __init__(self, app: Any, metrics: Metrics, max_bytes: int, max_calls: int, calls: set):
+    def __init__(
+        self, app: Any, metrics: Metrics, max_bytes: int, max_calls: int, calls: set, hosts: Sequence[str] = ()
+    ):
         self.app, self.metrics = app, metrics
-        self.max_bytes, self.max_calls, self.calls = max_bytes, max_calls, calls
+        self.max_bytes, self.max_calls, self.calls, self.hosts = max_bytes, max_calls, calls, hosts
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -64,7 +70,11 @@ class Gate:
             await send(message)
 
         try:
-            if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+            if self._is_foreign(dict(scope["headers"])):
+                hosts = ", ".join(self.hosts) or "any name"
+                told = f"This request comes from another site; the server answers to {hosts}, see --allowed-hosts."
+                await error_response(421, told, "foreign_host")(scope, receive, noting)
+            elif scope["method"] == "POST" and scope["path"].startswith("/v1/"):
                 await self._admit(scope, receive, noting)
             elif scope["method"] == "POST" and scope["path"] != UPLOAD:
                 await self._bound(scope, receive, noting)
@@ -76,6 +86,11 @@ class Gate:
         finally:
             path = scope["path"] if scope["path"] in KNOWN else "other"
             self.metrics.requests.labels(path, status[0]).inc()
+
+    def _is_foreign(self, headers: dict[bytes, bytes]) -> bool:
+        host, origin = (urlsplit(b"//" + headers.get(b"host", b"")), urlsplit(headers.get(b"origin", b"")))
+        name = (host.hostname or b"").decode("latin-1")
+        return bool((self.hosts and name not in self.hosts) or (origin.netloc and origin.netloc != host.netloc))
 
     async def _bound(self, scope, receive, send) -> None:
         """Runs the app, which is the web page, on a body that is counted while it comes."""
@@ -90,8 +105,7 @@ class Gate:
             return message
 
         if self._tells_too_much(scope):
-            await self._too_large()(scope, receive, send)
-            return await _drain(receive)
+            return await _refuse(self._too_large(), scope, receive, send)
         await self.app(scope, counted, send)
 
     async def _admit(self, scope, receive, send) -> None:
@@ -109,8 +123,7 @@ class Gate:
                 refused = error_response(408, f"The body did not come within {BODY_SECONDS:g} seconds.")
                 return await refused(scope, receive, send)
             if body is None:
-                await self._too_large()(scope, receive, send)
-                return await _drain(receive)
+                return await _refuse(self._too_large(), scope, receive, send)
             CALL.set(call)
             await self._answer(call, body, scope, receive, send)
         except _ClientLeft:
@@ -175,14 +188,21 @@ class _ClientLeft(Exception):
     """The client has gone away before all of its body had come."""
 
 
-async def _drain(receive) -> None:
+async def _refuse(response: JSONResponse, scope, receive, send) -> None:
+    """Answers, and lets the client finish what it sends before the answer ends: it might never see it otherwise."""
+
+    async def without_end(message):
+        await send(message | {"more_body": True} if message["type"] == "http.response.body" else message)
+
     async def rest():
         read = 0
         while read < DRAIN_BYTES:
             message = await receive()
-            if message["type"] == "http.disconnect":
+            if message["type"] == "http.disconnect" or not message.get("more_body", False):
                 return
             read += len(message.get("body", b""))
 
+    await response(scope, receive, without_end)
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(rest(), DRAIN_SECONDS)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

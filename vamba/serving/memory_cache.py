@@ -94,7 +94,8 @@ class MemoryCache:
             self._entries.move_to_end(key)
             setattr(self.counts, entry.place, getattr(self.counts, entry.place) + 1)
             if entry.place == "cpu" and 0 < entry.nbytes <= self.budgets["gpu"]:
-                entry.memory, entry.place = entry.memory.fork().to(self.device), "gpu"
+                with contextlib.suppress(torch.OutOfMemoryError):  # then it is read from the CPU
+                    entry.memory, entry.place = entry.memory.fork().to(self.device), "gpu"
                 self._make_room()
             return entry.memory.fork()
 
@@ -167,7 +168,11 @@ class MemoryCache:
         if self.folder is None or not self._path(key).is_file():
             return None
         try:
-            memory = self.kind.load(self._path(key), device=self.device)
+            try:
+                memory = self.kind.load(self._path(key), device=self.device)
+            except torch.OutOfMemoryError:
+                self.leave_gpu()
+                memory = self.kind.load(self._path(key), device="cpu")
         except (ValueError, OSError) as error:
             logger.warning(f"{error}; it is encoded again")
             if isinstance(error, ValueError):

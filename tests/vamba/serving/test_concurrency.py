@@ -125,8 +125,9 @@ def test_a_file_that_is_replaced_while_it_waits_is_not_kept_for_what_it_was(chat
     (tmp_path / "new").write_bytes((tmp_path / names[1]).read_bytes())
     served, copy = start(chats("checkpoint"), Media(tmp_path)), tmp_path / f"copy_{names[0]}"
     copy.write_bytes((tmp_path / names[0]).read_bytes())
-    busy = threading.Event()
-    served.server.inference.submit_encoding(lambda: busy.wait(20))
+    begun, busy = threading.Event(), threading.Event()
+    served.server.inference.submit_encoding(lambda: begun.set() or busy.wait(20))
+    begun.wait(20)
     with ThreadPoolExecutor(1) as client:
         asked = client.submit(ask, served, user(names[0], "What?"))
         until(lambda: served.server.inference._encodings)

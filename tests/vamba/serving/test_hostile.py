@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 
+import httpx
 import pytest
 from openai import APIStatusError
 
@@ -181,10 +182,34 @@ def test_a_body_is_refused_before_it_is_read(served):
             while sent < 2**31:
                 connection.sendall(b"10000\r\n" + b" " * 2**16 + b"\r\n")
                 sent += 2**16
-        assert connection.recv(9999).startswith(b"HTTP/1.1 413") and sent < 2**26
+        assert connection.recv(9999).startswith(b"HTTP/1.1 413") and sent < 2**30
     with pytest.raises(APIStatusError) as refused:
         ask(served, user("data:video/mp4;base64," + "A" * 2_000_000, "What?"))
     assert refused.value.status_code == 413 and "more than 300000 bytes" in str(refused.value)
+
+
+def test_a_client_that_sends_all_of_its_body_sees_why_it_is_refused(served):
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    connection.request("POST", "/v1/chat/completions", b" " * 2**27, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 413 and "more than" in json.loads(answer.read())["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost:80"}, 200),
+        ({"Host": "evil.com"}, 421),
+        ({"Host": "evil.com:8000"}, 421),
+        ({"Host": "localhost:80", "Origin": "http://localhost:80"}, 200),
+        ({"Host": "localhost:80", "Origin": "http://evil.com"}, 421),
+    ],
+)
+def test_another_site_asks_nothing_by_the_browser_of_its_visitor(chats, start, headers, status):
+    served = start(chats("checkpoint"), hosts=("localhost",))
+    answer = httpx.get(f"{served.url}/v1/models", headers=headers)
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["code"] == "foreign_host"
 
 
 def test_requests_beyond_the_queue_are_sent_away(chats, start, videos):

@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/vamba demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What a representative part of the tests finds with the lowest versions that pyproject.toml allows, in an environment of
 # its own in build/floor. `make test-floor LATEST=transformers` leaves the named package at its newest.

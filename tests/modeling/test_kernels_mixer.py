@@ -11,7 +11,7 @@ from vamba.modeling.mamba2 import Mamba2Mixer, Mamba2State, init_mamba2_mixer
 
 
 def test_in_the_interpreter():
-    run_interpreted(__file__)
+    run_interpreted(__file__, "-k", "not (values_and_gradients and False and (40 or 33 or 64))")
 
 
 def mixers(dtype=torch.float32, **options):

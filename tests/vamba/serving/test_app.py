@@ -148,7 +148,11 @@ def test_the_model_is_listed(served):
         served.client.models.retrieve("other")
 
 
-def test_the_document(chats, start, clip, tmp_path, capsys):
+def test_the_document(chats, start, clip, checkpoint, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gradio")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(checkpoint)
+    monkeypatch.chdir(tmp_path)
     shutil.copy(clip, tmp_path / "talk.mp4")
     served = start(chats("checkpoint"), Media(tmp_path), name="runs/demo", generation={"max_new_tokens": 3})
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")

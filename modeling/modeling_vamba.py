@@ -292,15 +292,14 @@ class VambaCrossAttention(Qwen2VLAttention):
             self.config._attn_implementation, eager_attention_forward
         )
         kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
-        if mask_BM is None:
-            with trained_sdpa(queries, keys.shape[2]):
-                return attention(self, queries, keys, values, None, **kwargs)
-        bias = torch.zeros(mask_BM.shape, dtype=queries.dtype, device=queries.device)
-        bias = bias.masked_fill(~mask_BM, torch.finfo(queries.dtype).min)[:, None, None]
-        bias = bias.expand(-1, -1, queries.shape[2], -1)
+        bias = None
+        if mask_BM is not None:
+            bias = torch.zeros(mask_BM.shape, dtype=queries.dtype, device=queries.device)
+            bias = bias.masked_fill(~mask_BM, torch.finfo(queries.dtype).min)[:, None, None]
+            bias = bias.expand(-1, -1, queries.shape[2], -1)
         with trained_sdpa(queries, keys.shape[2]):
             output, weights = attention(self, queries, keys, values, bias, **kwargs)
-        return output * mask_BM.any(1)[:, None, None, None], weights
+        return output if mask_BM is None else output * mask_BM.any(1)[:, None, None, None], weights
 
     def splits_keys(self, like: Tensor, queries: int) -> bool:
         """Whether our kernel takes so many queries of a video row, of the dtype, device and head dim of `like`."""

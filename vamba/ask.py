@@ -109,18 +109,9 @@ def watch(chat: "VideoChat", video: str, args: argparse.Namespace) -> None:
         reading = chosen(args, READING_OPTIONS)
         chat.watch(video, append=True, progress=not args.quiet, allow_urls=args.allow_urls, **reading)
         return
-    from .chat import MEMORIES
+    from .chat import open_memory
 
-    kind = MEMORIES[chat.model.config.model_type]
-    try:
-        with opening(video):
-            memory = kind.load(video, device=chat.model.device)
-        if len(memory.media) != 1:
-            raise UserError(f"{video} holds {len(memory.media)} rows of videos; a question needs one.")
-        chat.model.model.check_weights(memory)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    chat.memory = memory
+    chat.memory = open_memory(chat.model, video)
     chat.reset()
 
 

@@ -28,7 +28,7 @@ from transformers import (
 
 from .checkpoint_folder import base_of, check_kind, checkpoint_folder
 from .conversation import check_question, conversation_of, with_media
-from .errors import UserError, VideoReadError, reason_of
+from .errors import UserError, VideoReadError, opening, reason_of
 from .loading import check_generation, load_config, load_model, load_processor, merge_adapter, quantization
 from .modeling import StateMemory, VideoMemory
 from .modeling.graphed_decoding import GraphedDecoding
@@ -498,6 +498,23 @@ def _setting(generate_kwargs: dict, name: str) -> Any:
     return getattr(generate_kwargs.get("generation_config"), name, None) if value is None else value
 
 
+def open_memory(model: PreTrainedModel, path: str | os.PathLike) -> VideoMemory | StateMemory:
+    """A saved memory of one row that this model made, on its device.
+
+    Raises:
+        UserError: there is none, it is damaged, of several rows, or of other weights.
+    """
+    try:
+        with opening(path):
+            memory = MEMORIES[model.config.model_type].load(path, device=model.device)
+        if len(memory.media) != 1:
+            raise UserError(f"{os.fspath(path)} holds {len(memory.media)} rows of videos; a question needs one.")
+        model.model.check_weights(memory)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return memory
+
+
 def load_chat(
     path: str,
     *,
@@ -546,4 +563,4 @@ def load_chat(
     return VideoChat(model.eval(), processor)
 
 
-__all__ = ["VideoChat", "VideoReadError", "load_chat"]
+__all__ = ["VideoChat", "VideoReadError", "load_chat", "open_memory"]

@@ -35,7 +35,7 @@ from vamba.errors import UserError
 from vamba.modeling.images import open_image
 from vamba.modeling.memory_files import WeightsFingerprint
 
-from .gate import Call, Gate, error_response
+from .gate import KNOWN, Call, Gate, error_response
 from .handlers import KnownChatHandler, KnownResponseHandler
 from .inference import Inference
 from .media import Media, Medium
@@ -46,7 +46,6 @@ from .request_bodies import LONGEST_STOP, Asked
 
 logger = logging.get_logger(__name__)
 CHARACTERS_PER_TOKEN = 64  # of a text; none has more
-ROUTES = ("/v1/chat/completions", "/v1/responses", "/v1/models", "/health")  # of those that transformers has
 
 
 @dataclass
@@ -342,7 +341,7 @@ class Server:
             systemone_handler=None,
             generation_state=state,
         )
-        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in KNOWN]
         add = app.add_api_route
         add("/v1/models/{name:path}", manager.described, methods=["GET"])
         add("/metrics", lambda: Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST))
@@ -392,7 +391,7 @@ def refuse_other_routes(app: FastAPI) -> None:
     """Answers here what begins as our routes and is none, before it comes to a page that is mounted at the root."""
 
     def refuse(request: Request) -> None:
-        known = request.url.path in (*ROUTES, "/metrics") or request.url.path.startswith("/v1/models/")
+        known = request.url.path in KNOWN or request.url.path.startswith("/v1/models/")
         raise AnyHTTPException(405 if known else 404)
 
     for path in ("/v1/{rest:path}", "/health", "/metrics"):

@@ -1,7 +1,6 @@
 """The arguments of `vamba serve`."""
 
 import argparse
-import asyncio
 import gc
 import importlib.util
 import math
@@ -94,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"vamba serve needs {', '.join(missing)}: pip install 'vamba[{extras}]'.")
     listening = _bound(args.host, args.port)  # before a large model is loaded
     quiet_transformers()
+    import asyncio  # late, as other commands do not need it
+
     import uvicorn
 
     from vamba.chat import MEMORIES, load_chat
@@ -150,6 +151,7 @@ def _with_page(app, server, media_root: str | None):
 
 async def _serve(server, listening: socket.socket, name: str) -> None:
     """Runs a uvicorn server, and says when it listens."""
+    import asyncio
 
     async def tell():
         while not server.started:

@@ -22,6 +22,7 @@ from .metrics import Metrics
 BODY_SECONDS = 60.0  # for a whole body to come
 DRAIN_SECONDS, DRAIN_BYTES = 2.0, 2**29  # of a refused body are read and dropped
 UPLOAD = "/gradio_api/upload"  # of the web page, which bounds it itself
+# What is served; all but the last are routes of transformers' server.
 KNOWN = ("/v1/chat/completions", "/v1/responses", "/v1/models", "/health", "/metrics")
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from vamba.chat import MEMORIES, VideoChat
-from vamba.errors import UserError, opening
+from vamba.chat import MEMORIES, VideoChat, open_memory
+from vamba.errors import UserError
 from vamba.modeling import VideoMemory
 from vamba.where import Where
 
@@ -378,11 +378,7 @@ class _Page:
 
     def _opened(self, path: str) -> Any:
         """A memory from a file, checked against the model."""
-        with opening(path):
-            memory = MEMORIES[self.model.config.model_type].load(path, device=self.model.device)
-        if len(memory.media) != 1:
-            raise UserError(f"{path} holds {len(memory.media)} rows of videos; a question needs one.")
-        self.model.model.check_weights(memory)
+        memory = open_memory(self.model, path)
         if self._frames(memory) > self.limits.frames:
             raise UserError(f"{path} holds {self._frames(memory)} frames; {self.limits.frames} are the most here.")
         return memory

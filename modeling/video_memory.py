@@ -252,19 +252,22 @@ class VideoMemory(Cache):
         """Records the `times` of the last temporal patches of row 0; see `continued`."""
         self._times[0][-1] = continued(self.times[0][-1], spans)
 
-    def token_times(self, row: int = 0) -> Tensor:
-        """The seconds at which each token of a video row starts and ends, float64 (M, 2) on the CPU; NaN at padding,
-        images and what is unknown. Raises ValueError where tokens and `media` do not belong together."""
-        mask_BM, tokens = self.video_mask(), self.num_video_tokens[row]
-        patches = sum(t * h * w for _, t, h, w in self.media[row])
+    def token_patches(self, row: int = 0) -> Tensor:
+        """For each token of a video row, padding left out, which temporal patch it is of, counted over all its media,
+        int64 on the CPU. Raises ValueError where tokens and `media` do not belong together."""
+        tokens, patches = self.num_video_tokens[row], sum(t * h * w for _, t, h, w in self.media[row])
         merged = patches // max(1, tokens)  # patches in a token
         if tokens * merged != patches:
             raise ValueError(f"Row {row} has {tokens} video tokens, which are not those of its media.")
-        sizes = [h * w // max(1, merged) for _, _, h, w in self.media[row]]
-        spans = [times.repeat_interleave(size, 0) for times, size in zip(self.times[row], sizes)]
+        sizes = [h * w // max(1, merged) for _, t, h, w in self.media[row] for _ in range(t)]
+        return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.long))
+
+    def token_times(self, row: int = 0) -> Tensor:
+        """The seconds at which each token of a video row starts and ends, float64 (M, 2) on the CPU; NaN at padding,
+        images and what is unknown. Raises ValueError where tokens and `media` do not belong together."""
+        mask_BM, found_M2 = self.video_mask(), unknown_times(self.video_length)
         valid_M = torch.ones(self.video_length, dtype=torch.bool) if mask_BM is None else mask_BM[row].cpu()
-        found_M2 = unknown_times(self.video_length)
-        found_M2[valid_M] = torch.cat([unknown_times(0), *spans])
+        found_M2[valid_M] = torch.cat([unknown_times(0), *self.times[row]])[self.token_patches(row)]
         return found_M2
 
     def note_weights(self, made_by: str | None, temporal_patch_size: int) -> None:

@@ -259,7 +259,7 @@ def look(
     if told.memory() is not memory or told.media != memory.media:
         raise UserError("What was watched has changed since this answer; ask again.")
     lengths = [t for _, t, _, _ in memory.media[row]]
-    patches_M = _patch_of_tokens(memory, row)
+    patches_M = memory.token_patches(row)
     ids = [ids.to(chat.model.device) for ids in (told.prompt, told.ids)]
     options: dict[str, Any] = {"layers": layers, "heads": heads, "by": by}
     by_video, by_token = attention_map(chat.model, memory.fork(), *ids, patches_M, **options)
@@ -285,14 +285,6 @@ def _read_again(kind: str, start: float, source: Source) -> Image.Image:
 
 def _media_of_patches(lengths: list[int]) -> Tensor:
     return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-
-
-def _patch_of_tokens(memory: VideoMemory, row: int) -> Tensor:
-    """For each video token of a row, padding left out, the temporal patch it belongs to, counted over all media."""
-    patches = sum(t * h * w for _, t, h, w in memory.media[row])
-    merged = patches // memory.num_video_tokens[row]
-    sizes = torch.tensor([h * w // merged for _, t, h, w in memory.media[row] for _ in range(t)])
-    return torch.arange(len(sizes)).repeat_interleave(sizes)
 
 
 def _in_words(layers: Sequence[int] | None, heads: Heads, by: str) -> str:
